@@ -1,0 +1,1 @@
+"""Calibration: how many bits each group needs for each input. Offline only."""

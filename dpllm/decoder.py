@@ -1,0 +1,191 @@
+"""The decoder: a Llama-family model whose matrices are read at a width chosen for every token.
+
+Top to bottom: `Decoder.forward` embeds the tokens, runs the blocks, applies the head. A block is norm,
+q/k/v, attention, o, norm, gate/up, down. Matrices that share an input form a `Group`; before a group is
+applied, `select(group, x)` says how many planes each token reads. One token or a thousand go through the
+same code, each with its own widths over the keys and values such decoding produced, so a batched
+evaluation equals step-by-step decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dpllm.config import ModelConfig
+from dpllm.kernels.backend import Backend
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
+
+
+@dataclass
+class Group:
+    """Matrices read together: one decision, one product. `weight` is dense [N, K] or prepared planes."""
+
+    index: int
+    name: str
+    weight: Any
+    bias: Tensor | None
+    seed_bits: int = 0
+    resident_bits: int = 0
+    weights: int = 0  # N * K, the group's share in effective bits
+    bytes_at: tuple[int, ...] = ()  # bytes one pass reads at width seed_bits, seed_bits + 1, ...
+
+    @property
+    def dense(self) -> bool:
+        """Whether this group was never quantised."""
+        return isinstance(self.weight, Tensor)
+
+
+@dataclass
+class Layer:
+    """One decoder block's weights. qkv and gate_up are one fused group, or one group per matrix."""
+
+    index: int
+    input_norm: Tensor
+    post_norm: Tensor
+    qkv: list[Group]
+    o: Group
+    gate_up: list[Group]
+    down: Group
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+Select = Callable[[Group, Tensor], Tensor]  # (group, x [T, K]) -> int32 [T]
+Observe = Callable[[Group, Tensor, Tensor], None]  # (group, x [T, K], y [T, N])
+
+
+class Decoder:
+    """The model. Made by dpllm.loading.load_decoder."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, layers: list[Layer], embedding: Tensor | Int8Weight,
+        norm: Tensor, head: Tensor | Int8Weight | QuantizedWeight, dtype: torch.dtype,
+    ):  # fmt: skip
+        self.config, self.backend, self.layers = config, backend, layers
+        self.embedding, self.norm, self.head, self.dtype = embedding, norm, head, dtype
+        self.device = norm.device
+        self.groups = [g for layer in layers for g in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
+        self.inv_freq = config.inv_freq.to(self.device)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: DenseKVCache | None = None,
+        select: Select | None = None,
+        *,
+        last_only: bool = False,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Next-token logits of one sequence.
+
+        ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
+        at each group; None reads every resident plane. observe: sees every group's input and output.
+        Returns [T, vocab] in fp32, or [1, vocab] with last_only. Differentiable when gradients are on and
+        no cache is given (blocks are then recomputed in the backward pass).
+        """
+        x = self._embed(ids)
+        rope = self._rope(cache.length if cache else 0, len(ids))
+        for layer in self.layers:
+            if torch.is_grad_enabled():
+                x = checkpoint(self._block, layer, x, rope, cache, select, observe, use_reentrant=False)
+            else:
+                x = self._block(layer, x, rope, cache, select, observe)
+        if cache:
+            cache.advance(len(ids))
+        x = self._rms_norm(x[-1:] if last_only else x, self.norm)
+        return self._head(x).float()
+
+    def _block(self, layer, x, rope, cache, select, observe) -> Tensor:
+        def apply(groups: list[Group], h: Tensor) -> Tensor:
+            outs = [self._apply(g, h, select, observe) for g in groups]
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+        h = self._rms_norm(x, layer.input_norm)
+        h = self._attention(layer, apply(layer.qkv, h), rope, cache)
+        x = x + apply([layer.o], h)
+        h = self._rms_norm(x, layer.post_norm)
+        gate, up = apply(layer.gate_up, h).chunk(2, dim=-1)
+        return x + apply([layer.down], F.silu(gate) * up)
+
+    def _apply(self, group: Group, x: Tensor, select: Select | None, observe: Observe | None) -> Tensor:
+        """y [T, N] = x [T, K] times the group's matrix, each row at its own width."""
+        if group.dense:
+            return F.linear(x, group.weight, group.bias)
+        if select is None:
+            bits = torch.full((len(x),), group.resident_bits, dtype=torch.int32, device=x.device)
+        else:
+            bits = select(group, x)
+        y = self.backend.gemv(x, group.weight, bits)
+        y = y if group.bias is None else y + group.bias
+        if observe is not None:
+            observe(group, x, y)
+        return y
+
+    def _attention(self, layer: Layer, qkv: Tensor, rope, cache: DenseKVCache | None) -> Tensor:
+        c = self.config
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in qkv.split([heads, kv, kv], dim=-1))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
+        if c.uses_rope[layer.index]:
+            q, k = _rotate(q, *rope), _rotate(k, *rope)
+        scale, window = c.head_dim**-0.5, c.windows[layer.index]
+        if cache is None:
+            out = causal_attention(q, k.transpose(0, 1), v.transpose(0, 1), scale, window)
+        else:
+            cache.write(layer.index, k, v)
+            out = cache.attend(layer.index, q, scale, window, self.backend.decode_attention)
+        return out.flatten(1)  # [T, H * D]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        if isinstance(self.embedding, Int8Weight):
+            return self.embedding.rows(ids, self.dtype)
+        return self.embedding[ids].to(self.dtype)
+
+    def _head(self, x: Tensor) -> Tensor:
+        if isinstance(self.head, Int8Weight):
+            return self.backend.int8_linear(x, self.head)
+        if isinstance(self.head, QuantizedWeight):
+            bits = torch.full((len(x),), self.head.resident_bits, dtype=torch.int32, device=x.device)
+            return self.backend.gemv(x, self.head, bits)
+        return F.linear(x, self.head.to(x.dtype))
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
+
+    def _rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, D/2] of the positions start .. start + tokens - 1."""
+        position = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
+        angle = position[:, None] * self.inv_freq
+        scale = self.config.rope_scale
+        return (angle.cos() * scale).to(self.dtype)[:, None], (angle.sin() * scale).to(self.dtype)[:, None]
+
+    # -- accounting --------------------------------------------------------------------------------------
+
+    def new_cache(self, capacity: int) -> DenseKVCache:
+        """An empty cache for `capacity` tokens."""
+        c = self.config
+        return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.dtype, self.device)
+
+    def head_bytes(self) -> int:
+        """Bytes of the head that every token reads."""
+        if isinstance(self.head, Int8Weight):
+            return self.head.nbytes()
+        if isinstance(self.head, QuantizedWeight):
+            return self.head.nbytes(self.head.resident_bits)
+        return self.head.numel() * self.head.element_size()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [T, heads, D], halves paired as in Hugging Face checkpoints."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

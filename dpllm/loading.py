@@ -1,0 +1,152 @@
+"""A decoder from a directory: a plain Hugging Face checkpoint or an overlay, in whole or in part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpllm.config import ModelConfig
+from dpllm.decoder import Decoder, Group, Layer
+from dpllm.kernels.backend import Backend, choose_backend
+from dpllm.kernels.errors import InputError
+from dpllm.kernels.weight import QuantizedWeight, fuse
+from dpllm.quant.overlay import QUANT_METHOD, Overlay
+from dpllm.quant.source import ModelSource, read_json
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+O_PROJ = "self_attn.o_proj"
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """resident_bits: planes to read and hold (default: all). granularity: 'fused' decides once for q/k/v
+    and once for gate/up, 'linear' once per matrix."""
+
+    resident_bits: int | None = None
+    granularity: str = "fused"
+    backend: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether the directory's config.json says it is an overlay of ours."""
+    config = read_json(path / "config.json").get("quantization_config")
+    if config is not None and (not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD):
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        raise InputError(f"{path} is quantised by '{method}', which dpllm does not read. Give the original checkpoint.")
+    return config is not None
+
+
+def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:  # noqa: B008  (frozen)
+    """Reads the model. With resident_bits, only those planes and tables leave the disk."""
+    backend = choose_backend(options.backend)
+    config = ModelConfig.read(path)
+    source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
+    if isinstance(source, Overlay) and options.resident_bits is not None:
+        lo, hi = source.bits
+        if not lo <= options.resident_bits <= hi:
+            raise InputError(f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}.")
+    return _Builder(config, source, backend, options).build()
+
+
+class _Builder:
+    """Turns names on disk into groups and layers."""
+
+    def __init__(self, config: ModelConfig, source: Any, backend: Backend, options: LoadOptions):
+        self.config, self.source, self.backend, self.options = config, source, backend, options
+        self.overlay = source if isinstance(source, Overlay) else None
+        self.names = set(source.linears) | set(source._tensors) if self.overlay else set(source.names())
+        self.count = 0
+
+    def build(self) -> Decoder:
+        """Reads everything."""
+        layers = [self.layer(i) for i in range(self.config.num_layers)]
+        embedding, head = self.embedding_and_head()
+        norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
+        return Decoder(self.config, self.backend, layers, embedding, norm, head, self.options.dtype)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        t = self.source.read(name)
+        if tuple(t.shape) != shape:
+            raise InputError(f"{self.source.path}: tensor '{name}' has shape {list(t.shape)}, config.json implies {list(shape)}.")
+        return t.to(self.options.device, self.options.dtype)
+
+    def layer(self, index: int) -> Layer:
+        c, prefix = self.config, f"model.layers.{index}."
+        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        hidden, inner = c.hidden_size, c.intermediate_size
+
+        def norm(name: str, size: int) -> Tensor:
+            return self.tensor(f"{prefix}{name}.weight", (size,))
+
+        return Layer(
+            index=index,
+            input_norm=norm("input_layernorm", hidden),
+            qkv=self.groups(prefix, "qkv", QKV, (heads, kv, kv), hidden),
+            o=self.groups(prefix, "o", (O_PROJ,), (hidden,), heads)[0],
+            post_norm=norm("post_attention_layernorm", hidden),
+            gate_up=self.groups(prefix, "gate_up", GATE_UP, (inner, inner), hidden),
+            down=self.groups(prefix, "down", (DOWN,), (hidden,), inner)[0],
+            q_norm=norm("self_attn.q_norm", c.head_dim) if c.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
+        )
+
+    def groups(self, prefix: str, name: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int) -> list[Group]:
+        """One fused group of the matrices, or one group each at granularity 'linear'."""
+        full = [prefix + p for p in parts]
+        if self.options.granularity == "linear":
+            return [self.group(f, [f], [r], columns) for f, r in zip(full, rows, strict=True)]
+        return [self.group(prefix + name, full, list(rows), columns)]
+
+    def group(self, name: str, parts: list[str], rows: list[int], columns: int) -> Group:
+        biases = [self.tensor(f"{p}.bias", (r,)) if f"{p}.bias" in self.names else None for p, r in zip(parts, rows, strict=True)]  # noqa: E501
+        bias = None
+        if any(b is not None for b in biases):
+            zeros = torch.zeros
+            bias = torch.cat([zeros(r) if b is None else b for b, r in zip(biases, rows, strict=True)])
+        index, self.count = self.count, self.count + 1
+        if self.overlay is None:
+            dense = [self.tensor(f"{p}.weight", (r, columns)) for p, r in zip(parts, rows, strict=True)]
+            return Group(index, name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
+        weight = fuse([self.quantized(p, (r, columns)) for p, r in zip(parts, rows, strict=True)])
+        widths = range(weight.seed_bits, weight.resident_bits + 1)
+        return Group(
+            index, name, self.backend.prepare(weight, self.options.device), bias,
+            seed_bits=weight.seed_bits, resident_bits=weight.resident_bits,
+            weights=sum(rows) * columns, bytes_at=tuple(weight.nbytes(b) for b in widths),
+        )  # fmt: skip
+
+    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight:
+        assert self.overlay is not None
+        layout = self.overlay.linears.get(name)
+        if layout is None or layout.shape != shape:
+            found = None if layout is None else list(layout.shape)
+            raise InputError(f"{self.overlay.path}: matrix '{name}' is {found}, config.json implies {list(shape)}.")
+        return self.overlay.linear(name, self.options.resident_bits)
+
+    def embedding_and_head(self) -> tuple[Any, Any]:
+        c = self.config
+        shape, device = (c.vocab_size, c.hidden_size), self.options.device
+        head: Any = None
+        if self.overlay is not None and self.overlay.has("lm_head.int8"):
+            head = self.overlay.int8("lm_head").to(device)
+            if tuple(head.values.shape) != shape:
+                raise InputError(f"{self.overlay.path}: 'lm_head' is {list(head.values.shape)}, config.json implies {list(shape)}.")
+        elif self.overlay is not None and "lm_head" in self.overlay.linears:
+            head = self.backend.prepare(self.overlay.linear("lm_head"), device)
+        if "model.embed_tokens.weight" in self.names:
+            embedding: Any = self.tensor("model.embed_tokens.weight", shape)
+        else:
+            embedding = head
+        if head is None:
+            head = embedding if c.tied else self.tensor("lm_head.weight", shape)
+        if embedding is None or isinstance(embedding, QuantizedWeight):
+            raise InputError(f"{self.source.path} has no tensor 'model.embed_tokens.weight'. Copy the model again.")
+        return embedding, head

@@ -1,0 +1,1 @@
+"""The overlay: nested quantisation, its on-disk format, reading and writing it."""

@@ -1,0 +1,104 @@
+"""Diagonal Fisher information of every linear layer, one decoder layer at a time.
+
+F = sum over calibration sequences of (dLoss/dW)^2, accumulated in fp32 (SqueezeLLM, arXiv:2306.07629).
+The forward pass leaves the hidden state at every layer boundary on disk; the backward pass walks the
+layers from the last to the first, reloading each one, so no more than one layer's weights and Fisher are
+ever in memory. Both passes can be cut off after any layer and continued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpllm.quant.layerwise import LayerwiseModel, call_layer
+
+
+class FisherPass:
+    """Boundary activations and gradients in `work`, and the two passes over them."""
+
+    def __init__(self, model: LayerwiseModel, sequences: Tensor, work: Path):
+        self.model, self.sequences, self.work = model, sequences, work
+        work.mkdir(parents=True, exist_ok=True)
+
+    def _hidden(self, index: int) -> Path:
+        return self.work / f"hidden-{index:04d}.safetensors"
+
+    def _gradient(self, index: int) -> Path:
+        return self.work / f"gradient-{index:04d}.safetensors"
+
+    def forward(self, progress: Callable[[], None]) -> None:
+        """Stores the input of every layer and the gradient at the last layer's output."""
+        depth = len(self.model)
+        done = [i for i in range(depth + 1) if self._hidden(i).exists()]
+        if not done:
+            states = torch.cat([self.model.embed(row)[0].cpu() for row in self.sequences])
+            _save(self._hidden(0), states)
+            done = [0]
+        kwargs = self.model.embed(self.sequences[0])[1]
+        for index in range(max(done), depth):
+            layer = self.model.load_layer(index)
+            states = _load(self._hidden(index))
+            with torch.no_grad():
+                rows = [call_layer(layer, s[None].to(self.model.device), kwargs).cpu() for s in states]
+            _save(self._hidden(index + 1), torch.cat(rows))
+            progress()
+        if not self._gradient(depth).exists() and not any(self.work.glob("gradient-*")):
+            states = _load(self._hidden(depth)).to(self.model.device)
+            pairs = zip(states, self.sequences, strict=True)
+            _save(self._gradient(depth), torch.cat([self.model.head_gradient(h[None], ids).cpu() for h, ids in pairs]))
+
+    def backward(self, index: int) -> dict[str, Tensor]:
+        """Fisher of each linear of layer `index` (fp32, on the CPU), from the stored gradient above it.
+
+        The gradient below it is stored by `commit`, after the caller has used the result.
+        """
+        layer = self.model.load_layer(index)
+        names = {m: n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+        fisher = {n: torch.zeros_like(m.weight, device=self.model.device) for m, n in names.items()}
+        for module, name in names.items():
+            module.weight.requires_grad_()
+            module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
+        kwargs = self.model.embed(self.sequences[0])[1]
+        below = []
+        pairs = zip(_load(self._hidden(index)), _load(self._gradient(index + 1)), strict=True)
+        for state, gradient in pairs:
+            hidden = state[None].to(self.model.device).requires_grad_()
+            call_layer(layer, hidden, kwargs).backward(gradient[None].to(self.model.device))
+            assert hidden.grad is not None
+            below.append(hidden.grad.cpu())
+        self._below = torch.cat(below)
+        prefix = self.model.layer_prefix(index)
+        return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
+
+    def commit(self, index: int) -> None:
+        """Stores the gradient below layer `index` and drops what is no longer needed."""
+        _save(self._gradient(index), self._below)
+        self._gradient(index + 1).unlink(missing_ok=True)
+
+
+def _squaring(total: Tensor) -> Callable[[Tensor], None]:
+    """Adds the square of a fresh gradient to `total` and frees it at once."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.addcmul_(parameter.grad, parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def _save(path: Path, tensor: Tensor) -> None:
+    partial = path.with_suffix(".tmp")
+    save_file({"x": tensor.contiguous()}, partial)
+    partial.replace(path)
+
+
+def _load(path: Path) -> Tensor:
+    return load_file(path)["x"]

@@ -1,0 +1,135 @@
+"""Running a big model one decoder layer at a time, forward and backward.
+
+transformers supplies the modules; their weights come from the checkpoint when a layer is needed and go
+when it is done, so the peak is about two fp32 layers above the embedding whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpllm.kernels.errors import InputError
+from dpllm.quant.source import ModelSource
+
+
+class _Stop(Exception):
+    """Raised by the probe once the first decoder layer's arguments are known."""
+
+
+class _Probe(nn.Module):
+    """Stands in for the first decoder layer and keeps what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden, kwargs
+        raise _Stop
+
+
+class LayerwiseModel:
+    """A causal language model whose decoder layers are materialised on demand, in fp32.
+
+    Linears are found by type (nn.Linear inside the longest ModuleList), not by a table of names.
+    """
+
+    def __init__(self, source: ModelSource, device: str = "cpu"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.source, self.device = source, device
+        with contextlib.redirect_stdout(io.StringIO()):
+            config = AutoConfig.from_pretrained(source.path)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self.skeleton = AutoModelForCausalLM.from_config(config)
+        self.config = config
+        lists = [(n, m) for n, m in self.skeleton.named_modules() if isinstance(m, nn.ModuleList)]
+        if not lists:
+            raise InputError(f"{source.path}: no decoder layers found in a '{config.model_type}' model.")
+        self.layers_name, self.layers = max(lists, key=lambda item: len(item[1]))
+        self.head_name = next(
+            n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_output_embeddings()
+        )
+        self.embedding_name = next(
+            n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_input_embeddings()
+        )
+        self.tied = bool(config.tie_word_embeddings)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def layer_prefix(self, index: int) -> str:
+        """The layer's name in the checkpoint."""
+        return f"{self.layers_name}.{index}"
+
+    def linears(self, index: int) -> list[str]:
+        """Full names of the linear layers of one decoder layer."""
+        modules = self.layers[index].named_modules()
+        return [f"{self.layer_prefix(index)}.{n}" for n, m in modules if isinstance(m, nn.Linear)]
+
+    def head_weight(self) -> str:
+        """The tensor the head multiplies with (the embedding's where they are tied)."""
+        return f"{self.embedding_name if self.tied else self.head_name}.weight"
+
+    def load_layer(self, index: int) -> nn.Module:
+        """A real fp32 copy of one decoder layer, weights from the checkpoint."""
+        empty = self.layers[index]
+        layer = type(empty)(self.config, index)  # built for real: non-persistent buffers need their values
+        layer = layer.float()
+        state = {n: self.source.read(f"{self.layer_prefix(index)}.{n}").float() for n in layer.state_dict()}
+        layer.load_state_dict(state)
+        return layer.to(self.device).eval()
+
+    def embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """(first hidden state [1, T, H] fp32, keyword arguments each layer is called with)."""
+        body = self.skeleton.base_model
+        probe = _Probe()
+        weight = self.source.read(f"{self.embedding_name}.weight").float()
+        embedding = nn.Embedding.from_pretrained(weight)
+        if hasattr(body, "rotary_emb"):
+            body.rotary_emb = type(body.rotary_emb)(self.config)
+        first, own = self.layers[0], body.get_input_embeddings()
+        self.layers[0] = probe
+        body.set_input_embeddings(embedding)
+        try:
+            with contextlib.suppress(_Stop), torch.no_grad():
+                body(input_ids=ids[None], use_cache=False)
+        finally:
+            self.layers[0] = first
+            body.set_input_embeddings(own)
+        assert probe.hidden is not None
+        move = lambda v: v.to(self.device) if isinstance(v, Tensor) else v  # noqa: E731
+        kwargs = {
+            k: tuple(map(move, v)) if isinstance(v, tuple) else move(v)
+            for k, v in probe.kwargs.items()
+            if k not in ("past_key_values", "use_cache")
+        }
+        return probe.hidden.to(self.device), kwargs
+
+    def head_gradient(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """d(sum of next-token losses)/d(last hidden state) [1, T, H] for one sequence."""
+        if not hasattr(self, "_tail"):
+            norm = next(m for n, m in self.skeleton.base_model.named_children() if "norm" in n)
+            name = next(n for n, m in self.skeleton.named_modules() if m is norm)
+            real = type(norm)(self.config.hidden_size, eps=getattr(norm, "variance_epsilon", 1e-6))
+            real.load_state_dict({n: self.source.read(f"{name}.{n}").float() for n in real.state_dict()})
+            head = self.source.read(self.head_weight()).float()
+            self._tail = (real.to(self.device), head.to(self.device))
+        norm, head = self._tail
+        hidden = hidden.detach().requires_grad_()
+        logits = norm(hidden)[0, :-1] @ head.T
+        loss = nn.functional.cross_entropy(logits, ids[1:].to(self.device), reduction="sum")
+        return torch.autograd.grad(loss, hidden)[0]
+
+
+def call_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One decoder layer; some return a tuple."""
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,188 @@
+"""The overlay on disk: one directory, planes apart, every tensor checksummed (docs/format.md).
+
+`model.safetensors.index.json` is the manifest: which file holds which tensor, each tensor's sha256, each
+side file's sha256, and a sha256 of the manifest itself. It is written last. A reader that is asked for
+width b reads planes 0..b-1 and tables up to b, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpllm.kernels.errors import InputError
+from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight
+from dpllm.quant.source import INDEX, TensorFile, read_json
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "dpllm"
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """sha256 of the tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """The manifest's own checksum: everything in it but that checksum."""
+    body = {k: v for k, v in manifest.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """What config.json says of one quantised matrix."""
+
+    shape: tuple[int, int]
+    bits: tuple[int, int]
+    rows_per_table: int
+
+    @classmethod
+    def of(cls, name: str, entry: Any) -> LinearLayout:
+        """Parses an entry of `quantization_config.linears`, refusing what makes no sense."""
+        try:
+            (n, k), (lo, hi), share = entry["shape"], entry["bits"], entry["rows_per_table"]
+            ok = all(isinstance(v, int) and v > 0 for v in (n, k, lo, hi, share))
+        except (KeyError, TypeError, ValueError):
+            ok = False
+        if not ok or not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS or n % share:
+            raise InputError(f"config.json: quantization_config.linears['{name}'] is {entry!r}, which is no valid layout.")
+        return cls((n, k), (lo, hi), share)
+
+    def tensors(self, name: str) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Every tensor this matrix consists of: name -> (shape, dtype)."""
+        n, k = self.shape
+        lo, hi = self.bits
+        out = {f"{name}.planes.{p}": ([n, -(-k // WORD)], torch.int32) for p in range(hi)}
+        for b in range(lo, min(hi, MAX_TABLE_BITS) + 1):
+            out[f"{name}.lut.{b}"] = ([n // self.rows_per_table, 2**b], torch.float16)
+        if self.rows_per_table > 1:
+            out[f"{name}.scale"] = ([n], torch.float16)
+        return out
+
+
+class Overlay:
+    """An opened overlay. `bits` is the stored range, `hash` binds calibration profiles to it."""
+
+    def __init__(self, path: Path, config: dict[str, Any], manifest: dict[str, Any]):
+        self.path, self.config = path, config
+        self.hash: str = manifest["sha256"]
+        self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
+        self._files: dict[str, TensorFile] = {}
+        quantization = config["quantization_config"]
+        self.bits: tuple[int, int] = (quantization["bits"][0], quantization["bits"][1])
+        self.linears = {n: LinearLayout.of(n, e) for n, e in quantization["linears"].items()}
+        self.quantization = quantization
+
+    @classmethod
+    def open(cls, path: Path) -> Overlay:
+        """Checks manifest, config and the list of tensors; reads no weights.
+
+        Raises InputError for anything missing, altered, unexpected or of a newer format.
+        """
+        if not path.is_dir():
+            raise InputError(f"{path} is no directory. Make an overlay: dpllm quantize MODEL {path}")
+        config = read_json(path / "config.json")
+        quantization = config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+            raise InputError(f"{path} is no dpllm overlay. Make one: dpllm quantize {path} OUT")
+        version = quantization.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{path / 'config.json'}: format_version is {version!r}, this dpllm reads {FORMAT_VERSION}. "
+                "Upgrade dpllm, or quantise the model again."
+            )
+        if quantization.get("codebook") != "lut":
+            raise InputError(f"{path / 'config.json'}: codebook {quantization.get('codebook')!r} is unknown; 'lut' is read.")
+        manifest = read_json(path / INDEX)
+        _check_manifest(path, manifest)
+        overlay = cls(path, config, manifest)
+        overlay._check_tensor_list()
+        return overlay
+
+    def _check_tensor_list(self) -> None:
+        wanted = {t for n, layout in self.linears.items() for t in layout.tensors(n)}
+        wanted |= set(self.quantization["plain_tensors"])
+        if odd := wanted.symmetric_difference(self._tensors):
+            name = min(odd)
+            what = "missing from" if name in wanted else "not expected in"
+            raise InputError(f"{self.path}: tensor '{name}' is {what} the overlay. Quantise the model again.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, checked against its shape, dtype and sha256."""
+        entry = self._tensors.get(name)
+        if entry is None:
+            raise InputError(f"{self.path} has no tensor '{name}'. Quantise the model again.")
+        shard = entry["file"]
+        if shard not in self._files:
+            self._files[shard] = TensorFile(self.path / shard)
+            listed = {t for t, e in self._tensors.items() if e["file"] == shard}
+            if odd := listed.symmetric_difference(self._files[shard].names()):
+                raise InputError(f"{self.path / shard}: tensor '{min(odd)}' is not as listed. Copy the overlay again.")
+        tensor = self._files[shard].read(name)
+        if tensor_sha256(tensor) != entry["sha256"] or list(tensor.shape) != entry["shape"]:
+            raise InputError(f"{self.path / shard}: tensor '{name}' is damaged (checksum). Copy the overlay again.")
+        return tensor
+
+    def linear(self, name: str, resident_bits: int | None = None) -> QuantizedWeight:
+        """One quantised matrix with its top `resident_bits` planes (default: all)."""
+        layout = self.linears[name]
+        lo, hi = layout.bits
+        keep = min(hi, resident_bits or hi)
+        if keep < lo:
+            raise InputError(f"{keep} resident bits are below the seed width: {self.path} stores {lo}..{hi}.")
+        for tensor, (shape, dtype) in layout.tensors(name).items():
+            entry = self._tensors[tensor]
+            if entry["shape"] != shape or entry["dtype"] != str(dtype).removeprefix("torch."):
+                raise InputError(f"{self.path}: tensor '{tensor}' has shape {entry['shape']}, not {shape} {dtype}.")
+        planes = torch.stack([self.read(f"{name}.planes.{p}") for p in range(keep)])
+        widths = range(lo, min(keep, MAX_TABLE_BITS) + 1)
+        lut = torch.cat([self.read(f"{name}.lut.{b}") for b in widths], dim=1)
+        scale = self.read(f"{name}.scale") if layout.rows_per_table > 1 else None
+        return QuantizedWeight(planes, lut, layout.shape[1], lo, scale)
+
+    def int8(self, name: str) -> Int8Weight:
+        """One int8 matrix (the head)."""
+        return Int8Weight(self.read(f"{name}.int8"), self.read(f"{name}.scale"))
+
+    def has(self, name: str) -> bool:
+        """Whether the overlay stores this tensor."""
+        return name in self._tensors
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes read so far."""
+        return sum(f.bytes_read for f in self._files.values())
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes on disk by kind: planes, tables, scales, other."""
+        out = {"planes": 0, "tables": 0, "scales": 0, "other": 0}
+        for name, entry in self._tensors.items():
+            kind = "planes" if ".planes." in name else "tables" if ".lut." in name else "other"
+            if name.endswith(".scale"):
+                kind = "scales"
+            out[kind] += entry["nbytes"]
+        return out
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    where = path / INDEX
+    if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{where} is no dpllm manifest ('tensors' or 'files' is missing). Copy the overlay again.")
+    if manifest.get("sha256") != manifest_sha256(manifest):
+        raise InputError(f"{where} is damaged: its checksum does not match. Copy the overlay again.")
+    for name, sha in manifest["files"].items():
+        if not (path / name).is_file():
+            raise InputError(f"{path / name} is missing. Copy the overlay again.")
+        if file_sha256(path / name) != sha:
+            raise InputError(f"{path / name} was altered after quantisation (checksum). Restore it, or quantise again.")

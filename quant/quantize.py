@@ -1,0 +1,397 @@
+"""`dpllm quantize`: a checkpoint in, an overlay out, one decoder layer at a time.
+
+Work happens in a sibling directory `OUT.partial`. Each finished layer is a finished shard there, so a run
+that was killed continues where it was, with a byte-identical result; the manifest comes last and the
+directory is renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from dpllm.kernels.errors import InputError
+from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, pack
+from dpllm.quant.fisher import FisherPass
+from dpllm.quant.kmeans import BLOCK_WEIGHTS, nested_codes
+from dpllm.quant.layerwise import LayerwiseModel
+from dpllm.quant.overlay import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    LinearLayout,
+    file_sha256,
+    manifest_sha256,
+    tensor_sha256,
+)
+from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
+from dpllm.quant.text import documents_sha256, sample_sequences
+
+TABLE_WEIGHTS = 2048  # a table shared by fewer weights would flatter the low widths
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to store. head_bits: 16 leaves the head alone, 8 is plain int8, 2..7 planes of that width."""
+
+    bits: tuple[int, int] = (2, 6)
+    head_bits: int = 8
+    rows_per_table: int = 0  # 0: as many as give a table at least TABLE_WEIGHTS weights
+    samples: int = 64
+    sequence_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lo, hi = self.bits
+        if not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS:
+            raise InputError(
+                f"--bits {lo}-{hi} is not possible: the range lies within {MIN_BITS}-{MAX_BITS} and starts at "
+                f"{MAX_TABLE_BITS} at most. The default is 2-6."
+            )
+        if self.head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise InputError(f"--head-bits {self.head_bits} is not possible. Choose 2..8, or 16 to leave it alone.")
+        if self.samples < 1 or self.sequence_length < 16:
+            raise InputError("at least one sample of at least 16 tokens is needed for the Fisher pass.")
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What quantising this model will cost; times are for this run's job count."""
+
+    linears: dict[str, tuple[int, int]]  # name -> (N, K), decoder layers only
+    other_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    work_bytes: int
+
+
+def default_rows_per_table(rows: int, columns: int) -> int:
+    """Rows that share a table: a power of two that divides `rows`, so that a table serves >= 2048 weights."""
+    share = 1
+    while share * columns < TABLE_WEIGHTS and rows % (share * 2) == 0:
+        share *= 2
+    return share
+
+
+def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool) -> QuantizePlan:
+    """Shapes, output size, peak memory and scratch space, before any weight is read."""
+    source = model.source
+    linears: dict[str, tuple[int, int]] = {}
+    for i in range(len(model)):
+        for name in model.linears(i):
+            n, k = source.shape(f"{name}.weight")
+            linears[name] = (n, k)
+    out = 0
+    for n, k in linears.values():
+        share = options.rows_per_table or default_rows_per_table(n, k)
+        layout = LinearLayout((n, k), options.bits, share)
+        out += sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
+    head = int(np.prod(source.shape(model.head_weight())))
+    other = head * (0 if model.tied else 2) + head * options.head_bits // 8
+    layer = sum(n * k for name, (n, k) in linears.items() if name.startswith(model.layer_prefix(0) + "."))
+    tokens = options.samples * options.sequence_length
+    boundary = tokens * model.config.hidden_size * 4
+    return QuantizePlan(
+        linears=linears,
+        other_bytes=other,
+        output_bytes=out + other,
+        peak_bytes=head * 4 + layer * (8 if fisher else 4) + (4 * boundary if fisher else 0),
+        work_bytes=boundary * (len(model) + 2) if fisher else 0,
+    )
+
+
+class Quantizer:
+    """One quantisation job; `run` does it all and returns the overlay's directory."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        out: Path,
+        options: QuantizeOptions,
+        *,
+        documents: Sequence[str] | None,
+        tokenizer: Any = None,
+        device: str = "cpu",
+        jobs: int = 1,
+    ):
+        """documents: calibration text for the Fisher pass, None for plain (unweighted) k-means."""
+        self.options, self.out, self.jobs = options, out, jobs
+        self.source = source
+        self.model = LayerwiseModel(source, device)
+        self.partial = out.with_name(out.name + ".partial")
+        self.documents, self.tokenizer = documents, tokenizer
+        self.plan = plan_quantize(self.model, options, documents is not None)
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
+        """Quantises everything. progress(stage, done, total) is called as work goes on."""
+        if self.out.exists():
+            raise InputError(f"{self.out} exists already. Choose another place, or remove it first.")
+        self._check_space()
+        self._start_or_resume()
+        try:
+            fisher = self._fisher_forward(progress)
+            depth = len(self.model)
+            for index in range(depth - 1, -1, -1):
+                if not self._shard(index).exists() or (fisher and not self._committed(index)):
+                    weights = fisher.backward(index) if fisher else {}
+                    self._write(self._shard(index), self._layer_tensors(index, weights))
+                    if fisher:
+                        fisher.commit(index)
+                        (self.partial / f"done-{index:04d}").touch()
+                progress("quantize", depth - index, depth + 1)
+            if not self._shard(depth).exists():
+                self._write(self._shard(depth), self._other_tensors())
+            progress("quantize", depth + 1, depth + 1)
+            self._finish()
+        except (OSError, SafetensorError) as e:
+            if "No space left" in str(e) or "os error 28" in str(e):
+                raise InputError(
+                    f"the disk is full: {self.partial} needs about {self._needed_bytes() / 1e9:.2f} GB in all. "
+                    "Free some space and run the same command again; it continues where it stopped."
+                ) from None
+            raise
+        return self.out
+
+    # -- stages ----------------------------------------------------------------------------------------
+
+    def _needed_bytes(self) -> int:
+        return self.plan.output_bytes + self.plan.work_bytes
+
+    def _check_space(self) -> None:
+        parent = self.out.parent
+        if not parent.is_dir():
+            raise InputError(f"{parent} is no directory; {self.out} cannot be made there. Create it first.")
+        held = sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file()) if self.partial.exists() else 0
+        free = shutil.disk_usage(parent).free + held
+        if free < self._needed_bytes():
+            raise InputError(
+                f"{parent} has {free / 1e9:.2f} GB free, {self._needed_bytes() / 1e9:.2f} GB are needed. "
+                "Free some space or choose another disk."
+            )
+
+    def _start_or_resume(self) -> None:
+        """Keeps the finished shards of an interrupted run of the same job; starts afresh otherwise."""
+        job = {
+            "format_version": FORMAT_VERSION,
+            "options": asdict(self.options) | {"bits": list(self.options.bits)},
+            "documents": documents_sha256(self.documents) if self.documents else None,
+            "config": self.source.config,
+            "tensors": {n: [self.source.shape(n), self.source.files[n].path.stat().st_size] for n in self.source.names()},
+        }
+        job_file = self.partial / "job.json"
+        job = json.loads(json.dumps(job))
+        if job_file.exists() and _same_json(job_file, job):
+            for leftover in self.partial.rglob("*.tmp"):
+                leftover.unlink()
+            return
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir()
+        job_file.write_text(json.dumps(job))
+
+    def _shard(self, index: int) -> Path:
+        return self.partial / f"model-{index + 1:05d}-of-{len(self.model) + 1:05d}.safetensors"
+
+    def _committed(self, index: int) -> bool:
+        return (self.partial / f"done-{index:04d}").exists()
+
+    def _fisher_forward(self, progress: Callable[[str, int, int], None]) -> FisherPass | None:
+        if self.documents is None:
+            return None
+        o = self.options
+        sequences = sample_sequences(self.documents, self.tokenizer, o.samples, o.sequence_length, o.seed)
+        fisher = FisherPass(self.model, sequences, self.partial / "work")
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress("fisher", done, len(self.model))
+
+        fisher.forward(tick)
+        return fisher
+
+    def _layer_tensors(self, index: int, fisher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        prefix = self.model.layer_prefix(index) + "."
+        linears = self.model.linears(index)
+        tensors = {}
+        for name in linears:
+            weight = self.source.read(f"{name}.weight")
+            tensors |= self.quantize_matrix(name, weight, fisher.get(name), self.options.bits)
+        quantized = {f"{n}.weight" for n in linears}
+        for name in self.source.names():
+            if name.startswith(prefix) and name not in quantized and not name.endswith("rotary_emb.inv_freq"):
+                tensors[name] = self.source.read(name)
+        return tensors
+
+    def _other_tensors(self) -> dict[str, torch.Tensor]:
+        """Embedding, final norm and the head at its own width."""
+        tensors = {}
+        layers = self.model.layers_name + "."
+        head_bits, head = self.options.head_bits, self.model.head_weight()
+        replaced = set() if head_bits == 16 else {f"{self.model.head_name}.weight"}
+        if head_bits == 8 and self.model.tied:
+            replaced.add(head)  # one int8 matrix serves both the look-up and the head
+        elif head_bits == 16 and self.model.tied:
+            replaced.add(f"{self.model.head_name}.weight")
+        for name in self.source.names():
+            if not name.startswith(layers) and name not in replaced and not name.endswith("inv_freq"):
+                tensors[name] = self.source.read(name)
+        if head_bits == 8:
+            tensors |= quantize_int8("lm_head", self.source.read(head))
+        elif head_bits < 8:
+            bits = (min(head_bits, 2), head_bits)
+            tensors |= self.quantize_matrix("lm_head", self.source.read(head), None, bits)
+        return tensors
+
+    def quantize_matrix(
+        self, name: str, weight: torch.Tensor, fisher: torch.Tensor | None, bits: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Planes, tables and scales of one matrix [N, K], ready to be stored."""
+        n, k = weight.shape
+        share = self.options.rows_per_table or default_rows_per_table(n, k)
+        if n % share:
+            raise InputError(f"--rows-per-table {share} does not divide the {n} rows of '{name}'. Choose a divisor.")
+        w = weight.float().numpy()
+        f = np.ones_like(w) if fisher is None else fisher.float().numpy()
+        scale = None
+        if share > 1:
+            scale, w, f = _normalise_rows(w, f)
+        if not np.isfinite(w.astype(np.float16)).all():
+            raise InputError(f"'{name}' holds a value beyond float16 ({np.abs(w).max():.3g}); it cannot be stored.")
+        codes, tables = self._nested(w.reshape(n // share, -1), f.reshape(n // share, -1), bits)
+        planes = pack(codes.reshape(n, k), bits[1])
+        out = {f"{name}.planes.{p}": planes[p].clone() for p in range(bits[1])}
+        out |= {f"{name}.lut.{b}": torch.from_numpy(t) for b, t in tables.items()}
+        if scale is not None:
+            out[f"{name}.scale"] = torch.from_numpy(scale)
+        return out
+
+    def _nested(self, w: np.ndarray, f: np.ndarray, bits: tuple[int, int]):
+        """nested_codes over row blocks on `jobs` threads; the result does not depend on their number."""
+        if self.jobs == 1:
+            return nested_codes(w, f, *bits)
+        step = max(1, 4 * BLOCK_WEIGHTS // w.shape[1])
+        blocks = [slice(i, i + step) for i in range(0, len(w), step)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            parts = list(pool.map(lambda s: nested_codes(w[s], f[s], *bits), blocks))
+        tables = {b: np.concatenate([t[b] for _, t in parts]) for b in parts[0][1]}
+        return np.concatenate([c for c, _ in parts]), tables
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        partial = path.with_suffix(".tmp")
+        save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, partial)
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+
+    def _finish(self) -> None:
+        """Config, tokenizer and, last, the manifest; then the directory takes its name."""
+        for name in TOKENIZER_FILES:
+            if (self.source.path / name).is_file():
+                shutil.copyfile(self.source.path / name, self.partial / name)
+        shards = [self._shard(i) for i in range(len(self.model) + 1)]
+        tensors = {}
+        for shard in shards:
+            file = TensorFile(shard)
+            for name in file.names():
+                t = file.read(name)
+                tensors[name] = {
+                    "file": shard.name,
+                    "shape": list(t.shape),
+                    "dtype": str(t.dtype).removeprefix("torch."),
+                    "nbytes": t.numel() * t.element_size(),
+                    "sha256": tensor_sha256(t),
+                }
+        config = self.source.config | {"quantization_config": self._quantization_config(tensors)}
+        (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.rmtree(self.partial / "work", ignore_errors=True)
+        for scratch in [*self.partial.glob("done-*"), self.partial / "job.json"]:
+            scratch.unlink()
+        side = sorted(p.name for p in self.partial.iterdir() if p not in shards)
+        manifest: dict[str, Any] = {
+            "metadata": {"total_size": sum(t["nbytes"] for t in tensors.values())},
+            "weight_map": {n: t["file"] for n, t in tensors.items()},
+            "tensors": tensors,
+            "files": {name: file_sha256(self.partial / name) for name in side},
+        }
+        manifest["sha256"] = manifest_sha256(manifest)
+        (self.partial / INDEX).write_text(json.dumps(manifest, indent=0) + "\n")
+        self.partial.replace(self.out)
+
+    def _quantization_config(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        o, model = self.options, self.model
+        shapes = dict(self.plan.linears)
+        bits = dict.fromkeys(shapes, o.bits)
+        if o.head_bits < 8:
+            shapes["lm_head"] = tuple(self.source.shape(model.head_weight()))
+            bits["lm_head"] = (min(o.head_bits, 2), o.head_bits)
+        linears = {
+            name: {
+                "shape": list(shape),
+                "bits": list(bits[name]),
+                "rows_per_table": o.rows_per_table or default_rows_per_table(*shape),
+            }
+            for name, shape in shapes.items()
+        }
+        ours = {t for n, e in linears.items() for t in LinearLayout.of(n, e).tensors(n)}
+        plain = sorted(set(tensors) - ours)
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "codebook": "lut",
+            "bits": list(o.bits),
+            "head_bits": o.head_bits,
+            "linears": linears,
+            "plain_tensors": plain,
+            "unquantized": {n: _why_plain(n, model) for n in plain if ".int8" not in n and n != "lm_head.scale"},
+            "fisher": None if self.documents is None else {
+                "documents_sha256": documents_sha256(self.documents),
+                "samples": o.samples, "sequence_length": o.sequence_length, "seed": o.seed,
+            },
+        }  # fmt: skip
+
+
+def _why_plain(name: str, model: LayerwiseModel) -> str:
+    if name == f"{model.embedding_name}.weight":
+        return "embedding: a token reads one row of it"
+    if name == f"{model.head_name}.weight":
+        return "head: left at 16 bits on request"
+    return "vector: too small to matter"
+
+
+def _normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scale fp16 [N], rows at unit RMS, weights in the normalised domain) for rows that share a table."""
+    rms = np.sqrt((w.astype(np.float64) ** 2).mean(1))
+    scale = np.clip(rms, 0, 65504).astype(np.float16)
+    used = (scale > 0)[:, None]  # a row of zeros must not pull the shared table towards zero
+    safe = np.where(used, scale[:, None], 1).astype(np.float32)
+    return scale, np.where(used, w / safe, 0), np.where(used, f * safe**2, 0)
+
+
+def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """int8 values with one fp16 scale a row, symmetric."""
+    w = weight.float()
+    scale = (w.abs().amax(1) / 127).clamp(min=1e-7).to(torch.float16)
+    if not torch.isfinite(scale).all():
+        raise InputError(f"'{name}' holds a value beyond float16; it cannot be stored.")
+    values = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return {f"{name}.int8": values, f"{name}.scale": scale}
+
+
+def _same_json(path: Path, value: dict[str, Any]) -> bool:
+    try:
+        return json.loads(path.read_text()) == value
+    except (OSError, json.JSONDecodeError):
+        return False

@@ -1,0 +1,155 @@
+"""Reading a Hugging Face model directory: config, tensors by name, nothing that needs unpickling."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dpllm.kernels.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it is missing or is no object."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing. Give a directory that holds it.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{path} cannot be read as JSON: {e}. Restore the file and try again.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object. Restore the file.")
+    return value
+
+
+class TensorFile:
+    """One safetensors file, opened lazily; counts the bytes it hands out."""
+
+    def __init__(self, path: Path):
+        self.path, self.bytes_read = path, 0
+        try:
+            self._file = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing. Copy the model again.") from None
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path} is damaged or no safetensors file ({e}). Copy it again.") from None
+
+    def names(self) -> list[str]:
+        """Names of the tensors inside."""
+        return list(self._file.keys())
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, copied out of the map; other tensors are not touched."""
+        try:
+            tensor = self._file.get_tensor(name)
+        except SafetensorError as e:
+            raise InputError(f"{self.path}: tensor '{name}' cannot be read ({e}). Copy the file again.") from None
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def layout(self, name: str) -> tuple[list[int], str]:
+        """(shape, dtype name) without reading the data."""
+        piece = self._file.get_slice(name)
+        return list(piece.get_shape()), str(piece.get_dtype())
+
+
+def resolve_model(model: str) -> Path:
+    """A directory as it is, a hub id through the local Hugging Face cache or the hub.
+
+    Raises InputError with the way out where neither is to be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is a file; give the model's directory (config.json, *.safetensors).")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise InputError(f"'{model}' is no directory here and no hub id ('owner/name'). Check the path.")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as e:  # the hub library raises many kinds, all meaning: not to be had
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(
+            f"'{model}' is no directory here and could not be fetched from the hub ({reason[:160]}). "
+            "Check the name and the connection, or give a local directory."
+        ) from None
+
+
+@dataclass
+class ModelSource:
+    """A checkpoint directory: `config` as JSON, tensors by name over all shards."""
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, TensorFile] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> ModelSource:
+        """Opens config and shards; refuses pickled weights and shards that do not match the index."""
+        config = read_json(path / "config.json")
+        if (path / INDEX).exists():
+            weight_map = read_json(path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{path / INDEX} has no 'weight_map'. Copy the model again.")
+            shards = {name: TensorFile(path / name) for name in sorted(set(weight_map.values()))}
+            files = {}
+            for tensor, shard in weight_map.items():
+                files[tensor] = shards[shard]
+            for name, shard in shards.items():
+                listed = {t for t, s in weight_map.items() if s == name}
+                if odd := listed.symmetric_difference(shard.names()):
+                    raise InputError(f"{shard.path} and its index disagree about '{min(odd)}'. Copy the model again.")
+            return cls(path, config, files)
+        if (path / "model.safetensors").exists():
+            single = TensorFile(path / "model.safetensors")
+            return cls(path, config, {name: single for name in single.names()})
+        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
+            raise InputError(
+                f"{path} holds pickled weights only, which can run code when opened. "
+                "Convert them: transformers' save_pretrained writes safetensors."
+            )
+        raise InputError(f"{path} holds no *.safetensors. Give a Hugging Face model directory.")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; InputError where it is missing or holds NaN or infinity."""
+        if name not in self.files:
+            raise InputError(f"{self.path} has no tensor '{name}', which its config.json calls for. Copy it again.")
+        tensor = self.files[name].read(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{self.files[name].path}: tensor '{name}' holds NaN or infinite values; "
+                "such a model cannot be used. Get an intact checkpoint."
+            )
+        return tensor
+
+    def names(self) -> Iterator[str]:
+        """All tensor names."""
+        return iter(self.files)
+
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape, without reading its data."""
+        return self.files[name].layout(name)[0]
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors spells it ("BF16")."""
+        return self.files[name].layout(name)[1]
+
+    @property
+    def bytes_read(self) -> int:
+        """Tensor bytes read so far."""
+        return sum({f.path: f.bytes_read for f in self.files.values()}.values())
