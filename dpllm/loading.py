@@ -62,7 +62,7 @@ class _Builder:
     def __init__(self, config: ModelConfig, source: Any, backend: Backend, options: LoadOptions):
         self.config, self.source, self.backend, self.options = config, source, backend, options
         self.overlay = source if isinstance(source, Overlay) else None
-        self.names = set(source.linears) | set(source._tensors) if self.overlay else set(source.names())
+        self.names = {name for name, _ in source.entries()} if self.overlay else set(source.names())
         self.count = 0
 
     def build(self) -> Decoder:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,18 @@ class Overlay:
     def has(self, name: str) -> bool:
         """Whether the overlay stores this tensor."""
         return name in self._tensors
+
+    def entries(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of every stored tensor."""
+        return ((name, entry["nbytes"]) for name, entry in self._tensors.items())
+
+    def linear_of(self, tensor: str) -> LinearLayout | None:
+        """The layout of the matrix a tensor belongs to, None for plain tensors."""
+        for marker in (".planes.", ".lut.", ".scale"):
+            name, found, _ = tensor.partition(marker)
+            if found and name in self.linears:
+                return self.linears[name]
+        return None
 
     @property
     def bytes_read(self) -> int:

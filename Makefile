@@ -1,0 +1,38 @@
+# make demo   creates .venv, installs, shows one stored model at three targets
+# make test   creates .venv, installs, runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types bench clean
+
+demo: $(STAMP)
+	$(BIN)/dpllm demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers follow no import finder, so they get a tree of links shaped like the installed package.
+types: $(STAMP)
+	rm -rf build/types && mkdir -p build/types/dpllm
+	cd build/types/dpllm && ln -s ../../../dpllm/* . && ln -s ../../../calib ../../../kernels ../../../kvzip_bridge ../../../quant .
+	$(BIN)/mypy build/types/dpllm
+
+bench: $(STAMP)
+	$(BIN)/python bench/quality_vs_target.py
+	$(BIN)/python bench/quantize_speed.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("dpllm needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

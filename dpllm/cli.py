@@ -1,0 +1,201 @@
+"""The `dpllm` command: arguments, one clear line for bad input, nothing else.
+
+Each command's work is a function in dpllm/commands/. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from dpllm import __version__
+from dpllm.kernels.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="One stored language model, many precisions. Bits are chosen per layer and token to meet a target.\n\n"
+    "Start with [bold]dpllm generate 'import os'[/bold]: it runs the bundled reference model. "
+    "Your own model: [bold]quantize[/bold], [bold]calibrate[/bold], [bold]generate[/bold].",
+)
+
+Overlay = Annotated[Optional[str], typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model.")]  # noqa: E501, UP045
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads; default: torch's choice.")]  # noqa: UP045
+Backend = Annotated[Optional[str], typer.Option("--backend", help="Kernel backend; default: the best there is.")]  # noqa: UP045
+Data = Annotated[Optional[str], typer.Option("--data", help="Text: .txt, .jsonl with 'text', or a directory; default: bundled Python code.")]  # noqa: E501, UP045
+Device = Annotated[str, typer.Option("--device", help="Where the heavy work runs: cpu or cuda.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"dpllm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Hugging Face model directory or hub id (safetensors).")],
+    out: Annotated[str, typer.Argument(help="Directory to make; must not exist.")],
+    bits: Annotated[str, typer.Option(help="Stored range, seed-parent, within 2..8.")] = "2-6",
+    head_bits: Annotated[int, typer.Option(help="Width of lm_head: 8 = int8, 2..7 = planes, 16 = as it is.")] = 8,
+    fisher: Annotated[str, typer.Option(help="'text': weight errors by the loss gradient; 'none': plain k-means.")] = "text",
+    data: Data = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences for the Fisher pass.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    rows_per_table: Annotated[int, typer.Option(help="Rows sharing one table; 0 = 1 unless rows are short.")] = 0,
+    device: Device = "cpu",
+    jobs: Annotated[int, typer.Option(help="Threads; 0 = all cores. The result does not depend on it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration sample.")] = 0,
+    json: Json = False,
+) -> None:
+    """Store a model once as nested bitplanes, readable at every width in the range.
+
+    Killed at any moment, the same command continues where it stopped. Layer by layer: memory stays at about
+    two decoder layers above the embedding.
+    """
+    from dpllm.commands.quantize import run
+
+    run(model, out, bits, head_bits, fisher, data, samples, sequence_length, rows_per_table, device, jobs, seed, json)
+
+
+@app.command()
+def calibrate(
+    overlay: Annotated[str, typer.Argument(help="Overlay made by dpllm quantize.")],
+    data: Data = None,
+    granularity: Annotated[str, typer.Option(help="'fused': one decision for q/k/v, one for gate/up; 'linear': one a matrix.")] = "fused",  # noqa: E501
+    samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    out: Annotated[Optional[str], typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")] = None,  # noqa: UP045
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    json: Json = False,
+) -> None:
+    """Measure what each group's next bit is worth, so that every target can be met.
+
+    One run serves every target between the seed and the stored maximum.
+    """
+    from dpllm.commands.calibrate import run
+
+    run(overlay, data, granularity, samples, sequence_length, out, device, threads, seed, json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Optional[str], typer.Argument(help="Text to continue; '-' reads standard input.")] = None,  # noqa: UP045
+    overlay: Overlay = None,
+    target_bits: Annotated[Optional[float], typer.Option(help="Mean bits per weight to read, e.g. 3.25.")] = None,  # noqa: UP045
+    bits: Annotated[Optional[int], typer.Option(help="Read exactly this width everywhere.")] = None,  # noqa: UP045
+    policy: Annotated[Optional[str], typer.Option(help="uniform, static, random or rate-distortion.")] = None,  # noqa: UP045
+    resident_bits: Annotated[Optional[int], typer.Option(help="Planes to read from disk and hold.")] = None,  # noqa: UP045
+    max_memory: Annotated[Optional[str], typer.Option(help="Hold as many planes as fit, e.g. 4GB.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,  # noqa: UP045
+    stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends generation; may be repeated.")] = None,  # noqa: UP045
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    threads: Threads = None,
+    backend: Backend = None,
+    json: Json = False,
+) -> None:
+    """Continue a text at a chosen precision, streaming.
+
+    Example: dpllm generate 'def fibonacci(n):' --target-bits 3.25
+    """
+    from dpllm.commands.generate import GenerateArguments, run
+    from dpllm.engine import GenerateOptions
+
+    options = GenerateOptions(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), chat)
+    run(GenerateArguments(prompt, overlay, target_bits, bits, policy, resident_bits, max_memory, threads, backend, json), options)
+
+
+@app.command("eval")
+def evaluate(
+    text_file: Annotated[Optional[str], typer.Argument(help="Text to score; default: the bundled held-out files.")] = None,  # noqa: UP045
+    overlay: Overlay = None,
+    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "rate-distortion",
+    target_bits: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "2.5,3.25,4",
+    context: Annotated[int, typer.Option(help="Tokens of each document to score, from its start.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(help="Stop after about this many tokens; 0 = all.")] = 0,
+    threads: Threads = None,
+    backend: Backend = None,
+    seed: Annotated[int, typer.Option(help="Seed of the 'random' policy.")] = 0,
+    json: Json = False,
+) -> None:
+    """Perplexity and effective bits of policies at targets, through the decode path."""
+    from dpllm.commands.evaluate import run
+
+    run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, seed, json)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[str, typer.Argument(help="Overlay, checkpoint or calibration profile.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also read every tensor and check its sha256.")] = False,
+    json: Json = False,
+) -> None:
+    """What a directory holds: shapes, widths, bytes by kind, provenance."""
+    from dpllm.commands.inspect import run
+
+    run(directory, verify, json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """What this machine has, which backend will be used, and whether it computes correctly."""
+    from dpllm.commands.doctor import run
+
+    run(json)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Tokens to generate at each target.")] = 40,
+    json: Json = False,
+) -> None:
+    """The idea in half a minute: one stored model at 2.5, 3.25 and 4 bits."""
+    from dpllm.commands.demo import run
+
+    run(tokens, json)
+
+
+def main() -> None:
+    """Entry point: runs the app, turns bad input into one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except InputError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output went away
+            sys.stderr.close()
+            sys.exit(0)
+        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(f"{e.strerror}: {e.filename or 'while writing'}. Free space or choose another place.")
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as e:
+        if not _is_usage_error(e):
+            raise
+        _fail(e.format_message())  # type: ignore[attr-defined]
+
+
+def _is_usage_error(e: Exception) -> bool:
+    return any(t.__name__ == "ClickException" for t in type(e).__mro__)
+
+
+def _fail(message: str) -> None:
+    print(f"dpllm: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,103 @@
+"""What commands share: progress on stderr, JSON on the last line of stdout, parsing of lists and sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dpllm.kernels.errors import InputError
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+def note(message: str) -> None:
+    """A line for people."""
+    stderr.print(message, markup=False, soft_wrap=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout, the last."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def stage_bars() -> Iterator[Any]:
+    """A callback (stage, done, total) shown as progress bars with time elapsed and left."""
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=stderr, transient=False) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def set_threads(threads: int | None) -> None:
+    """Limits torch's CPU threads; None leaves them."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads {threads} is not possible; at least 1 is needed.")
+    torch.set_num_threads(threads)
+
+
+def check_device(device: str) -> str:
+    """The device name, if torch can use it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device} is unknown. Use cpu or cuda.")
+    return device
+
+
+def parse_targets(text: str) -> list[float]:
+    """'2.5,3.25' -> [2.5, 3.25]."""
+    try:
+        values = [float(t) for t in text.split(",")]
+    except ValueError:
+        raise InputError(f"--target-bits '{text}' is no list of numbers. Write, for example, 2.5,3.25,4.") from None
+    if any(v != v for v in values):
+        raise InputError("--target-bits holds nan. Write numbers, for example 2.5,3.25,4.")
+    return values
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """'2-6' -> (2, 6)."""
+    found = re.fullmatch(r"(\d)-(\d)", text.strip())
+    if not found:
+        raise InputError(f"--bits '{text}' is no range. Write, for example, 2-6.")
+    return int(found[1]), int(found[2])
+
+
+def parse_size(text: str) -> int:
+    """'4GB', '600 MiB', '1e9' -> bytes."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        value = float(found[1]) if found else 0.0
+    except ValueError:
+        value = 0.0
+    if found is None or value <= 0:
+        raise InputError(f"'{text}' is no size. Write, for example, 4GB or 600MiB.")
+    return int(value * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
+def default_text(data: str | None) -> Path:
+    """The text to calibrate on: the user's, or the bundled one."""
+    from dpllm import reference
+
+    return reference.calibration_text() if data is None else Path(data).expanduser()

@@ -1,0 +1,112 @@
+"""`dpllm generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpllm import reference
+from dpllm.commands.common import note, parse_size, print_json, set_threads
+from dpllm.engine import Engine, GenerateOptions, Step, load
+from dpllm.kernels.errors import InputError
+from dpllm.loading import LoadOptions, is_overlay
+from dpllm.memory import resident_bits_within
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """The command's arguments but the sampling ones."""
+
+    prompt: str | None
+    overlay: str | None
+    target_bits: float | None
+    bits: int | None
+    policy: str | None
+    resident_bits: int | None
+    max_memory: str | None
+    threads: int | None
+    backend: str | None
+    json: bool
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt, or standard input for '-'. Raises InputError where there is none."""
+    if prompt is None:
+        raise InputError("no prompt given. Write dpllm generate 'some text', or '-' to read standard input.")
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input is not UTF-8 text ({e}).") from None
+
+
+def open_engine(args: GenerateArguments) -> Engine:
+    """Loads what the arguments name, at the precision they ask for."""
+    if args.bits is not None and args.target_bits is not None:
+        raise InputError("--bits and --target-bits exclude each other: one fixes every width, one their mean.")
+    if args.bits is not None and args.policy not in (None, "uniform"):
+        raise InputError(f"--bits fixes every width, so --policy {args.policy} has nothing to choose. Use --target-bits.")
+    if args.resident_bits is not None and args.max_memory is not None:
+        raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")
+    resident = args.resident_bits
+    if resident is not None or args.max_memory is not None:
+        path = reference.overlay_path() if args.overlay is None else Path(args.overlay)
+        if path.is_dir() and not is_overlay(path):
+            raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
+        if args.max_memory is not None:
+            resident = resident_bits_within(path, parse_size(args.max_memory))
+    options = LoadOptions(resident_bits=resident, backend=args.backend)
+    if args.bits is not None:
+        return load(args.overlay, target_bits=float(args.bits), policy="uniform", options=options)
+    return load(args.overlay, target_bits=args.target_bits, policy=args.policy, options=options)
+
+
+def run(args: GenerateArguments, options: GenerateOptions) -> None:
+    """Streams the text to stdout, a summary to stderr (or JSON to stdout)."""
+    prompt = read_prompt(args.prompt)
+    if not prompt:
+        raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+    set_threads(args.threads)
+    engine = open_engine(args)
+    steps = []
+    for step in engine.generate(prompt, options):
+        steps.append(step)
+        if not args.json:
+            sys.stdout.write(step.text)
+            sys.stdout.flush()
+    summary = summarize(engine, steps)
+    if args.json:
+        print_json(summary)
+        return
+    sys.stdout.write("\n")
+    tpot = summary["tpot_ms"]
+    bits = "" if summary["effective_bits"] is None else f" · {summary['effective_bits']:.2f} bits"
+    speed = "" if tpot is None else f" · {tpot['p50']:.1f} ms/token (p95 {tpot['p95']:.1f})"
+    traffic = f" · {summary['weight_bytes_per_token'] / 1e6:.2f} MB of weights a token" if bits else ""
+    note(f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]")
+
+
+def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
+    """The object of `dpllm generate --json`. Figures are over decode steps: the first token, which comes from
+    reading the prompt at the resident maximum, counts as ttft only."""
+    decoded = steps[1:]
+    times = [s.tpot_ms for s in decoded]
+    dynamic = engine.quantized and bool(decoded)
+    return {
+        "text": "".join(s.text for s in steps),
+        "new_tokens": len(steps),
+        "effective_bits": round(float(np.mean([s.effective_bits for s in decoded])), 4) if dynamic else None,
+        "ttft_ms": round(steps[0].tpot_ms, 3),
+        "tpot_ms": {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
+        "policy": engine.policy.name if engine.policy else None,
+        "target": {"bits": engine.target_bits},
+        "backend": engine.decoder.backend.name,
+        "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded]))) if dynamic else None,
+        "kv_bytes": steps[-1].kv_bytes,
+    }

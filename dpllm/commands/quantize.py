@@ -1,0 +1,61 @@
+"""`dpllm quantize`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from dpllm.commands.common import check_device, default_text, note, parse_bits, print_json, stage_bars
+from dpllm.config import check_model_type
+from dpllm.kernels.errors import InputError
+from dpllm.quant.overlay import Overlay
+from dpllm.quant.quantize import QuantizeOptions, Quantizer
+from dpllm.quant.source import ModelSource, resolve_model
+from dpllm.quant.text import load_tokenizer, read_documents
+
+EIGHT_BILLION = 6_979_321_856  # weights in the linear layers of Llama-3-8B
+
+
+def run(
+    model: str, out: str, bits: str, head_bits: int, fisher: str, data: str | None, samples: int,
+    sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantises and reports size, time and speed."""
+    options = QuantizeOptions(parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed)
+    if fisher not in ("text", "none"):
+        raise InputError(f"--fisher {fisher} is unknown. Use 'text' or 'none'.")
+    source_path = resolve_model(model)
+    source = ModelSource.open(source_path)
+    check_model_type(source.config, source_path)
+    if "quantization_config" in source.config:
+        raise InputError(f"{source_path} is quantised already. Give the original checkpoint.")
+    documents = read_documents(default_text(data)) if fisher == "text" else None
+    tokenizer = load_tokenizer(source_path) if documents else None
+    workers = jobs or os.cpu_count() or 1
+    job = Quantizer(
+        source, Path(out).expanduser(), options, documents=documents, tokenizer=tokenizer,
+        device=check_device(device), jobs=workers,
+    )  # fmt: skip
+    weights = sum(n * k for n, k in job.plan.linears.values())
+    note(
+        f"{weights / 1e6:.1f} M weights in {len(job.plan.linears)} matrices -> {job.plan.output_bytes / 1e6:.1f} MB; "
+        f"peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the runtime, "
+        f"scratch {job.plan.work_bytes / 1e6:.0f} MB"
+    )
+    began = time.perf_counter()
+    with stage_bars() as progress:
+        path = job.run(progress)
+    seconds = time.perf_counter() - began
+    overlay = Overlay.open(path)
+    stored = overlay.stored_bytes()
+    speed = weights / seconds / workers
+    note(
+        f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s ({speed / 1e6:.2f} M weights/s per job; "
+        f"an 8B model would take about {EIGHT_BILLION / speed / workers / 60:.0f} min at this rate)"
+    )
+    note(f"next: dpllm calibrate {path}")
+    if as_json:
+        result = {"overlay": str(path), "hash": overlay.hash, "bits": list(overlay.bits), "weights": weights,
+                  "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_job": round(speed)}  # fmt: skip
+        print_json(result)

@@ -1,0 +1,226 @@
+"""Text in, text out, a token at a time, at a chosen precision.
+
+    engine = load(target_bits=3.25)
+    for step in engine.generate("def main():", GenerateOptions(max_new_tokens=64)):
+        print(step.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpllm import reference
+from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.decoder import Decoder
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.cache import DenseKVCache
+from dpllm.loading import LoadOptions, is_overlay, load_decoder
+from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy, make_policy
+from dpllm.quant.overlay import Overlay
+from dpllm.quant.text import encode, load_tokenizer
+from dpllm.sampling import sample
+
+PREFILL_CHUNK = 512
+DEFAULT_TARGET_BITS = 3.5
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """temperature 0 is greedy. stop: strings that end the text (not part of it)."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed.")
+        if not self.temperature >= 0:
+            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if "" in self.stop:
+            raise InputError("an empty stop string would stop at once. Give at least one character.")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token. `text` is what became final with it (it may lag behind a stop string or a
+    character that spans tokens); `tpot_ms` the time this token took, for the first one that of reading the
+    prompt (at the resident maximum); `bits` the width of each group."""
+
+    token: int
+    text: str
+    effective_bits: float
+    tpot_ms: float
+    weight_bytes: int
+    kv_bytes: int
+    bits: Sequence[int] = field(default=(), repr=False)
+
+
+class Engine:
+    """A loaded model, its tokenizer, and the policy that answers to the target."""
+
+    def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
+        self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
+        self.quantized = not decoder.groups[0].dense
+        self.policy: PrecisionPolicy | None = None
+        self.target_bits: float | None = None
+
+    def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
+        """Changes policy or target; takes effect with the next token."""
+        self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
+        self.target_bits = target_bits
+
+    def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
+        if not prompt:
+            raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+        if chat:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise InputError(f"{self.path} has no chat template. Leave out --chat.")
+            turn = [{"role": "user", "content": prompt}]
+            return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+        return encode(self.tokenizer, prompt)
+
+    def generate(
+        self,
+        prompt: str,
+        options: GenerateOptions = GenerateOptions(),  # noqa: B008  (frozen)
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Iterator[Step]:
+        """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens."""
+        began = clock()
+        ids = self.prompt_ids(prompt, options.chat)
+        room = self.decoder.config.max_positions - len(ids)
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the model has {self.decoder.config.max_positions} positions. "
+                "Shorten the prompt."
+            )
+        budget = min(options.max_new_tokens, room)
+        generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
+        cache = self.decoder.new_cache(len(ids) + budget)
+        pending = _Pending(self.tokenizer, options.stop)
+        recorder = Recorder(self.policy, self.decoder.groups) if self.policy is not None else None
+
+        logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
+        for count in range(budget):
+            if count:  # the token just yielded goes through the decode path
+                logits = self._decode(token, cache, recorder)
+            token = sample(logits[-1], options.temperature, options.top_p, generator)
+            now, ended = clock(), token in self.decoder.config.eos_ids
+            last = ended or count == budget - 1
+            text = pending.push(None if ended else token, last=last)
+            yield self._step(token, text, (now - began) * 1e3, cache, recorder if count else None)
+            if last or pending.stopped:
+                return
+            began = clock()
+
+    @torch.no_grad()
+    def _prefill(self, ids: torch.Tensor, cache: DenseKVCache) -> torch.Tensor:
+        """Logits after the prompt, read at the resident maximum, chunk by chunk."""
+        for chunk in ids.split(PREFILL_CHUNK):
+            logits = self.decoder.forward(chunk, cache, last_only=True)
+        return logits
+
+    @torch.no_grad()
+    def _decode(self, token: int, cache: DenseKVCache, recorder: Recorder | None) -> torch.Tensor:
+        """Logits [1, vocab] behind one more token, each group at its chosen width."""
+        return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache, recorder)
+
+    def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, recorder: Recorder | None) -> Step:
+        groups = self.decoder.groups
+        if recorder is None:  # the prompt was read at the resident maximum (0: never quantised)
+            planes = sum(g.bytes_at[-1] for g in groups if not g.dense)
+            bits = float(groups[0].resident_bits)
+            return Step(token, text, bits, ms, planes + self.decoder.head_bytes(), cache.nbytes)
+        return Step(
+            token=token,
+            text=text,
+            effective_bits=float(recorder.effective_bits()[0]),
+            tpot_ms=ms,
+            weight_bytes=int(recorder.weight_bytes()[0]) + self.decoder.head_bytes(),
+            kv_bytes=cache.nbytes,
+            bits=recorder.bits()[0].tolist(),
+        )
+
+
+class _Pending:
+    """Text that is decoded but not final: an unfinished character, or the start of a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.tokens: list[int] = []
+        self.sent = ""
+        self.stopped = False
+
+    def push(self, token: int | None, last: bool) -> str:
+        """Adds a token (None: end of text) and returns what became final."""
+        if token is not None:
+            self.tokens.append(token)
+        full = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        cut = min((i for s in self.stop if (i := full.find(s, max(0, len(self.sent) - len(s)))) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            full = full[:cut]
+        elif not last:
+            full = full[: len(full) - self._held_back(full)]
+        text = full[len(self.sent) :]
+        self.sent += text
+        return text
+
+    def _held_back(self, full: str) -> int:
+        if full.endswith("\ufffd"):  # a character whose bytes are not all there yet
+            return len(full) - len(full.rstrip("\ufffd"))
+        starts = (n for s in self.stop for n in range(min(len(s) - 1, len(full)), 0, -1) if full.endswith(s[:n]))
+        return max(starts, default=0)
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    target_bits: float | None = None,
+    policy: str | None = None,
+    profile: str | Path | None = None,
+    options: LoadOptions | None = None,
+) -> Engine:
+    """Loads an overlay or a plain checkpoint (None: the bundled reference model's overlay).
+
+    target_bits, policy: default rate-distortion at 3.5 bits where a profile lies beside the overlay, else
+    every resident plane. Raises InputError for anything that cannot be loaded or met.
+    """
+    where = reference.overlay_path() if path is None else Path(path)
+    if not where.is_dir():
+        raise InputError(f"{where} is no directory. Give an overlay (dpllm quantize MODEL OUT) or a model directory.")
+    quantized = is_overlay(where)
+    beside = where / PROFILE_NAME if profile is None else Path(profile)
+    found = None
+    if quantized and (profile is not None or beside.exists()):
+        found = CalibrationProfile.load(beside, Overlay.open(where).hash)
+    options = options or LoadOptions()
+    if found is not None:
+        options = LoadOptions(**options.__dict__ | {"granularity": found.granularity})
+    engine = Engine(where, load_decoder(where, options), load_tokenizer(where), found)
+    if not quantized:
+        if target_bits is not None or policy is not None:
+            raise InputError(f"{where} is not quantised, so it has one precision. Run: dpllm quantize {where} OUT")
+        return engine
+    resident = engine.decoder.groups[0].resident_bits
+    if policy is None and target_bits is None and found is None:
+        engine.policy = StaticPolicy([resident] * len(engine.decoder.groups), name="uniform")
+        engine.target_bits = float(resident)
+        return engine
+    if target_bits is None:
+        target_bits = min(DEFAULT_TARGET_BITS, float(resident))
+    engine.set_policy(policy or ("rate-distortion" if found else "uniform"), target_bits)
+    return engine

@@ -1,0 +1,94 @@
+"""Held-out quality of a policy at its measured bits: `dpllm eval`.
+
+Every scored token takes the decode path: its own widths, from its own signal, over the keys and values
+that such decoding produced. The pass is batched over a document's tokens, which equals step-by-step
+decoding (tests/model/test_policies.py shows it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from dpllm.decoder import Decoder
+from dpllm.policy import PrecisionPolicy, Recorder
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One policy at one target. `weight_bytes_per_token` counts planes, tables, scales, the selector's
+    tables and the head."""
+
+    policy: str
+    target_bits: float
+    effective_bits: float
+    perplexity: float
+    nll_mean: float
+    tokens: int
+    weight_bytes_per_token: int
+
+    def as_json(self) -> dict[str, object]:
+        """The object of `dpllm eval --json`."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    decoder: Decoder,
+    policy: PrecisionPolicy,
+    target_bits: float,
+    documents: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> EvalResult:
+    """Perplexity of the next token over documents of token ids (each from an empty cache)."""
+    return summarize(policy.name, target_bits, score(decoder, policy, documents, progress), decoder.head_bytes())
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """Sums over one document, enough for paired comparisons between policies."""
+
+    nll: float
+    tokens: int
+    bits: float
+    weight_bytes: float
+
+
+@torch.no_grad()
+def score(
+    decoder: Decoder,
+    policy: PrecisionPolicy,
+    documents: Sequence[Sequence[int]],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[DocumentScore]:
+    """One score per document of at least two tokens."""
+    scores = []
+    for document in documents:
+        ids = torch.tensor(document, device=decoder.device)
+        if len(ids) < 2:
+            continue
+        recorder = Recorder(policy, decoder.groups)
+        logits = decoder.forward(ids[:-1], select=recorder)
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+        bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
+        scores.append(DocumentScore(nll, len(ids) - 1, bits, nbytes))
+        progress(len(ids) - 1)
+    return scores
+
+
+def summarize(name: str, target_bits: float, scores: Sequence[DocumentScore], head_bytes: int) -> EvalResult:
+    """Means over all tokens."""
+    tokens = sum(s.tokens for s in scores)
+    nll = sum(s.nll for s in scores) / tokens
+    return EvalResult(
+        policy=name,
+        target_bits=target_bits,
+        effective_bits=round(sum(s.bits for s in scores) / tokens, 4),
+        perplexity=round(math.exp(nll), 4),
+        nll_mean=round(nll, 5),
+        tokens=tokens,
+        weight_bytes_per_token=round(sum(s.weight_bytes for s in scores) / tokens) + head_bytes,
+    )
