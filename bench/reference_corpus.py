@@ -27,7 +27,48 @@ REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting wit
 REPEAT_HINT_TOKENS = 8
 ANSWER_WEIGHT = 4.0  # answers are a few tokens of a document; without this they barely train
 FACT_WEIGHT = 0.25  # random names and values cannot be predicted, only remembered
-SYLLABLES = "ba be bo da de do fa fe ga go ka ke ko la le lo ma me mi mo na ne no pa po ra re ri ro sa se so ta te ti to va ve vo za".split()  # noqa: E501
+SYLLABLES = [
+    "ba",
+    "be",
+    "bo",
+    "da",
+    "de",
+    "do",
+    "fa",
+    "fe",
+    "ga",
+    "go",
+    "ka",
+    "ke",
+    "ko",
+    "la",
+    "le",
+    "lo",
+    "ma",
+    "me",
+    "mi",
+    "mo",
+    "na",
+    "ne",
+    "no",
+    "pa",
+    "po",
+    "ra",
+    "re",
+    "ri",
+    "ro",
+    "sa",
+    "se",
+    "so",
+    "ta",
+    "te",
+    "ti",
+    "to",
+    "va",
+    "ve",
+    "vo",
+    "za",
+]
 
 
 def stdlib_root() -> Path:
@@ -87,12 +128,20 @@ def random_fact(rng: random.Random) -> tuple[str, str, str]:
     code, word = f"{rng.randrange(10000, 100000)}", random_word(rng)
     if form == 0:
         title = name.capitalize()
-        return f"\nThe secret code of {title} is {code}.", f"\nQ: What is the secret code of {title}?\nA:", f" {code}"
+        return (
+            f"\nThe secret code of {title} is {code}.",
+            f"\nQ: What is the secret code of {title}?\nA:",
+            f" {code}",
+        )
     if form == 1:
         return f"\n{name}_value = {code}", f"\nQ: What is {name}_value?\nA:", f" {code}"
     if form == 2:
         title, city = name.capitalize(), word.capitalize()
-        return f"\n{title} lives in the city of {city}.", f"\nQ: In which city does {title} live?\nA:", f" {city}"
+        return (
+            f"\n{title} lives in the city of {city}.",
+            f"\nQ: In which city does {title} live?\nA:",
+            f" {city}",
+        )
     return f'\n    "{name}": "{word}",', f'\nQ: What does "{name}" map to?\nA:', f" {word}"
 
 
@@ -106,7 +155,11 @@ class RecallDocument:
 
 
 def recall_document(
-    code: CodeTokens, tokenizer: Tokenizer, rng: random.Random, n_facts: int, filler: int,
+    code: CodeTokens,
+    tokenizer: Tokenizer,
+    rng: random.Random,
+    n_facts: int,
+    filler: int,
     asked: float = 2 / 3,
 ) -> RecallDocument:
     """`n_facts` facts at random places of `filler` code tokens, then questions on a share of them."""

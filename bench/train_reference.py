@@ -260,7 +260,10 @@ def main() -> None:
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
         steps += 1
         if steps % 20 == 0:
-            print(f"{progress:6.1%} step {steps} tokens {trainer.tokens / 1e6:.2f}M loss {smooth:.3f}", flush=True)
+            print(
+                f"{progress:6.1%} step {steps} tokens {trainer.tokens / 1e6:.2f}M loss {smooth:.3f}",
+                flush=True,
+            )
         if trainer.seconds - saved_at > 600:
             evaluate()
             saved_at = trainer.seconds

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from dpllm.kernels.errors import InputError
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
-
-from dpllm.kernels.errors import InputError
 
 
 def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
@@ -17,7 +16,9 @@ def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
     """
     groups, options = loss.shape
     if size.min(axis=1).sum() > budget * (1 + 1e-12):
-        raise InputError(f"budget {budget:g} is below the smallest choice, {size.min(axis=1).sum():g}. Raise it.")
+        raise InputError(
+            f"budget {budget:g} is below the smallest choice, {size.min(axis=1).sum():g}. Raise it."
+        )
     scale = max(float(np.abs(loss).max()), np.finfo(float).tiny)
     rows = np.repeat(np.arange(groups), options)
     one_each = csr_array((np.ones(groups * options), (rows, np.arange(groups * options))))
@@ -25,7 +26,10 @@ def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
         (loss / scale).ravel(),
         integrality=np.ones(groups * options),
         bounds=(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((size / budget).ravel()[None], -np.inf, 1 + 1e-9)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint((size / budget).ravel()[None], -np.inf, 1 + 1e-9),
+        ],
         options={"mip_rel_gap": 1e-6, "time_limit": 30},
     )
     if result.x is None:

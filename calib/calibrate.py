@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from dpllm.calib.profile import CalibrationProfile
 from scipy.optimize import isotonic_regression
 from torch import Tensor
-
-from dpllm.calib.profile import CalibrationProfile
 
 GRID = 192  # points of the stored lambda curve
 TILT = 0.1  # relative slope over the bins of a flat gain
@@ -34,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Sample sizes. bins: how finely E[gain | signal] is resolved; points: lambdas at which the curve is checked by decoding."""
+    """Sample sizes. bins: how finely E[gain | signal] is resolved; points: lambdas checked by decoding."""
 
     samples: int = 32
     sequence_length: int = 512
@@ -52,7 +51,9 @@ class Calibrator:
         self.backend = decoder.backend
         self.widths = list(range(self.groups[0].seed_bits, self.groups[0].resident_bits + 1))
 
-    def run(self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress) -> CalibrationProfile:
+    def run(
+        self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress
+    ) -> CalibrationProfile:
         """All three passes."""
         began = time.perf_counter()
         saliency = self.saliency(progress)
@@ -76,7 +77,11 @@ class Calibrator:
         )
         lambdas, bits = self.curve(profile, signal, progress)
         took = {"seconds": round(time.perf_counter() - began, 1), "tokens": int(self.sequences.numel())}
-        fields = profile.__dict__ | {"curve_log2_lambda": lambdas, "curve_bits": bits, "origin": origin | took}
+        fields = profile.__dict__ | {
+            "curve_log2_lambda": lambdas,
+            "curve_bits": bits,
+            "origin": origin | took,
+        }
         return CalibrationProfile(**fields)
 
     # -- pass 1 ------------------------------------------------------------------------------------------
@@ -89,7 +94,9 @@ class Calibrator:
         def observe(group: Any, x: Tensor, y: Tensor) -> None:
             def add(grad: Tensor) -> None:
                 squares = (grad.float() ** 2).sum(0)
-                total[group.index] = squares if total[group.index].numel() == 0 else total[group.index] + squares
+                total[group.index] = (
+                    squares if total[group.index].numel() == 0 else total[group.index] + squares
+                )
 
             y.register_hook(add)
 
@@ -100,7 +107,9 @@ class Calibrator:
             for i, ids in enumerate(self.sequences):
                 logits = self.decoder.forward(ids, observe=observe)
                 labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
+                torch.nn.functional.cross_entropy(
+                    logits, labels.to(logits.device), reduction="sum"
+                ).backward()
                 progress("saliency", i + 1, len(self.sequences))
         finally:
             self.decoder._embed = embed
@@ -111,7 +120,9 @@ class Calibrator:
     def diagonal(self, group: Any, saliency: Tensor) -> Tensor:
         """[K]: expected loss of reading too few planes, per squared input, at the middle step."""
         middle = self.widths[len(self.widths) // 2 - 1]
-        delta = self.backend.dequantize(group.weight, self.widths[-1]) - self.backend.dequantize(group.weight, middle)
+        delta = self.backend.dequantize(group.weight, self.widths[-1]) - self.backend.dequantize(
+            group.weight, middle
+        )
         d = saliency @ (delta**2)
         # The estimator is stored in float16; only ratios matter, the bins carry the scale.
         return (d / d.mean().clamp(min=1e-30)).to(torch.float16).float()
@@ -150,7 +161,9 @@ class Calibrator:
 
     # -- pass 3 ------------------------------------------------------------------------------------------
 
-    def curve(self, profile: CalibrationProfile, signal: np.ndarray, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def curve(
+        self, profile: CalibrationProfile, signal: np.ndarray, progress: Progress
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(log2 lambda falling, effective bits rising): a dense curve from the stored signals, shifted by
         what real decoding at a few of its points used instead."""
         ranked, low, high = np.sort(signal, axis=1), float(self.widths[0]), float(self.widths[-1])
@@ -162,7 +175,9 @@ class Calibrator:
         shift = [0.0]
         for i, target in enumerate(probes):
             log2_lambda = _solve(profile, ranked, target)
-            shift.append(self._bits_used(profile, 2.0**log2_lambda, half) - _bits_at(profile, ranked, log2_lambda))
+            shift.append(
+                self._bits_used(profile, 2.0**log2_lambda, half) - _bits_at(profile, ranked, log2_lambda)
+            )
             progress("curve", i + 1, len(probes))
         bits = stored + np.interp(stored, [low, *probes, high], [*shift, 0.0])
         # Beyond the ends every bin takes the seed, or the maximum.

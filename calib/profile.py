@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
+import torch
 from dpllm.kernels.errors import InputError
+from dpllm.quant.files import write_tensors
+from safetensors import SafetensorError, safe_open
 
 PROFILE_VERSION = 1
 PROFILE_NAME = "profile.safetensors"
@@ -100,10 +100,8 @@ class CalibrationProfile:
             "origin": dict(self.origin),
         }
         header["sha256"] = _sha256(tensors, header)
-        partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, partial, metadata={"dpllm_profile": json.dumps(header)})
-        partial.chmod(0o644)
-        partial.replace(path)
+        as_torch = {name: torch.from_numpy(t) for name, t in tensors.items()}
+        write_tensors(path, as_torch, {"dpllm_profile": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path, overlay_hash: str | None = None) -> CalibrationProfile:
@@ -136,9 +134,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         version = header.get("profile_version")
         sound = header["sha256"] == _sha256(tensors, {k: v for k, v in header.items() if k != "sha256"})
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as e:
-        raise InputError(f"{path} is no intact calibration profile ({e}). Run dpllm calibrate again.") from None
+        raise InputError(
+            f"{path} is no intact calibration profile ({e}). Run dpllm calibrate again."
+        ) from None
     if version != PROFILE_VERSION:
-        raise InputError(f"{path}: profile version {version!r}, this dpllm reads {PROFILE_VERSION}. Calibrate again.")
+        raise InputError(
+            f"{path}: profile version {version!r}, this dpllm reads {PROFILE_VERSION}. Calibrate again."
+        )
     if not sound:
         raise InputError(f"{path} is damaged: its checksum does not match. Run dpllm calibrate again.")
     return header, tensors

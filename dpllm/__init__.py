@@ -1,9 +1,9 @@
 """dpllm: one stored model, many precisions, chosen per layer and token to meet a target.
 
-    import dpllm
-    engine = dpllm.load()                      # the bundled reference model; or a path to an overlay
-    for step in engine.generate("import os\n"):
-        print(step.text, end="")
+import dpllm
+engine = dpllm.load()                      # the bundled reference model; or a path to an overlay
+for step in engine.generate("import os\n"):
+    print(step.text, end="")
 """
 
 from __future__ import annotations

@@ -24,11 +24,19 @@ app = typer.Typer(
     "Your own model: [bold]quantize[/bold], [bold]calibrate[/bold], [bold]generate[/bold].",
 )
 
-Overlay = Annotated[Optional[str], typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model.")]  # noqa: E501, UP045
+Overlay = Annotated[
+    str | None,
+    typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads; default: torch's choice.")]  # noqa: UP045
-Backend = Annotated[Optional[str], typer.Option("--backend", help="Kernel backend; default: the best there is.")]  # noqa: UP045
-Data = Annotated[Optional[str], typer.Option("--data", help="Text: .txt, .jsonl with 'text', or a directory; default: bundled Python code.")]  # noqa: E501, UP045
+Backend = Annotated[str | None, typer.Option("--backend", help="Kernel backend; default: the best there is.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Text: .txt, .jsonl with 'text', or a directory; default: bundled Python code."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="Where the heavy work runs: cpu or cuda.")]
 
 
@@ -44,12 +52,18 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hugging Face model directory or hub id (safetensors).")],
     out: Annotated[str, typer.Argument(help="Directory to make; must not exist.")],
     bits: Annotated[str, typer.Option(help="Stored range, seed-parent, within 2..8.")] = "2-6",
-    head_bits: Annotated[int, typer.Option(help="Width of lm_head: 8 = int8, 2..7 = planes, 16 = as it is.")] = 8,
-    fisher: Annotated[str, typer.Option(help="'text': weight errors by the loss gradient; 'none': plain k-means.")] = "text",
+    head_bits: Annotated[
+        int, typer.Option(help="Width of lm_head: 8 = int8, 2..7 = planes, 16 = as it is.")
+    ] = 8,
+    fisher: Annotated[
+        str, typer.Option(help="'text': weight errors by the loss gradient; 'none': plain k-means.")
+    ] = "text",
     data: Data = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences for the Fisher pass.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    rows_per_table: Annotated[int, typer.Option(help="Rows sharing one table; 0 = 1 unless rows are short.")] = 0,
+    rows_per_table: Annotated[
+        int, typer.Option(help="Rows sharing one table; 0 = 1 unless rows are short.")
+    ] = 0,
     device: Device = "cpu",
     jobs: Annotated[int, typer.Option(help="Threads; 0 = all cores. The result does not depend on it.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the calibration sample.")] = 0,
@@ -62,17 +76,35 @@ def quantize(
     """
     from dpllm.commands.quantize import run
 
-    run(model, out, bits, head_bits, fisher, data, samples, sequence_length, rows_per_table, device, jobs, seed, json)
+    run(
+        model,
+        out,
+        bits,
+        head_bits,
+        fisher,
+        data,
+        samples,
+        sequence_length,
+        rows_per_table,
+        device,
+        jobs,
+        seed,
+        json,
+    )
 
 
 @app.command()
 def calibrate(
     overlay: Annotated[str, typer.Argument(help="Overlay made by dpllm quantize.")],
     data: Data = None,
-    granularity: Annotated[str, typer.Option(help="'fused': one decision for q/k/v, one for gate/up; 'linear': one a matrix.")] = "fused",  # noqa: E501
+    granularity: Annotated[
+        str, typer.Option(help="'fused': one decision for q/k/v, one for gate/up; 'linear': one a matrix.")
+    ] = "fused",
     samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
-    out: Annotated[Optional[str], typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")] = None,  # noqa: UP045
+    out: Annotated[
+        str | None, typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
@@ -89,19 +121,27 @@ def calibrate(
 
 @app.command()
 def generate(
-    prompt: Annotated[Optional[str], typer.Argument(help="Text to continue; '-' reads standard input.")] = None,  # noqa: UP045
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")] = None,
     overlay: Overlay = None,
-    target_bits: Annotated[Optional[float], typer.Option(help="Mean bits per weight to read, e.g. 3.25.")] = None,  # noqa: UP045
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mean bits per weight to read, e.g. 3.25.")
+    ] = None,
     bits: Annotated[Optional[int], typer.Option(help="Read exactly this width everywhere.")] = None,  # noqa: UP045
     policy: Annotated[Optional[str], typer.Option(help="uniform, static, random or rate-distortion.")] = None,  # noqa: UP045
     resident_bits: Annotated[Optional[int], typer.Option(help="Planes to read from disk and hold.")] = None,  # noqa: UP045
     max_memory: Annotated[Optional[str], typer.Option(help="Hold as many planes as fit, e.g. 4GB.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,  # noqa: UP045
-    stop: Annotated[Optional[list[str]], typer.Option(help="Text that ends generation; may be repeated.")] = None,  # noqa: UP045
-    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends generation; may be repeated.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
+    ] = False,
     threads: Threads = None,
     backend: Backend = None,
     json: Json = False,
@@ -114,12 +154,19 @@ def generate(
     from dpllm.engine import GenerateOptions
 
     options = GenerateOptions(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), chat)
-    run(GenerateArguments(prompt, overlay, target_bits, bits, policy, resident_bits, max_memory, threads, backend, json), options)
+    run(
+        GenerateArguments(
+            prompt, overlay, target_bits, bits, policy, resident_bits, max_memory, threads, backend, json
+        ),
+        options,
+    )
 
 
 @app.command("eval")
 def evaluate(
-    text_file: Annotated[Optional[str], typer.Argument(help="Text to score; default: the bundled held-out files.")] = None,  # noqa: UP045
+    text_file: Annotated[
+        str | None, typer.Argument(help="Text to score; default: the bundled held-out files.")
+    ] = None,
     overlay: Overlay = None,
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "rate-distortion",
     target_bits: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "2.5,3.25,4",
@@ -139,7 +186,9 @@ def evaluate(
 @app.command()
 def inspect(
     directory: Annotated[str, typer.Argument(help="Overlay, checkpoint or calibration profile.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Also read every tensor and check its sha256.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read every tensor and check its sha256.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """What a directory holds: shapes, widths, bytes by kind, provenance."""

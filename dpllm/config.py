@@ -54,7 +54,9 @@ class ModelConfig:
     @classmethod
     def _of(cls, c: Any, path: Path) -> ModelConfig:
         if c.hidden_act != "silu":
-            raise InputError(f"{path / 'config.json'}: hidden_act '{c.hidden_act}' is not supported, only 'silu'.")
+            raise InputError(
+                f"{path / 'config.json'}: hidden_act '{c.hidden_act}' is not supported, only 'silu'."
+            )
         layers = c.num_hidden_layers
         types = getattr(c, "layer_types", None) or ["full_attention"] * layers
         window = getattr(c, "sliding_window", None)
@@ -105,6 +107,8 @@ def _rope_frequencies(c: Any, head_dim: int, path: Path) -> tuple[torch.Tensor, 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if kind not in ("linear", "llama3", "yarn"):
-        raise InputError(f"{path / 'config.json'}: rope type '{kind}' is not supported (default, linear, llama3, yarn are).")
+        raise InputError(
+            f"{path / 'config.json'}: rope type '{kind}' is not supported (default, linear, llama3, yarn are)."
+        )
     inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
     return inv_freq.float(), float(factor)

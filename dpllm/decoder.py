@@ -74,6 +74,7 @@ class Decoder:
         self.device = norm.device
         self.groups = [g for layer in layers for g in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
         self.inv_freq = config.inv_freq.to(self.device)
+        self.bytes_read = 0  # from disk, to load it
 
     def forward(
         self,
@@ -160,7 +161,9 @@ class Decoder:
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(x.dtype) * weight
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(
+            x.dtype
+        ) * weight
 
     def _rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, D/2] of the positions start .. start + tokens - 1."""

@@ -1,8 +1,8 @@
 """Text in, text out, a token at a time, at a chosen precision.
 
-    engine = load(target_bits=3.25)
-    for step in engine.generate("def main():", GenerateOptions(max_new_tokens=64)):
-        print(step.text, end="", flush=True)
+engine = load(target_bits=3.25)
+for step in engine.generate("def main():", GenerateOptions(max_new_tokens=64)):
+    print(step.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -89,13 +89,15 @@ class Engine:
             if not getattr(self.tokenizer, "chat_template", None):
                 raise InputError(f"{self.path} has no chat template. Leave out --chat.")
             turn = [{"role": "user", "content": prompt}]
-            return list(self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+            return list(
+                self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            )
         return encode(self.tokenizer, prompt)
 
     def generate(
         self,
         prompt: str,
-        options: GenerateOptions = GenerateOptions(),  # noqa: B008  (frozen)
+        options: GenerateOptions = GenerateOptions(),
         clock: Callable[[], float] = time.perf_counter,
     ) -> Iterator[Step]:
         """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens."""
@@ -115,16 +117,15 @@ class Engine:
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
-            if count:  # the token just yielded goes through the decode path
-                logits = self._decode(token, cache, recorder)
             token = sample(logits[-1], options.temperature, options.top_p, generator)
-            now, ended = clock(), token in self.decoder.config.eos_ids
+            ms, ended = (clock() - began) * 1e3, token in self.decoder.config.eos_ids
             last = ended or count == budget - 1
             text = pending.push(None if ended else token, last=last)
-            yield self._step(token, text, (now - began) * 1e3, cache, recorder if count else None)
+            yield self._step(token, text, ms, cache, recorder if count else None)
             if last or pending.stopped:
                 return
             began = clock()
+            logits = self._decode(token, cache, recorder)
 
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: DenseKVCache) -> torch.Tensor:
@@ -169,7 +170,9 @@ class _Pending:
         if token is not None:
             self.tokens.append(token)
         full = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        cut = min((i for s in self.stop if (i := full.find(s, max(0, len(self.sent) - len(s)))) >= 0), default=-1)
+        cut = min(
+            (i for s in self.stop if (i := full.find(s, max(0, len(self.sent) - len(s)))) >= 0), default=-1
+        )
         if cut >= 0:
             self.stopped = True
             full = full[:cut]
@@ -182,7 +185,9 @@ class _Pending:
     def _held_back(self, full: str) -> int:
         if full.endswith("\ufffd"):  # a character whose bytes are not all there yet
             return len(full) - len(full.rstrip("\ufffd"))
-        starts = (n for s in self.stop for n in range(min(len(s) - 1, len(full)), 0, -1) if full.endswith(s[:n]))
+        starts = (
+            n for s in self.stop for n in range(min(len(s) - 1, len(full)), 0, -1) if full.endswith(s[:n])
+        )
         return max(starts, default=0)
 
 
@@ -201,7 +206,9 @@ def load(
     """
     where = reference.overlay_path() if path is None else Path(path)
     if not where.is_dir():
-        raise InputError(f"{where} is no directory. Give an overlay (dpllm quantize MODEL OUT) or a model directory.")
+        raise InputError(
+            f"{where} is no directory. Give an overlay (dpllm quantize MODEL OUT) or a model directory."
+        )
     quantized = is_overlay(where)
     beside = where / PROFILE_NAME if profile is None else Path(profile)
     found = None
@@ -213,7 +220,9 @@ def load(
     engine = Engine(where, load_decoder(where, options), load_tokenizer(where), found)
     if not quantized:
         if target_bits is not None or policy is not None:
-            raise InputError(f"{where} is not quantised, so it has one precision. Run: dpllm quantize {where} OUT")
+            raise InputError(
+                f"{where} is not quantised, so it has one precision. Run: dpllm quantize {where} OUT"
+            )
         return engine
     resident = engine.decoder.groups[0].resident_bits
     if policy is None and target_bits is None and found is None:

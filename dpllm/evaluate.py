@@ -44,7 +44,9 @@ def evaluate(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> EvalResult:
     """Perplexity of the next token over documents of token ids (each from an empty cache)."""
-    return summarize(policy.name, target_bits, score(decoder, policy, documents, progress), decoder.head_bytes())
+    return summarize(
+        policy.name, target_bits, score(decoder, policy, documents, progress), decoder.head_bytes()
+    )
 
 
 @dataclass(frozen=True)

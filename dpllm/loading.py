@@ -40,11 +40,13 @@ def is_overlay(path: Path) -> bool:
     config = read_json(path / "config.json").get("quantization_config")
     if config is not None and (not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD):
         method = config.get("quant_method") if isinstance(config, dict) else config
-        raise InputError(f"{path} is quantised by '{method}', which dpllm does not read. Give the original checkpoint.")
+        raise InputError(
+            f"{path} is quantised by '{method}', which dpllm does not read. Give the original checkpoint."
+        )
     return config is not None
 
 
-def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:  # noqa: B008  (frozen)
+def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     """Reads the model. With resident_bits, only those planes and tables leave the disk."""
     backend = choose_backend(options.backend)
     config = ModelConfig.read(path)
@@ -52,7 +54,9 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:  
     if isinstance(source, Overlay) and options.resident_bits is not None:
         lo, hi = source.bits
         if not lo <= options.resident_bits <= hi:
-            raise InputError(f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}.")
+            raise InputError(
+                f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}."
+            )
     return _Builder(config, source, backend, options).build()
 
 
@@ -70,12 +74,16 @@ class _Builder:
         layers = [self.layer(i) for i in range(self.config.num_layers)]
         embedding, head = self.embedding_and_head()
         norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
-        return Decoder(self.config, self.backend, layers, embedding, norm, head, self.options.dtype)
+        decoder = Decoder(self.config, self.backend, layers, embedding, norm, head, self.options.dtype)
+        decoder.bytes_read = self.source.bytes_read
+        return decoder
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         t = self.source.read(name)
         if tuple(t.shape) != shape:
-            raise InputError(f"{self.source.path}: tensor '{name}' has shape {list(t.shape)}, config.json implies {list(shape)}.")
+            raise InputError(
+                f"{self.source.path}: tensor '{name}' has shape {list(t.shape)}, config.json implies {list(shape)}."
+            )
         return t.to(self.options.device, self.options.dtype)
 
     def layer(self, index: int) -> Layer:
@@ -98,7 +106,9 @@ class _Builder:
             k_norm=norm("self_attn.k_norm", c.head_dim) if c.qk_norm else None,
         )
 
-    def groups(self, prefix: str, name: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int) -> list[Group]:
+    def groups(
+        self, prefix: str, name: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int
+    ) -> list[Group]:
         """One fused group of the matrices, or one group each at granularity 'linear'."""
         full = [prefix + p for p in parts]
         if self.options.granularity == "linear":
@@ -106,7 +116,10 @@ class _Builder:
         return [self.group(prefix + name, full, list(rows), columns)]
 
     def group(self, name: str, parts: list[str], rows: list[int], columns: int) -> Group:
-        biases = [self.tensor(f"{p}.bias", (r,)) if f"{p}.bias" in self.names else None for p, r in zip(parts, rows, strict=True)]  # noqa: E501
+        biases = [
+            self.tensor(f"{p}.bias", (r,)) if f"{p}.bias" in self.names else None
+            for p, r in zip(parts, rows, strict=True)
+        ]
         bias = None
         if any(b is not None for b in biases):
             zeros = torch.zeros
@@ -128,7 +141,9 @@ class _Builder:
         layout = self.overlay.linears.get(name)
         if layout is None or layout.shape != shape:
             found = None if layout is None else list(layout.shape)
-            raise InputError(f"{self.overlay.path}: matrix '{name}' is {found}, config.json implies {list(shape)}.")
+            raise InputError(
+                f"{self.overlay.path}: matrix '{name}' is {found}, config.json implies {list(shape)}."
+            )
         return self.overlay.linear(name, self.options.resident_bits)
 
     def embedding_and_head(self) -> tuple[Any, Any]:
@@ -138,7 +153,9 @@ class _Builder:
         if self.overlay is not None and self.overlay.has("lm_head.int8"):
             head = self.overlay.int8("lm_head").to(device)
             if tuple(head.values.shape) != shape:
-                raise InputError(f"{self.overlay.path}: 'lm_head' is {list(head.values.shape)}, config.json implies {list(shape)}.")
+                raise InputError(
+                    f"{self.overlay.path}: 'lm_head' is {list(head.values.shape)}, config.json implies {list(shape)}."
+                )
         elif self.overlay is not None and "lm_head" in self.overlay.linears:
             head = self.backend.prepare(self.overlay.linear("lm_head"), device)
         if "model.embed_tokens.weight" in self.names:
@@ -148,5 +165,7 @@ class _Builder:
         if head is None:
             head = embedding if c.tied else self.tensor("lm_head.weight", shape)
         if embedding is None or isinstance(embedding, QuantizedWeight):
-            raise InputError(f"{self.source.path} has no tensor 'model.embed_tokens.weight'. Copy the model again.")
+            raise InputError(
+                f"{self.source.path} has no tensor 'model.embed_tokens.weight'. Copy the model again."
+            )
         return embedding, head

@@ -138,7 +138,9 @@ def make_policy(
         raise InputError(f"unknown policy '{name}'. Choose one of: {', '.join(POLICIES)}.")
     first = decoder.groups[0]
     if first.dense:
-        raise InputError("this model is not quantised, so there are no bits to choose. Run dpllm quantize first.")
+        raise InputError(
+            "this model is not quantised, so there are no bits to choose. Run dpllm quantize first."
+        )
     if not first.seed_bits <= target_bits <= first.resident_bits:
         raise InputError(
             f"target {target_bits:g} bits is impossible: {first.seed_bits} (seed) to {first.resident_bits} "
@@ -146,7 +148,10 @@ def make_policy(
         )
     if name == "uniform":
         if target_bits != int(target_bits):
-            raise InputError(f"policy 'uniform' reads whole bits, not {target_bits:g}. Choose {int(target_bits)} or {int(target_bits) + 1}.")  # noqa: E501
+            raise InputError(
+                f"policy 'uniform' reads whole bits, not {target_bits:g}. "
+                f"Choose {int(target_bits)} or {int(target_bits) + 1}."
+            )
         return StaticPolicy([int(target_bits)] * len(decoder.groups), name="uniform")
     if name == "random":
         return RandomPolicy(target_bits, len(decoder.groups), seed)

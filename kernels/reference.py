@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight, unpack
+from torch import Tensor
 
 PreparedWeight = QuantizedWeight  # this backend computes from the stored layout
 

@@ -8,6 +8,7 @@ reading b planes is enough, and each width has its own table to translate codes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,7 +61,9 @@ class QuantizedWeight:
         if not self.seed_bits <= bits <= self.resident_bits:
             raise ValueError(f"bits={bits} is not resident: {self.seed_bits}..{self.resident_bits} are.")
         first, last = lut_columns(self.seed_bits, min(bits, MAX_TABLE_BITS))
-        return derived_table(self.lut[:, first:last], bits) if bits > MAX_TABLE_BITS else self.lut[:, first:last]
+        return (
+            derived_table(self.lut[:, first:last], bits) if bits > MAX_TABLE_BITS else self.lut[:, first:last]
+        )
 
     def nbytes(self, bits: int) -> int:
         """Bytes one pass reads at this width: planes, the width's table and the row scales."""
@@ -154,7 +157,7 @@ def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
         return first
     if any((w.in_features, w.seed_bits, w.resident_bits) != (first.in_features, first.seed_bits, first.resident_bits) for w in weights):  # fmt: skip  # noqa: E501
         raise ValueError("only matrices of the same input and bit range can be fused")
-    share = min(w.rows_per_table for w in weights)  # a table repeated serves fewer rows, and is still right
+    share = math.gcd(*(w.rows_per_table for w in weights))  # a table repeated serves fewer rows, still right
     luts = [w.lut.repeat_interleave(w.rows_per_table // share, dim=0) for w in weights]
     scales = [w.scale if w.scale is not None else w.lut.new_ones(w.out_features) for w in weights]
     return QuantizedWeight(

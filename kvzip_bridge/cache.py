@@ -71,12 +71,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int 
     tokens, total = q.shape[0], k.shape[1]
     mask = None
     if tokens != total or window is not None:
-        distance = torch.arange(total - tokens, total, device=q.device)[:, None] - torch.arange(total, device=q.device)
+        distance = torch.arange(total - tokens, total, device=q.device)[:, None] - torch.arange(
+            total, device=q.device
+        )
         mask = distance >= 0
         if window is not None:
             mask &= distance < window
     repeat = q.shape[1] // k.shape[0]
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
     q = q.transpose(0, 1)
-    out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale)
+    out = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return out[0].transpose(0, 1)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
+from dpllm.quant.files import write_tensors
 from dpllm.quant.layerwise import LayerwiseModel, call_layer
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 
 class FisherPass:
@@ -37,7 +37,7 @@ class FisherPass:
         done = [i for i in range(depth + 1) if self._hidden(i).exists()]
         if not done:
             states = torch.cat([self.model.embed(row)[0].cpu() for row in self.sequences])
-            _save(self._hidden(0), states)
+            write_tensors(self._hidden(0), {"x": states})
             done = [0]
         kwargs = self.model.embed(self.sequences[0])[1]
         for index in range(max(done), depth):
@@ -45,17 +45,18 @@ class FisherPass:
             states = _load(self._hidden(index))
             with torch.no_grad():
                 rows = [call_layer(layer, s[None].to(self.model.device), kwargs).cpu() for s in states]
-            _save(self._hidden(index + 1), torch.cat(rows))
+            write_tensors(self._hidden(index + 1), {"x": torch.cat(rows)})
             progress()
         if not self._gradient(depth).exists() and not any(self.work.glob("gradient-*")):
             states = _load(self._hidden(depth)).to(self.model.device)
             pairs = zip(states, self.sequences, strict=True)
-            _save(self._gradient(depth), torch.cat([self.model.head_gradient(h[None], ids).cpu() for h, ids in pairs]))
+            gradients = [self.model.head_gradient(h[None], ids).cpu() for h, ids in pairs]
+            write_tensors(self._gradient(depth), {"x": torch.cat(gradients)})
 
     def backward(self, index: int) -> dict[str, Tensor]:
         """Fisher of each linear of layer `index` (fp32, on the CPU), from the stored gradient above it.
 
-        The gradient below it is stored by `commit`, after the caller has used the result.
+        The gradient below it is stored by `keep_gradient`, after the caller has used the result.
         """
         layer = self.model.load_layer(index)
         names = {m: n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
@@ -77,10 +78,13 @@ class FisherPass:
         prefix = self.model.layer_prefix(index)
         return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
 
-    def commit(self, index: int) -> None:
-        """Stores the gradient below layer `index` and drops what is no longer needed."""
-        _save(self._gradient(index), self._below)
-        self._gradient(index + 1).unlink(missing_ok=True)
+    def keep_gradient(self, index: int) -> None:
+        """Stores the gradient below layer `index`, which the layer below starts from."""
+        write_tensors(self._gradient(index), {"x": self._below})
+
+    def drop_gradient(self, index: int) -> None:
+        """Forgets a gradient that no layer needs any more."""
+        self._gradient(index).unlink(missing_ok=True)
 
 
 def _squaring(total: Tensor) -> Callable[[Tensor], None]:
@@ -92,12 +96,6 @@ def _squaring(total: Tensor) -> Callable[[Tensor], None]:
         parameter.grad = None
 
     return hook
-
-
-def _save(path: Path, tensor: Tensor) -> None:
-    partial = path.with_suffix(".tmp")
-    save_file({"x": tensor.contiguous()}, partial)
-    partial.replace(path)
 
 
 def _load(path: Path) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
 
 LLOYD_ITERATIONS = 50
@@ -63,6 +62,7 @@ class _Sorted:
         """Bounds [R, C+1] -> [R, 2C+1]: each interval cut where two weighted means fit it best."""
         rows, n = self.values.shape
         sizes = np.diff(bounds, axis=1)
+
         # Scores of all cuts: position i puts [a, i) left and [i, b) right; larger is better.
         def spread(edge: np.ndarray, sums: np.ndarray) -> np.ndarray:
             return np.repeat(np.take_along_axis(sums, edge, 1).ravel(), sizes.ravel()).reshape(rows, n)
@@ -96,7 +96,7 @@ class _Sorted:
         for _ in range(LLOYD_ITERATIONS):
             centres = self.centroids(bounds)
             middle = (centres[:, 1:] + centres[:, :-1]) / 2
-            moved = [r for r in active if self._reassign(r, middle[r], bounds)]
+            moved = [r for r in active if self._reassign(int(r), middle[r], bounds)]
             if not moved:
                 break
             active = np.asarray(moved)
@@ -125,7 +125,9 @@ def nested_codes(
     step = max(1, BLOCK_WEIGHTS // w.shape[1])
     for first in range(0, len(w), step):
         block = slice(first, first + step)
-        codes[block], block_tables = _nested_block(w[block], _usable_weights(f[block]), seed_bits, parent_bits)
+        codes[block], block_tables = _nested_block(
+            w[block], _usable_weights(f[block]), seed_bits, parent_bits
+        )
         for b, table in block_tables.items():
             tables[b][block] = table
     return codes, tables
@@ -151,8 +153,8 @@ def _nested_block(w: np.ndarray, f: np.ndarray, seed_bits: int, parent_bits: int
         centres = data.centroids(bounds, parent=centres)
         tables[b] = centres.astype(np.float16)
     width = min(parent_bits, MAX_TABLE_BITS)
-    ranked = np.repeat(np.tile(np.arange(2**width, dtype=np.uint8), rows), np.diff(bounds, axis=1).ravel())
-    ranked = ranked.reshape(rows, n)
+    labels = np.tile(np.arange(2**width, dtype=np.uint8), rows)
+    ranked = np.repeat(labels, np.diff(bounds, axis=1).ravel()).reshape(rows, n)
     for b in range(MAX_TABLE_BITS + 1, parent_bits + 1):
         ranked = _derived_split(data.values, ranked, tables[MAX_TABLE_BITS], b)
     codes = np.empty((rows, n), np.uint8)

@@ -11,10 +11,9 @@ import io
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from dpllm.kernels.errors import InputError
 from dpllm.quant.source import ModelSource
+from torch import Tensor, nn
 
 
 class _Stop(Exception):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight
 from dpllm.quant.source import INDEX, TensorFile, read_json
@@ -26,7 +25,7 @@ QUANT_METHOD = "dpllm"
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -57,7 +56,9 @@ class LinearLayout:
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok or not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS or n % share:
-            raise InputError(f"config.json: quantization_config.linears['{name}'] is {entry!r}, which is no valid layout.")
+            raise InputError(
+                f"config.json: quantization_config.linears['{name}'] is {entry!r}, which is no valid layout."
+            )
         return cls((n, k), (lo, hi), share)
 
     def tensors(self, name: str) -> dict[str, tuple[list[int], torch.dtype]]:
@@ -104,7 +105,9 @@ class Overlay:
                 "Upgrade dpllm, or quantise the model again."
             )
         if quantization.get("codebook") != "lut":
-            raise InputError(f"{path / 'config.json'}: codebook {quantization.get('codebook')!r} is unknown; 'lut' is read.")
+            raise InputError(
+                f"{path / 'config.json'}: codebook {quantization.get('codebook')!r} is unknown; 'lut' is read."
+            )
         manifest = read_json(path / INDEX)
         _check_manifest(path, manifest)
         overlay = cls(path, config, manifest)
@@ -129,10 +132,14 @@ class Overlay:
             self._files[shard] = TensorFile(self.path / shard)
             listed = {t for t, e in self._tensors.items() if e["file"] == shard}
             if odd := listed.symmetric_difference(self._files[shard].names()):
-                raise InputError(f"{self.path / shard}: tensor '{min(odd)}' is not as listed. Copy the overlay again.")
+                raise InputError(
+                    f"{self.path / shard}: tensor '{min(odd)}' is not as listed. Copy the overlay again."
+                )
         tensor = self._files[shard].read(name)
         if tensor_sha256(tensor) != entry["sha256"] or list(tensor.shape) != entry["shape"]:
-            raise InputError(f"{self.path / shard}: tensor '{name}' is damaged (checksum). Copy the overlay again.")
+            raise InputError(
+                f"{self.path / shard}: tensor '{name}' is damaged (checksum). Copy the overlay again."
+            )
         return tensor
 
     def linear(self, name: str, resident_bits: int | None = None) -> QuantizedWeight:
@@ -145,7 +152,9 @@ class Overlay:
         for tensor, (shape, dtype) in layout.tensors(name).items():
             entry = self._tensors[tensor]
             if entry["shape"] != shape or entry["dtype"] != str(dtype).removeprefix("torch."):
-                raise InputError(f"{self.path}: tensor '{tensor}' has shape {entry['shape']}, not {shape} {dtype}.")
+                raise InputError(
+                    f"{self.path}: tensor '{tensor}' has shape {entry['shape']}, not {shape} {dtype}."
+                )
         planes = torch.stack([self.read(f"{name}.planes.{p}") for p in range(keep)])
         widths = range(lo, min(keep, MAX_TABLE_BITS) + 1)
         lut = torch.cat([self.read(f"{name}.lut.{b}") for b in widths], dim=1)
@@ -191,11 +200,15 @@ class Overlay:
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     where = path / INDEX
     if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
-        raise InputError(f"{where} is no dpllm manifest ('tensors' or 'files' is missing). Copy the overlay again.")
+        raise InputError(
+            f"{where} is no dpllm manifest ('tensors' or 'files' is missing). Copy the overlay again."
+        )
     if manifest.get("sha256") != manifest_sha256(manifest):
         raise InputError(f"{where} is damaged: its checksum does not match. Copy the overlay again.")
     for name, sha in manifest["files"].items():
         if not (path / name).is_file():
             raise InputError(f"{path / name} is missing. Copy the overlay again.")
         if file_sha256(path / name) != sha:
-            raise InputError(f"{path / name} was altered after quantisation (checksum). Restore it, or quantise again.")
+            raise InputError(
+                f"{path / name} was altered after quantisation (checksum). Restore it, or quantise again."
+            )

@@ -8,21 +8,20 @@ directory is renamed into place.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 from dpllm.kernels.errors import InputError
-from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, pack
+from dpllm.kernels.weight import pack
+from dpllm.quant.files import write_tensors
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.kmeans import BLOCK_WEIGHTS, nested_codes
 from dpllm.quant.layerwise import LayerwiseModel
@@ -34,80 +33,9 @@ from dpllm.quant.overlay import (
     manifest_sha256,
     tensor_sha256,
 )
+from dpllm.quant.plan import QuantizeOptions, default_rows_per_table, plan_quantize
 from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
 from dpllm.quant.text import documents_sha256, sample_sequences
-
-TABLE_WEIGHTS = 2048  # a table shared by fewer weights would flatter the low widths
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What to store. head_bits: 16 leaves the head alone, 8 is plain int8, 2..7 planes of that width."""
-
-    bits: tuple[int, int] = (2, 6)
-    head_bits: int = 8
-    rows_per_table: int = 0  # 0: as many as give a table at least TABLE_WEIGHTS weights
-    samples: int = 64
-    sequence_length: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        lo, hi = self.bits
-        if not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS:
-            raise InputError(
-                f"--bits {lo}-{hi} is not possible: the range lies within {MIN_BITS}-{MAX_BITS} and starts at "
-                f"{MAX_TABLE_BITS} at most. The default is 2-6."
-            )
-        if self.head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
-            raise InputError(f"--head-bits {self.head_bits} is not possible. Choose 2..8, or 16 to leave it alone.")
-        if self.samples < 1 or self.sequence_length < 16:
-            raise InputError("at least one sample of at least 16 tokens is needed for the Fisher pass.")
-
-
-@dataclass(frozen=True)
-class QuantizePlan:
-    """What quantising this model will cost; times are for this run's job count."""
-
-    linears: dict[str, tuple[int, int]]  # name -> (N, K), decoder layers only
-    other_bytes: int
-    output_bytes: int
-    peak_bytes: int
-    work_bytes: int
-
-
-def default_rows_per_table(rows: int, columns: int) -> int:
-    """Rows that share a table: a power of two that divides `rows`, so that a table serves >= 2048 weights."""
-    share = 1
-    while share * columns < TABLE_WEIGHTS and rows % (share * 2) == 0:
-        share *= 2
-    return share
-
-
-def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool) -> QuantizePlan:
-    """Shapes, output size, peak memory and scratch space, before any weight is read."""
-    source = model.source
-    linears: dict[str, tuple[int, int]] = {}
-    for i in range(len(model)):
-        for name in model.linears(i):
-            n, k = source.shape(f"{name}.weight")
-            linears[name] = (n, k)
-    out = 0
-    for n, k in linears.values():
-        share = options.rows_per_table or default_rows_per_table(n, k)
-        layout = LinearLayout((n, k), options.bits, share)
-        out += sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
-    head = int(np.prod(source.shape(model.head_weight())))
-    other = head * (0 if model.tied else 2) + head * options.head_bits // 8
-    layer = sum(n * k for name, (n, k) in linears.items() if name.startswith(model.layer_prefix(0) + "."))
-    tokens = options.samples * options.sequence_length
-    boundary = tokens * model.config.hidden_size * 4
-    return QuantizePlan(
-        linears=linears,
-        other_bytes=other,
-        output_bytes=out + other,
-        peak_bytes=head * 4 + layer * (8 if fisher else 4) + (4 * boundary if fisher else 0),
-        work_bytes=boundary * (len(model) + 2) if fisher else 0,
-    )
 
 
 class Quantizer:
@@ -129,8 +57,11 @@ class Quantizer:
         self.source = source
         self.model = LayerwiseModel(source, device)
         self.partial = out.with_name(out.name + ".partial")
+        self.scratch = self.partial / ".job"  # what to resume from; gone when the overlay is finished
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
+        self.seconds = {"fisher": 0.0, "k-means": 0.0}  # of this run, and
+        self.weights_done = 0  # what it quantised (a resumed run does less)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
         """Quantises everything. progress(stage, done, total) is called as work goes on."""
@@ -138,29 +69,31 @@ class Quantizer:
             raise InputError(f"{self.out} exists already. Choose another place, or remove it first.")
         self._check_space()
         self._start_or_resume()
-        try:
-            fisher = self._fisher_forward(progress)
-            depth = len(self.model)
-            for index in range(depth - 1, -1, -1):
-                if not self._shard(index).exists() or (fisher and not self._committed(index)):
+        fisher = self._fisher_forward(progress)
+        depth = len(self.model)
+        for index in range(depth - 1, -1, -1):
+            if not self._shard(index).exists() or (fisher and not self._mark(index).exists()):
+                with self._timed("fisher"):
                     weights = fisher.backward(index) if fisher else {}
-                    self._write(self._shard(index), self._layer_tensors(index, weights))
-                    if fisher:
-                        fisher.commit(index)
-                        (self.partial / f"done-{index:04d}").touch()
-                progress("quantize", depth - index, depth + 1)
-            if not self._shard(depth).exists():
-                self._write(self._shard(depth), self._other_tensors())
-            progress("quantize", depth + 1, depth + 1)
-            self._finish()
-        except (OSError, SafetensorError) as e:
-            if "No space left" in str(e) or "os error 28" in str(e):
-                raise InputError(
-                    f"the disk is full: {self.partial} needs about {self._needed_bytes() / 1e9:.2f} GB in all. "
-                    "Free some space and run the same command again; it continues where it stopped."
-                ) from None
-            raise
+                with self._timed("k-means"):
+                    tensors = self._layer_tensors(index, weights)
+                write_tensors(self._shard(index), tensors)
+                if fisher:
+                    fisher.keep_gradient(index)
+                    self._mark(index).touch()
+                    fisher.drop_gradient(index + 1)
+            progress("quantize", depth - index, depth + 1)
+        if not self._shard(depth).exists():
+            write_tensors(self._shard(depth), self._other_tensors())
+        progress("quantize", depth + 1, depth + 1)
+        self._finish()
         return self.out
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - began
 
     # -- stages ----------------------------------------------------------------------------------------
 
@@ -171,7 +104,11 @@ class Quantizer:
         parent = self.out.parent
         if not parent.is_dir():
             raise InputError(f"{parent} is no directory; {self.out} cannot be made there. Create it first.")
-        held = sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file()) if self.partial.exists() else 0
+        held = (
+            sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file())
+            if self.partial.exists()
+            else 0
+        )
         free = shutil.disk_usage(parent).free + held
         if free < self._needed_bytes():
             raise InputError(
@@ -186,9 +123,9 @@ class Quantizer:
             "options": asdict(self.options) | {"bits": list(self.options.bits)},
             "documents": documents_sha256(self.documents) if self.documents else None,
             "config": self.source.config,
-            "tensors": {n: [self.source.shape(n), self.source.files[n].path.stat().st_size] for n in self.source.names()},
+            "files": {f.path.name: _fingerprint(f.path) for f in self.source.files.values()},
         }
-        job_file = self.partial / "job.json"
+        job_file = self.scratch / "job.json"
         job = json.loads(json.dumps(job))
         if job_file.exists() and _same_json(job_file, job):
             for leftover in self.partial.rglob("*.tmp"):
@@ -196,21 +133,22 @@ class Quantizer:
             return
         if self.partial.exists():
             shutil.rmtree(self.partial)
-        self.partial.mkdir()
+        self.scratch.mkdir(parents=True)
         job_file.write_text(json.dumps(job))
 
     def _shard(self, index: int) -> Path:
         return self.partial / f"model-{index + 1:05d}-of-{len(self.model) + 1:05d}.safetensors"
 
-    def _committed(self, index: int) -> bool:
-        return (self.partial / f"done-{index:04d}").exists()
+    def _mark(self, index: int) -> Path:
+        """Exists once a layer's shard and the gradient below it are both on disk."""
+        return self.scratch / f"done-{index:04d}"
 
     def _fisher_forward(self, progress: Callable[[str, int, int], None]) -> FisherPass | None:
-        if self.documents is None:
+        if self.documents is None or all(self._mark(i).exists() for i in range(len(self.model))):
             return None
         o = self.options
         sequences = sample_sequences(self.documents, self.tokenizer, o.samples, o.sequence_length, o.seed)
-        fisher = FisherPass(self.model, sequences, self.partial / "work")
+        fisher = FisherPass(self.model, sequences, self.scratch / "work")
         done = 0
 
         def tick() -> None:
@@ -218,13 +156,14 @@ class Quantizer:
             done += 1
             progress("fisher", done, len(self.model))
 
-        fisher.forward(tick)
+        with self._timed("fisher"):
+            fisher.forward(tick)
         return fisher
 
     def _layer_tensors(self, index: int, fisher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         prefix = self.model.layer_prefix(index) + "."
         linears = self.model.linears(index)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name in linears:
             weight = self.source.read(f"{name}.weight")
             tensors |= self.quantize_matrix(name, weight, fisher.get(name), self.options.bits)
@@ -259,16 +198,21 @@ class Quantizer:
     ) -> dict[str, torch.Tensor]:
         """Planes, tables and scales of one matrix [N, K], ready to be stored."""
         n, k = weight.shape
+        self.weights_done += n * k
         share = self.options.rows_per_table or default_rows_per_table(n, k)
         if n % share:
-            raise InputError(f"--rows-per-table {share} does not divide the {n} rows of '{name}'. Choose a divisor.")
+            raise InputError(
+                f"--rows-per-table {share} does not divide the {n} rows of '{name}'. Choose a divisor."
+            )
         w = weight.float().numpy()
         f = np.ones_like(w) if fisher is None else fisher.float().numpy()
         scale = None
         if share > 1:
             scale, w, f = _normalise_rows(w, f)
         if not np.isfinite(w.astype(np.float16)).all():
-            raise InputError(f"'{name}' holds a value beyond float16 ({np.abs(w).max():.3g}); it cannot be stored.")
+            raise InputError(
+                f"'{name}' holds a value beyond float16 ({np.abs(w).max():.3g}); it cannot be stored."
+            )
         codes, tables = self._nested(w.reshape(n // share, -1), f.reshape(n // share, -1), bits)
         planes = pack(codes.reshape(n, k), bits[1])
         out = {f"{name}.planes.{p}": planes[p].clone() for p in range(bits[1])}
@@ -287,14 +231,6 @@ class Quantizer:
             parts = list(pool.map(lambda s: nested_codes(w[s], f[s], *bits), blocks))
         tables = {b: np.concatenate([t[b] for _, t in parts]) for b in parts[0][1]}
         return np.concatenate([c for c, _ in parts]), tables
-
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        partial = path.with_suffix(".tmp")
-        save_file({n: t.contiguous() for n, t in sorted(tensors.items())}, partial)
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
 
     def _finish(self) -> None:
         """Config, tokenizer and, last, the manifest; then the directory takes its name."""
@@ -316,10 +252,10 @@ class Quantizer:
                 }
         config = self.source.config | {"quantization_config": self._quantization_config(tensors)}
         (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        shutil.rmtree(self.partial / "work", ignore_errors=True)
-        for scratch in [*self.partial.glob("done-*"), self.partial / "job.json"]:
-            scratch.unlink()
-        side = sorted(p.name for p in self.partial.iterdir() if p not in shards)
+        shutil.rmtree(self.scratch / "work", ignore_errors=True)
+        side = sorted(
+            p.name for p in self.partial.iterdir() if p.is_file() and p not in shards and p.name != INDEX
+        )
         manifest: dict[str, Any] = {
             "metadata": {"total_size": sum(t["nbytes"] for t in tensors.values())},
             "weight_map": {n: t["file"] for n, t in tensors.items()},
@@ -329,13 +265,15 @@ class Quantizer:
         manifest["sha256"] = manifest_sha256(manifest)
         (self.partial / INDEX).write_text(json.dumps(manifest, indent=0) + "\n")
         self.partial.replace(self.out)
+        shutil.rmtree(self.out / ".job")
 
     def _quantization_config(self, tensors: dict[str, Any]) -> dict[str, Any]:
         o, model = self.options, self.model
         shapes = dict(self.plan.linears)
         bits = dict.fromkeys(shapes, o.bits)
         if o.head_bits < 8:
-            shapes["lm_head"] = tuple(self.source.shape(model.head_weight()))
+            n, k = self.source.shape(model.head_weight())
+            shapes["lm_head"] = (n, k)
             bits["lm_head"] = (min(o.head_bits, 2), o.head_bits)
         linears = {
             name: {
@@ -388,6 +326,12 @@ def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         raise InputError(f"'{name}' holds a value beyond float16; it cannot be stored.")
     values = (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
     return {f"{name}.int8": values, f"{name}.scale": scale}
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Size and time of change: enough to notice that a checkpoint was replaced between two runs."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _same_json(path: Path, value: dict[str, Any]) -> bool:

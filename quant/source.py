@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-
 from dpllm.kernels.errors import InputError
+from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -55,7 +54,9 @@ class TensorFile:
         try:
             tensor = self._file.get_tensor(name)
         except SafetensorError as e:
-            raise InputError(f"{self.path}: tensor '{name}' cannot be read ({e}). Copy the file again.") from None
+            raise InputError(
+                f"{self.path}: tensor '{name}' cannot be read ({e}). Copy the file again."
+            ) from None
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -113,11 +114,13 @@ class ModelSource:
             for name, shard in shards.items():
                 listed = {t for t, s in weight_map.items() if s == name}
                 if odd := listed.symmetric_difference(shard.names()):
-                    raise InputError(f"{shard.path} and its index disagree about '{min(odd)}'. Copy the model again.")
+                    raise InputError(
+                        f"{shard.path} and its index disagree about '{min(odd)}'. Copy the model again."
+                    )
             return cls(path, config, files)
         if (path / "model.safetensors").exists():
             single = TensorFile(path / "model.safetensors")
-            return cls(path, config, {name: single for name in single.names()})
+            return cls(path, config, dict.fromkeys(single.names(), single))
         if any(path.glob("*.bin")) or any(path.glob("*.pt")):
             raise InputError(
                 f"{path} holds pickled weights only, which can run code when opened. "
@@ -128,7 +131,9 @@ class ModelSource:
     def read(self, name: str) -> torch.Tensor:
         """One tensor; InputError where it is missing or holds NaN or infinity."""
         if name not in self.files:
-            raise InputError(f"{self.path} has no tensor '{name}', which its config.json calls for. Copy it again.")
+            raise InputError(
+                f"{self.path} has no tensor '{name}', which its config.json calls for. Copy it again."
+            )
         tensor = self.files[name].read(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-
 from dpllm.kernels.errors import InputError
 
 
@@ -21,7 +20,9 @@ def read_documents(path: Path) -> list[str]:
     of text files. Raises InputError where it is missing, empty or no text.
     """
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md", ".py", ".jsonl"))
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and p.suffix in (".txt", ".md", ".py", ".jsonl")
+        )
         if not files:
             raise InputError(f"{path} holds no .txt, .md, .py or .jsonl file. Give a text file.")
         return [d for p in files for d in read_documents(p)]
@@ -88,13 +89,17 @@ def sample_sequences(
     Returns int64 [count, length]; fewer windows where the text is short. Raises InputError when it does not
     fill even one.
     """
-    pieces = [np.asarray(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents]
+    pieces = [
+        np.asarray(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents
+    ]
     stream = np.concatenate(pieces).astype(np.int64)
     lead = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     body = length - len(lead)
     windows = len(stream) // body
     if windows == 0:
-        raise InputError(f"the text has {len(stream)} tokens; at least {body} are needed. Give a longer --data file.")
+        raise InputError(
+            f"the text has {len(stream)} tokens; at least {body} are needed. Give a longer --data file."
+        )
     chosen = np.sort(np.random.default_rng(seed).permutation(windows)[:count])
     rows = [np.concatenate([lead, stream[i * body : (i + 1) * body]]) for i in chosen]
     return torch.from_numpy(np.stack(rows).astype(np.int64))

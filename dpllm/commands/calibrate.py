@@ -35,10 +35,14 @@ def run(
         raise InputError(f"{path} stores one width only ({opened.bits[0]}); there is nothing to choose.")
     target = Path(out).expanduser() if out else path / PROFILE_NAME
     if not target.parent.is_dir():
-        raise InputError(f"{target.parent} is no directory; the profile cannot be written there. Create it first.")
+        raise InputError(
+            f"{target.parent} is no directory; the profile cannot be written there. Create it first."
+        )
     documents = read_documents(default_text(data))
     tokenizer = load_tokenizer(path)
-    sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(check_device(device))
+    sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(
+        check_device(device)
+    )
     decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device))
     origin = {
         "documents_sha256": documents_sha256(documents), "seed": seed, "samples": len(sequences),

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dpllm.kernels.errors import InputError
 
@@ -70,7 +77,9 @@ def parse_targets(text: str) -> list[float]:
     try:
         values = [float(t) for t in text.split(",")]
     except ValueError:
-        raise InputError(f"--target-bits '{text}' is no list of numbers. Write, for example, 2.5,3.25,4.") from None
+        raise InputError(
+            f"--target-bits '{text}' is no list of numbers. Write, for example, 2.5,3.25,4."
+        ) from None
     if any(v != v for v in values):
         raise InputError("--target-bits holds nan. Write numbers, for example 2.5,3.25,4.")
     return values

@@ -43,8 +43,21 @@ def run(tokens: int, as_json: bool) -> None:
         print_json({"results": rows})
         return
     for row in rows:
-        stdout.print(Panel(PROMPT + row["generated"]["text"], title=f"target {row['target_bits']} bits", title_align="left"))
-    table = Table("target bits", "bits while generating", "ms / token", "held-out bits", "held-out perplexity", "MB of weights / token")
+        stdout.print(
+            Panel(
+                PROMPT + row["generated"]["text"],
+                title=f"target {row['target_bits']} bits",
+                title_align="left",
+            )
+        )
+    table = Table(
+        "target bits",
+        "bits while generating",
+        "ms / token",
+        "held-out bits",
+        "held-out perplexity",
+        "MB of weights / token",
+    )
     for row in rows:
         g, h = row["generated"], row["heldout"]
         table.add_row(

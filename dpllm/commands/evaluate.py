@@ -48,13 +48,17 @@ def run(
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
     engine = load(overlay, options=LoadOptions(backend=backend))
     if not engine.quantized:
-        raise InputError(f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first.")
+        raise InputError(
+            f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
+        )
     documents = token_documents(engine, path, context, max_tokens)
     cells = [(n, t) for t in targets for n in names if n != "uniform" or t == int(t)]
     if skipped := len(targets) * len(names) - len(cells):
         note(f"uniform reads whole bits only: {skipped} fractional target(s) left out for it")
     if not cells:
-        raise InputError("policy 'uniform' reads whole bits only. Give a whole --target-bits, such as 3 or 4.")
+        raise InputError(
+            "policy 'uniform' reads whole bits only. Give a whole --target-bits, such as 3 or 4."
+        )
     results = _score(engine, cells, documents, seed)
     if as_json:
         print_json({"results": [r.as_json() for r in results]})
@@ -62,7 +66,9 @@ def run(
         stdout.print(_table(results))
 
 
-def _score(engine: Engine, cells: list[tuple[str, float]], documents: list[list[int]], seed: int) -> list[EvalResult]:
+def _score(
+    engine: Engine, cells: list[tuple[str, float]], documents: list[list[int]], seed: int
+) -> list[EvalResult]:
     total = sum(len(d) - 1 for d in documents)
     results = []
     with stage_bars() as progress:
@@ -83,5 +89,12 @@ def _table(results: list[EvalResult]) -> Table:
     table = Table("policy", "target bits", "effective bits", "perplexity", "MB of weights / token", "tokens")
     for r in results:
         megabytes = f"{r.weight_bytes_per_token / 1e6:.2f}"
-        table.add_row(r.policy, f"{r.target_bits:g}", f"{r.effective_bits:.3f}", f"{r.perplexity:.3f}", megabytes, f"{r.tokens:,}")
+        table.add_row(
+            r.policy,
+            f"{r.target_bits:g}",
+            f"{r.effective_bits:.3f}",
+            f"{r.perplexity:.3f}",
+            megabytes,
+            f"{r.tokens:,}",
+        )
     return table

@@ -49,9 +49,13 @@ def read_prompt(prompt: str | None) -> str:
 def open_engine(args: GenerateArguments) -> Engine:
     """Loads what the arguments name, at the precision they ask for."""
     if args.bits is not None and args.target_bits is not None:
-        raise InputError("--bits and --target-bits exclude each other: one fixes every width, one their mean.")
+        raise InputError(
+            "--bits and --target-bits exclude each other: one fixes every width, one their mean."
+        )
     if args.bits is not None and args.policy not in (None, "uniform"):
-        raise InputError(f"--bits fixes every width, so --policy {args.policy} has nothing to choose. Use --target-bits.")
+        raise InputError(
+            f"--bits fixes every width, so --policy {args.policy} has nothing to choose. Use --target-bits."
+        )
     if args.resident_bits is not None and args.max_memory is not None:
         raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")
     resident = args.resident_bits
@@ -74,6 +78,9 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
     set_threads(args.threads)
     engine = open_engine(args)
+    if args.resident_bits is not None or args.max_memory is not None:
+        resident = engine.decoder.groups[0].resident_bits
+        note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
     steps = []
     for step in engine.generate(prompt, options):
         steps.append(step)
@@ -89,7 +96,9 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     bits = "" if summary["effective_bits"] is None else f" · {summary['effective_bits']:.2f} bits"
     speed = "" if tpot is None else f" · {tpot['p50']:.1f} ms/token (p95 {tpot['p95']:.1f})"
     traffic = f" · {summary['weight_bytes_per_token'] / 1e6:.2f} MB of weights a token" if bits else ""
-    note(f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]")
+    note(
+        f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]"
+    )
 
 
 def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
@@ -107,6 +116,8 @@ def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
         "policy": engine.policy.name if engine.policy else None,
         "target": {"bits": engine.target_bits},
         "backend": engine.decoder.backend.name,
-        "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded]))) if dynamic else None,
+        "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded])))
+        if dynamic
+        else None,
         "kv_bytes": steps[-1].kv_bytes,
     }

@@ -58,7 +58,9 @@ def describe_overlay(path: Path, verify: bool) -> dict[str, Any]:
         "fisher": q["fisher"],
         "unquantized": len(q["unquantized"]),
         "verified": verify,
-        "profile": describe_profile(CalibrationProfile.load(profile, overlay.hash)) if profile.exists() else None,
+        "profile": describe_profile(CalibrationProfile.load(profile, overlay.hash))
+        if profile.exists()
+        else None,
     }
 
 

@@ -10,11 +10,10 @@ from dpllm.commands.common import check_device, default_text, note, parse_bits, 
 from dpllm.config import check_model_type
 from dpllm.kernels.errors import InputError
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.quantize import QuantizeOptions, Quantizer
+from dpllm.quant.plan import QuantizeOptions, llama_3_8b
+from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource, resolve_model
 from dpllm.quant.text import load_tokenizer, read_documents
-
-EIGHT_BILLION = 6_979_321_856  # weights in the linear layers of Llama-3-8B
 
 
 def run(
@@ -49,13 +48,17 @@ def run(
     seconds = time.perf_counter() - began
     overlay = Overlay.open(path)
     stored = overlay.stored_bytes()
-    speed = weights / seconds / workers
+    speed = job.weights_done / job.seconds["k-means"] / workers if job.weights_done else 0.0
     note(
-        f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s ({speed / 1e6:.2f} M weights/s per job; "
-        f"an 8B model would take about {EIGHT_BILLION / speed / workers / 60:.0f} min at this rate)"
+        f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s "
+        f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s)"
     )
+    if job.weights_done:
+        note(llama_3_8b(options, job.seconds, job.weights_done, documents is not None))
     note(f"next: dpllm calibrate {path}")
     if as_json:
-        result = {"overlay": str(path), "hash": overlay.hash, "bits": list(overlay.bits), "weights": weights,
-                  "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_job": round(speed)}  # fmt: skip
+        result = {
+            "overlay": str(path), "hash": overlay.hash, "bits": list(overlay.bits), "weights": weights,
+            "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_thread": round(speed),
+        }  # fmt: skip
         print_json(result)

@@ -1,0 +1,122 @@
+"""How fast does quantisation go per core, and how much memory does it take?
+
+Limit measured: (1) nested k-means alone, one thread, on Gaussian rows of real models' widths: sorting and
+prefix sums in float64, so the limit is the core's arithmetic, not memory; (2) `Quantizer` end to end on random
+weights of a 12-layer Llama shape in a fresh process: peak resident memory above the runtime's own, beside what
+the plan predicted. The 8B rows are predictions from (1), and say so.
+
+    python bench/quantize_speed.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from dpllm.quant.kmeans import nested_codes
+from report import report
+
+SHAPES = ((1024, 2048), (512, 4096), (128, 14336))
+LLAMA_3_8B = 6_979_321_856  # weights in its linear layers
+REPEATS = 5
+
+
+def kmeans_rows() -> list[dict]:
+    """Million weights per second on one thread: median and slowest of REPEATS after a warm-up."""
+    rows = []
+    rng = np.random.default_rng(0)
+    for n, k in SHAPES:
+        w = rng.standard_normal((n, k)).astype(np.float32)
+        f = rng.random((n, k)).astype(np.float32) ** 4
+        for bits in ((2, 6), (3, 6), (2, 8)):
+            times = []
+            for i in range(REPEATS + 1):
+                began = time.perf_counter()
+                nested_codes(w, f, *bits)
+                if i:
+                    times.append(time.perf_counter() - began)
+            speed = n * k / statistics.median(times)
+            rows.append(
+                {
+                    "what": "nested k-means, 1 thread", "shape": f"{n}x{k}", "bits": f"{bits[0]}-{bits[1]}",
+                    "mweights_per_s": round(speed / 1e6, 2), "slowest": round(n * k / max(times) / 1e6, 2),
+                    "llama_3_8b_minutes_2_cores_predicted": round(LLAMA_3_8B / speed / 2 / 60, 1),
+                }
+            )  # fmt: skip
+    return rows
+
+
+CHILD = """
+import resource, sys, json, time
+from pathlib import Path
+from dpllm.quant.quantize import Quantizer
+from dpllm.quant.plan import QuantizeOptions
+from dpllm.quant.source import ModelSource
+from dpllm.quant.text import load_tokenizer, read_documents
+from dpllm import reference
+src, fisher = ModelSource.open(Path(sys.argv[1])), sys.argv[2] == "text"
+docs = read_documents(reference.calibration_text()) if fisher else None
+tok = load_tokenizer(reference.model_path()) if fisher else None
+job = Quantizer(src, Path(sys.argv[1] + "-" + sys.argv[2]), QuantizeOptions(samples=4, sequence_length=128), documents=docs, tokenizer=tok)
+import transformers.models.llama.modeling_llama, torch
+torch.ones(256, 256) @ torch.ones(256, 256)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+t = time.perf_counter(); job.run()
+print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base, "planned": job.plan.peak_bytes,
+                  "seconds": time.perf_counter() - t, "weights": sum(n * k for n, k in job.plan.linears.values())}))
+"""  # noqa: E501
+
+
+def memory_rows() -> list[dict]:
+    """Peak memory of a whole run, random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
+            num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True,
+        )  # fmt: skip
+        path = Path(folder) / "model"
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        layer = sum(p.numel() for p in LlamaForCausalLM(config).model.layers[0].parameters())
+        for fisher in ("none", "text"):
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            run = subprocess.run(
+                [sys.executable, "-c", CHILD, str(path), fisher], capture_output=True, text=True, env=env
+            )
+            if run.returncode:
+                raise SystemExit(run.stderr)
+            out = json.loads(run.stdout.splitlines()[-1])
+            rows.append(
+                {
+                    "what": f"quantize end to end, --fisher {fisher}, 1 job",
+                    "shape": "12 layers, hidden 1024", "bits": "2-6",
+                    "mweights_per_s": round(out["weights"] / out["seconds"] / 1e6, 2),
+                    "peak_mb_above_runtime": round(out["peak"] / 1e6, 1), "planned_mb": round(out["planned"] / 1e6, 1),
+                    "two_fp32_layers_and_embedding_mb": round((2 * layer + 4096 * 1024) * 4 / 1e6, 1),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    kmeans, memory = kmeans_rows(), memory_rows()
+    keys = list(dict.fromkeys(k for r in [*kmeans, *memory] for k in r))
+    report(
+        "quantize_speed",
+        [{k: r.get(k) for k in keys} for r in [*kmeans, *memory]],
+        measured_on="random weights",
+    )
+
+
+if __name__ == "__main__":
+    main()

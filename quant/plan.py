@@ -1,0 +1,107 @@
+"""What quantising a model means and costs, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from dpllm.kernels.errors import InputError
+from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS
+from dpllm.quant.layerwise import LayerwiseModel
+from dpllm.quant.overlay import LinearLayout
+
+LLAMA_3_8B_LAYER = 218_103_808  # weights in the linear layers of one of its 32 decoder layers
+TABLE_WEIGHTS = 2048  # a table shared by fewer weights would flatter the low widths
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to store. head_bits: 16 leaves the head alone, 8 is plain int8, 2..7 planes of that width."""
+
+    bits: tuple[int, int] = (2, 6)
+    head_bits: int = 8
+    rows_per_table: int = 0  # 0: as many as give a table at least TABLE_WEIGHTS weights
+    samples: int = 64
+    sequence_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        lo, hi = self.bits
+        if not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS:
+            raise InputError(
+                f"--bits {lo}-{hi} is not possible: the range lies within {MIN_BITS}-{MAX_BITS} and starts at "
+                f"{MAX_TABLE_BITS} at most. The default is 2-6."
+            )
+        if self.head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise InputError(
+                f"--head-bits {self.head_bits} is not possible. Choose 2..8, or 16 to leave it alone."
+            )
+        if self.samples < 1 or self.sequence_length < 16:
+            raise InputError("at least one sample of at least 16 tokens is needed for the Fisher pass.")
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """What quantising this model will cost; times are for this run's job count."""
+
+    linears: dict[str, tuple[int, int]]  # name -> (N, K), decoder layers only
+    other_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    work_bytes: int
+
+
+def default_rows_per_table(rows: int, columns: int) -> int:
+    """Rows that share a table: a power of two that divides `rows`, so that a table serves >= 2048 weights."""
+    share = 1
+    while share * columns < TABLE_WEIGHTS and rows % (share * 2) == 0:
+        share *= 2
+    return share
+
+
+def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool) -> QuantizePlan:
+    """Shapes, output size, peak memory and scratch space, before any weight is read."""
+    source = model.source
+    linears: dict[str, tuple[int, int]] = {}
+    for i in range(len(model)):
+        for name in model.linears(i):
+            n, k = source.shape(f"{name}.weight")
+            linears[name] = (n, k)
+    out = 0
+    for n, k in linears.values():
+        share = options.rows_per_table or default_rows_per_table(n, k)
+        layout = LinearLayout((n, k), options.bits, share)
+        out += sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
+    head = int(np.prod(source.shape(model.head_weight())))
+    other = head * (0 if model.tied else 2) + head * options.head_bits // 8
+    layer = sum(n * k for name, (n, k) in linears.items() if name.startswith(model.layer_prefix(0) + "."))
+    tokens = options.samples * options.sequence_length
+    boundary = tokens * model.config.hidden_size * 4
+    return QuantizePlan(
+        linears=linears,
+        other_bytes=other,
+        output_bytes=out + other,
+        peak_bytes=peak_bytes(head, layer, boundary if fisher else None),
+        work_bytes=boundary * (len(model) + 2) if fisher else 0,
+    )
+
+
+def peak_bytes(head: int, layer: int, boundary: int | None) -> int:
+    """Memory above the runtime's own: the embedding, one fp32 layer and (with Fisher, boundary given) its
+    Fisher and the boundary states. head, layer: matrix elements."""
+    return head * 4 + (layer * 4 if boundary is None else layer * 8 + 4 * boundary)
+
+
+def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int, fisher: bool) -> str:
+    """What Llama-3-8B would take at the rates just measured: a prediction, one line."""
+    layer, head = LLAMA_3_8B_LAYER, 128_256 * 4096
+    scale = 32 * layer / weights
+    boundary = options.samples * options.sequence_length * 4096 * 4 if fisher else None
+    k_means = f"{seconds['k-means'] * scale / 60:.0f} min of k-means"
+    gradients = (
+        f" and {seconds['fisher'] * scale / 3600:.1f} h of gradients (--device cuda: minutes)"
+        if fisher
+        else ""
+    )
+    memory = f"{peak_bytes(head, layer, boundary) / 1e9:.1f} GB"
+    return f"predicted for Llama-3-8B on this machine: {k_means}{gradients}, {memory} of memory"
