@@ -71,11 +71,11 @@ class Calibrator:
             mean_loss=loss.mean(axis=1),
             weights=np.asarray([g.weights for g in self.groups]),
             cost=np.asarray([g.bytes_at for g in self.groups]),
-            curve_log2_lambda=np.zeros(0),
-            curve_bits=np.zeros(0),
+            curve_log2_lambda=np.zeros((0, 0)),
+            curve_bits=np.zeros((0, 0)),
             origin=origin,
         )
-        lambdas, bits = self.curve(profile, signal, progress)
+        lambdas, bits = self.curves(profile, signal, progress)
         took = {"seconds": round(time.perf_counter() - began, 1), "tokens": int(self.sequences.numel())}
         fields = profile.__dict__ | {
             "curve_log2_lambda": lambdas,
@@ -161,33 +161,31 @@ class Calibrator:
 
     # -- pass 3 ------------------------------------------------------------------------------------------
 
-    def curve(
+    def curves(
         self, profile: CalibrationProfile, signal: np.ndarray, progress: Progress
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(log2 lambda falling, effective bits rising): a dense curve from the stored signals, shifted by
-        what real decoding at a few of its points used instead."""
+        """(log2 lambda, effective bits), float64 [B-1, C] each, a row per number of resident planes.
+
+        Dense curves from the stored signals, shifted by what real decoding at a few points used instead.
+        """
         ranked, low, high = np.sort(signal, axis=1), float(self.widths[0]), float(self.widths[-1])
-        ends = [_solve(profile, ranked, low + 0.01), _solve(profile, ranked, high - 0.01)]
-        grid = np.linspace(ends[0], ends[1], GRID)
-        stored = np.asarray([_bits_at(profile, ranked, g) for g in grid])
         half = self.sequences[: max(1, len(self.sequences) // 2)]
         probes = np.linspace(low, high, self.options.points + 2)[1:-1]
         shift = [0.0]
         for i, target in enumerate(probes):
-            log2_lambda = _solve(profile, ranked, target)
-            shift.append(
-                self._bits_used(profile, 2.0**log2_lambda, half) - _bits_at(profile, ranked, log2_lambda)
-            )
+            lam = 2.0 ** _solve(profile, ranked, target)
+            shift.append(self.bits_used(profile, lam, half) - _bits_at(profile, ranked, lam))
             progress("curve", i + 1, len(probes))
-        bits = stored + np.interp(stored, [low, *probes, high], [*shift, 0.0])
-        # Beyond the ends every bin takes the seed, or the maximum.
-        grid = np.concatenate([[ends[0] + 60], grid, [ends[1] - 90]])
-        return grid, np.maximum.accumulate(np.concatenate([[low], np.clip(bits, low, high), [high]]))
+        at, by = np.asarray([low, *probes, high]), np.asarray([*shift, 0.0])
+        rows = [_dense_curve(profile, ranked, cap, at, by) for cap in self.widths[1:]]
+        return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
 
-    def _bits_used(self, profile: CalibrationProfile, lam: float, sequences: Tensor) -> float:
+    def bits_used(
+        self, profile: CalibrationProfile, lam: float, sequences: Tensor, max_bits: int | None = None
+    ) -> float:
         """Effective bits of decoding these sequences with the policy at this lambda."""
         device = self.decoder.device
-        thresholds = torch.from_numpy(profile.thresholds(lam)).to(device)
+        thresholds = torch.from_numpy(profile.thresholds(lam, max_bits)).to(device)
         diagonals = [torch.from_numpy(d).to(device) for d in profile.diagonals]
         used = 0.0
 
@@ -203,22 +201,42 @@ class Calibrator:
         return float(used / (profile.weights.sum() * sequences.numel()))
 
 
-def _bits_at(profile: CalibrationProfile, ranked: np.ndarray, log2_lambda: float) -> float:
+def _bits_at(
+    profile: CalibrationProfile, ranked: np.ndarray, lam: float, max_bits: int | None = None
+) -> float:
     """Effective bits that the stored signals (sorted, [G, T]) would get at this lambda."""
-    thresholds = profile.thresholds(2.0**log2_lambda)
+    thresholds = profile.thresholds(lam, max_bits)
     tokens = ranked.shape[1]
     above = [tokens - np.searchsorted(r, t, side="right") for r, t in zip(ranked, thresholds, strict=True)]
     steps = np.asarray(above).sum(axis=1) / tokens
     return float(profile.bits[0] + (steps * profile.weights).sum() / profile.weights.sum())
 
 
-def _solve(profile: CalibrationProfile, ranked: np.ndarray, target: float) -> float:
+def _solve(
+    profile: CalibrationProfile, ranked: np.ndarray, target: float, max_bits: int | None = None
+) -> float:
     """log2 lambda at which the stored signals would get these bits (bisection; bits fall with lambda)."""
     low, high = -200.0, 100.0
     for _ in range(48):
         middle = (low + high) / 2
-        low, high = (middle, high) if _bits_at(profile, ranked, middle) > target else (low, middle)
+        above = _bits_at(profile, ranked, 2.0**middle, max_bits) > target
+        low, high = (middle, high) if above else (low, middle)
     return (low + high) / 2
+
+
+def _dense_curve(
+    profile: CalibrationProfile, ranked: np.ndarray, max_bits: int, at: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log2 lambda [C], bits [C]) for a number of resident planes; `shift` is added at bits `at`."""
+    low, high = float(profile.bits[0]), float(max_bits)
+    ends = [_solve(profile, ranked, t, max_bits) for t in (low + 0.01, high - 0.01)]
+    grid = np.linspace(ends[0], ends[1], GRID)
+    stored = np.asarray([_bits_at(profile, ranked, 2.0**g, max_bits) for g in grid])
+    fade = np.minimum(1.0, (high - stored) * 4)  # a cap leaves nothing to shift near itself
+    bits = np.clip(stored + np.interp(stored, at, shift) * fade, low, high)
+    # Beyond the ends every bin takes the seed, or the maximum.
+    grid = np.concatenate([[ends[0] + 60], grid, [ends[1] - 90]])
+    return grid, np.maximum.accumulate(np.concatenate([[low], bits, [high]]))
 
 
 def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,13 +26,14 @@ _VECTORS = ("knots", "gain", "mean_loss", "weights", "cost", "curve_bits", "curv
 
 @dataclass(frozen=True)
 class CalibrationProfile:
-    """One calibration. G groups, B widths, M bins of the signal, C points of the lambda curve.
+    """One calibration. G groups, B widths, M bins of the signal, C points of a lambda curve.
 
     diagonals: per group float16 [K], expected loss per squared input; the estimator's only table.
     knots: float64 [G, M-1] ascending, bin edges of the signal. gain: float64 [G, B-1, M], expected loss
     saved by one more bit in each bin, non-decreasing in the signal. mean_loss: float64 [G, B].
     weights: int64 [G], matrix elements. cost: int64 [G, B], bytes read at each width.
-    curve_log2_lambda, curve_bits: float64 [C], effective bits measured at each lambda, falling.
+    curve_log2_lambda, curve_bits: float64 [B-1, C], effective bits that decoding uses at each lambda when
+    seed_bits + 1 + row planes are resident; lambda falls, bits rise along C.
     """
 
     overlay_hash: str
@@ -53,30 +54,36 @@ class CalibrationProfile:
         """Bytes the selector itself reads for every token."""
         return sum(d.nbytes for d in self.diagonals)
 
-    def target_range(self) -> tuple[float, float]:
-        """Effective bits that can be asked for."""
-        return float(self.curve_bits.min()), float(self.curve_bits.max())
+    def _curve(self, max_bits: int | None) -> tuple[np.ndarray, np.ndarray]:
+        row = (max_bits or self.bits[1]) - self.bits[0] - 1
+        return self.curve_log2_lambda[row], self.curve_bits[row]
 
-    def lambda_for(self, target_bits: float) -> float:
+    def target_range(self, max_bits: int | None = None) -> tuple[float, float]:
+        """Effective bits that can be asked for when max_bits planes are resident (default: all)."""
+        _, bits = self._curve(max_bits)
+        return float(bits[0]), float(bits[-1])
+
+    def lambda_for(self, target_bits: float, max_bits: int | None = None) -> float:
         """The lambda whose measured effective bits are the target (log-linear between curve points)."""
-        low, high = self.target_range()
+        low, high = self.target_range(max_bits)
         if not low <= target_bits <= high:
             raise InputError(
-                f"target {target_bits} bits is out of reach: this profile covers {low:.2f} to {high:.2f}. "
-                "Choose a target in between; a wider range needs an overlay with more planes."
+                f"target {target_bits} bits is out of reach: {low:.2f} to {high:.2f} can be had. "
+                "Choose a target in between; a wider range needs more resident planes."
             )
-        order = np.argsort(self.curve_bits)
-        return float(2 ** np.interp(target_bits, self.curve_bits[order], self.curve_log2_lambda[order]))
+        log2_lambda, bits = self._curve(max_bits)
+        return float(2 ** np.interp(target_bits, bits, log2_lambda))
 
-    def thresholds(self, lam: float) -> np.ndarray:
-        """Signal above which each further bit is worth its bytes. float32 [G, B-1], ascending in B.
+    def thresholds(self, lam: float, max_bits: int | None = None) -> np.ndarray:
+        """Signal above which each further bit is worth its bytes. float32 [G, max_bits - seed], ascending.
 
         In every bin the width minimises expected loss + lambda * bytes; since gains rise with the signal,
         the best width does too, so the whole rule is a threshold per step (possibly infinite).
         """
-        groups, steps, _ = self.gain.shape
-        price = lam * np.diff(self.cost, axis=1)[:, :, None]  # [G, B-1, 1]
-        merit = np.cumsum(self.gain - price, axis=1)  # of going from the seed up to each width
+        steps = (max_bits or self.bits[1]) - self.bits[0]
+        groups = len(self.gain)
+        price = lam * np.diff(self.cost, axis=1)[:, :steps, None]
+        merit = np.cumsum(self.gain[:, :steps] - price, axis=1)  # of going from the seed up to each width
         merit = np.concatenate([np.zeros_like(merit[:, :1]), merit], axis=1)
         best = np.maximum.accumulate(merit.argmax(axis=1), axis=1)  # [G, M] steps above the seed
         edges = np.concatenate([np.full((groups, 1), -np.inf), self.knots], axis=1)  # lower edge of each bin

@@ -6,6 +6,7 @@ Each command's work is a function in dpllm/commands/. Exit codes: 0, 2 for bad i
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from typing import Annotated, Optional
 
@@ -13,6 +14,8 @@ import typer
 
 from dpllm import __version__
 from dpllm.kernels.errors import InputError
+
+MAX_SEED = 2**63 - 1
 
 app = typer.Typer(
     add_completion=False,
@@ -62,11 +65,13 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration sequences for the Fisher pass.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     rows_per_table: Annotated[
-        int, typer.Option(help="Rows sharing one table; 0 = 1 unless rows are short.")
+        int, typer.Option(min=0, help="Rows sharing one table; 0 = 1 unless rows are short.")
     ] = 0,
     device: Device = "cpu",
-    jobs: Annotated[int, typer.Option(help="Threads; 0 = all cores. The result does not depend on it.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration sample.")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Threads; 0 = all cores. The result does not depend on it.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the calibration sample.")] = 0,
     json: Json = False,
 ) -> None:
     """Store a model once as nested bitplanes, readable at every width in the range.
@@ -96,6 +101,12 @@ def quantize(
 @app.command()
 def calibrate(
     overlay: Annotated[str, typer.Argument(help="Overlay made by dpllm quantize.")],
+    targets: Annotated[
+        Optional[str], typer.Option(help="Targets to check by decoding at the end, e.g. 3.25,3.5.")  # noqa: UP045
+    ] = None,
+    memory_bits: Annotated[
+        Optional[int], typer.Option(help="Resident planes these targets are checked with; default: all.")  # noqa: UP045
+    ] = None,
     data: Data = None,
     granularity: Annotated[
         str, typer.Option(help="'fused': one decision for q/k/v, one for gate/up; 'linear': one a matrix.")
@@ -107,16 +118,18 @@ def calibrate(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sample.")] = 0,
     json: Json = False,
 ) -> None:
     """Measure what each group's next bit is worth, so that every target can be met.
 
-    One run serves every target between the seed and the stored maximum.
+    One run serves every target, with any number of resident planes.
     """
     from dpllm.commands.calibrate import run
 
-    run(overlay, data, granularity, samples, sequence_length, out, device, threads, seed, json)
+    run(
+        overlay, targets, memory_bits, data, granularity, samples, sequence_length, out, device, threads, seed, json
+    )  # fmt: skip
 
 
 @app.command()
@@ -135,7 +148,9 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.")] = None,  # noqa: UP045
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes sampling repeatable.")
+    ] = None,  # noqa: UP045
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends generation; may be repeated.")
     ] = None,
@@ -171,10 +186,10 @@ def evaluate(
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "rate-distortion",
     target_bits: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "2.5,3.25,4",
     context: Annotated[int, typer.Option(help="Tokens of each document to score, from its start.")] = 1024,
-    max_tokens: Annotated[int, typer.Option(help="Stop after about this many tokens; 0 = all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Stop after about this many tokens; 0 = all.")] = 0,
     threads: Threads = None,
     backend: Backend = None,
-    seed: Annotated[int, typer.Option(help="Seed of the 'random' policy.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the 'random' policy.")] = 0,
     json: Json = False,
 ) -> None:
     """Perplexity and effective bits of policies at targets, through the decode path."""
@@ -218,6 +233,8 @@ def demo(
 
 def main() -> None:
     """Entry point: runs the app, turns bad input into one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -238,7 +255,9 @@ def main() -> None:
     except Exception as e:
         if not _is_usage_error(e):
             raise
-        _fail(e.format_message())  # type: ignore[attr-defined]
+        if not (message := e.format_message()):  # type: ignore[attr-defined]
+            sys.exit(2)  # no command: the help was shown
+        _fail(message)
 
 
 def _is_usage_error(e: Exception) -> bool:
@@ -246,5 +265,5 @@ def _is_usage_error(e: Exception) -> bool:
 
 
 def _fail(message: str) -> None:
-    print(f"dpllm: {message}", file=sys.stderr)
+    print(f"dpllm: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

@@ -48,7 +48,8 @@ class ModelConfig:
             with contextlib.redirect_stdout(io.StringIO()):
                 c: Any = AutoConfig.from_pretrained(path)
         except Exception as e:  # transformers validates with many exception kinds
-            raise InputError(f"{path / 'config.json'} is not valid: {str(e).splitlines()[0][:200]}") from None
+            reason = " ".join(str(e).split())[:200] or type(e).__name__
+            raise InputError(f"{path / 'config.json'} is not valid: {reason}") from None
         return cls._of(c, path)
 
     @classmethod

@@ -85,6 +85,8 @@ class Engine:
         """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
         if not prompt:
             raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of bytes that are no UTF-8
+            raise InputError("the prompt is not UTF-8 text. Convert it first.")
         if chat:
             if not getattr(self.tokenizer, "chat_template", None):
                 raise InputError(f"{self.path} has no chat template. Leave out --chat.")
@@ -93,6 +95,20 @@ class Engine:
                 self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
             )
         return encode(self.tokenizer, prompt)
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        c = self.decoder.config
+        if not ids:
+            raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
+        if max(ids) >= c.vocab_size:
+            raise InputError(
+                f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
+                "Copy the model's own tokenizer files there."
+            )
+        if len(ids) >= c.max_positions:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the model has {c.max_positions} positions. Shorten the prompt."
+            )
 
     def generate(
         self,
@@ -103,13 +119,8 @@ class Engine:
         """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens."""
         began = clock()
         ids = self.prompt_ids(prompt, options.chat)
-        room = self.decoder.config.max_positions - len(ids)
-        if room < 1:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens; the model has {self.decoder.config.max_positions} positions. "
-                "Shorten the prompt."
-            )
-        budget = min(options.max_new_tokens, room)
+        self._check_prompt(ids)
+        budget = min(options.max_new_tokens, self.decoder.config.max_positions - len(ids))
         generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         cache = self.decoder.new_cache(len(ids) + budget)
         pending = _Pending(self.tokenizer, options.stop)
@@ -125,6 +136,8 @@ class Engine:
             if last or pending.stopped:
                 return
             began = clock()
+            if recorder is not None and self.policy is not None:
+                recorder.policy = self.policy  # set_policy may have been called since the last token
             logits = self._decode(token, cache, recorder)
 
     @torch.no_grad()
@@ -183,12 +196,11 @@ class _Pending:
         return text
 
     def _held_back(self, full: str) -> int:
-        if full.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            return len(full) - len(full.rstrip("\ufffd"))
+        whole = full.rstrip("\ufffd")  # behind it, a character whose bytes are not all there yet
         starts = (
-            n for s in self.stop for n in range(min(len(s) - 1, len(full)), 0, -1) if full.endswith(s[:n])
+            n for s in self.stop for n in range(min(len(s) - 1, len(whole)), 0, -1) if whole.endswith(s[:n])
         )
-        return max(starts, default=0)
+        return len(full) - len(whole) + max(starts, default=0)
 
 
 def load(

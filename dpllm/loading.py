@@ -60,6 +60,28 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     return _Builder(config, source, backend, options).build()
 
 
+def check_checkpoint(source: ModelSource) -> None:
+    """InputError unless the decoder can run this checkpoint: config, names and shapes. Reads no weights."""
+    outline: Any = _Outline(source)
+    options = LoadOptions(device="meta")
+    _Builder(ModelConfig.read(source.path), outline, choose_backend(), options).build()
+
+
+class _Outline:
+    """A checkpoint without its data."""
+
+    def __init__(self, source: ModelSource):
+        self.path, self.source, self.names = source.path, source, source.names
+
+    def read(self, name: str) -> Tensor:
+        """An empty tensor of the stored shape."""
+        if name not in self.source.files:
+            raise InputError(
+                f"{self.path} has no tensor '{name}', which its config.json calls for. Copy it again."
+            )
+        return torch.empty(self.source.shape(name), device="meta")
+
+
 class _Builder:
     """Turns names on disk into groups and layers."""
 
@@ -122,8 +144,9 @@ class _Builder:
         ]
         bias = None
         if any(b is not None for b in biases):
-            zeros = torch.zeros
-            bias = torch.cat([zeros(r) if b is None else b for b, r in zip(biases, rows, strict=True)])
+            where = {"dtype": self.options.dtype, "device": self.options.device}
+            filled = [torch.zeros(r, **where) if b is None else b for b, r in zip(biases, rows, strict=True)]
+            bias = torch.cat(filled)
         index, self.count = self.count, self.count + 1
         if self.overlay is None:
             dense = [self.tensor(f"{p}.weight", (r, columns)) for p, r in zip(parts, rows, strict=True)]

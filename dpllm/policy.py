@@ -78,18 +78,21 @@ class RateDistortionPolicy:
         self.extra_bytes = profile.estimator_bytes()
         self.select = decoder.backend.select
         self.diagonals = [torch.from_numpy(d).to(decoder.device) for d in profile.diagonals]
-        steps = len(range(profile.bits[0], decoder.groups[0].resident_bits))  # planes beyond are not resident
+        self.max_bits = min(
+            profile.bits[1], decoder.groups[0].resident_bits
+        )  # planes beyond are not resident
+        steps = self.max_bits - profile.bits[0]
         self.thresholds = torch.empty(len(self.diagonals), steps, device=decoder.device)
         self.set_target(target_bits)
 
     def set_target(self, target_bits: float) -> None:
         """Moves lambda to where calibration measured these effective bits."""
-        self.set_lambda(self.profile.lambda_for(target_bits))
+        if self.max_bits > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
+            self.set_lambda(self.profile.lambda_for(target_bits, self.max_bits))
 
     def set_lambda(self, lam: float) -> None:
         """Rewrites the thresholds for this price of a byte."""
-        steps = self.thresholds.shape[1]
-        self.thresholds.copy_(torch.from_numpy(self.profile.thresholds(lam)[:, :steps]))
+        self.thresholds.copy_(torch.from_numpy(self.profile.thresholds(lam, self.max_bits)))
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""

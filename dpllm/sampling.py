@@ -13,7 +13,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """
     if temperature == 0:
         return int(logits.argmax())
-    p = (logits.float() / temperature).softmax(-1)
+    logits = logits.double()  # and from the maximum down: no temperature is too small to divide by
+    p = ((logits - logits.max()) / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = p.sort(descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0

@@ -9,7 +9,9 @@ ever in memory. Both passes can be cut off after any layer and continued.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from dpllm.quant.files import write_tensors
@@ -31,17 +33,20 @@ class FisherPass:
     def _gradient(self, index: int) -> Path:
         return self.work / f"gradient-{index:04d}.safetensors"
 
+    @cached_property
+    def _layer_arguments(self) -> list[dict[str, Any]]:
+        """What each layer is called with beside the hidden state; the same for every sequence."""
+        return self.model.embed(self.sequences[:1])[1]
+
     def forward(self, progress: Callable[[], None]) -> None:
         """Stores the input of every layer and the gradient at the last layer's output."""
         depth = len(self.model)
         done = [i for i in range(depth + 1) if self._hidden(i).exists()]
         if not done:
-            states = torch.cat([self.model.embed(row)[0].cpu() for row in self.sequences])
-            write_tensors(self._hidden(0), {"x": states})
+            write_tensors(self._hidden(0), {"x": self.model.embed(self.sequences)[0].cpu()})
             done = [0]
-        kwargs = self.model.embed(self.sequences[0])[1]
         for index in range(max(done), depth):
-            layer = self.model.load_layer(index)
+            layer, kwargs = self.model.load_layer(index), self._layer_arguments[index]
             states = _load(self._hidden(index))
             with torch.no_grad():
                 rows = [call_layer(layer, s[None].to(self.model.device), kwargs).cpu() for s in states]
@@ -66,8 +71,7 @@ class FisherPass:
         for module, name in names.items():
             module.weight.requires_grad_()
             module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
-        kwargs = self.model.embed(self.sequences[0])[1]
-        below = []
+        kwargs, below = self._layer_arguments[index], []
         pairs = zip(_load(self._hidden(index)), _load(self._gradient(index + 1)), strict=True)
         for state, gradient in pairs:
             hidden = state[None].to(self.model.device).requires_grad_()

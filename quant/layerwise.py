@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,20 +18,23 @@ from torch import Tensor, nn
 
 
 class _Stop(Exception):
-    """Raised by the probe once the first decoder layer's arguments are known."""
+    """Raised by the last probe once every decoder layer's arguments are known."""
 
 
 class _Probe(nn.Module):
-    """Stands in for the first decoder layer and keeps what it is called with."""
+    """Stands in for a decoder layer: keeps what it is called with and passes the hidden state on."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool) -> None:
         super().__init__()
+        self.last = last
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         self.hidden, self.kwargs = hidden, kwargs
-        raise _Stop
+        if self.last:
+            raise _Stop
+        return hidden
 
 
 class LayerwiseModel:
@@ -86,31 +90,41 @@ class LayerwiseModel:
         layer.load_state_dict(state)
         return layer.to(self.device).eval()
 
-    def embed(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """(first hidden state [1, T, H] fp32, keyword arguments each layer is called with)."""
+    def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(first hidden states [S, T, H] fp32, keyword arguments of each layer) for sequences [S, T].
+
+        The arguments differ between layers where some see a window and others everything.
+        """
         body = self.skeleton.base_model
-        probe = _Probe()
         weight = self.source.read(f"{self.embedding_name}.weight").float()
         embedding = nn.Embedding.from_pretrained(weight)
         if hasattr(body, "rotary_emb"):
             body.rotary_emb = type(body.rotary_emb)(self.config)
-        first, own = self.layers[0], body.get_input_embeddings()
-        self.layers[0] = probe
+        layers, own = list(self.layers), body.get_input_embeddings()
+        probes = [_Probe(last=i == len(layers) - 1) for i in range(len(layers))]
+        self._set_layers(probes)
         body.set_input_embeddings(embedding)
         try:
             with contextlib.suppress(_Stop), torch.no_grad():
-                body(input_ids=ids[None], use_cache=False)
+                body(input_ids=ids, use_cache=False)
         finally:
-            self.layers[0] = first
+            self._set_layers(layers)
             body.set_input_embeddings(own)
-        assert probe.hidden is not None
+        assert probes[0].hidden is not None
+        return probes[0].hidden.to(self.device), [self._moved(p.kwargs) for p in probes]
+
+    def _set_layers(self, layers: Sequence[nn.Module]) -> None:
+        for index, layer in enumerate(layers):
+            self.layers[index] = layer
+
+    def _moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's arguments on the device, without those that would make it keep a cache."""
         move = lambda v: v.to(self.device) if isinstance(v, Tensor) else v  # noqa: E731
-        kwargs = {
+        return {
             k: tuple(map(move, v)) if isinstance(v, tuple) else move(v)
-            for k, v in probe.kwargs.items()
+            for k, v in kwargs.items()
             if k not in ("past_key_values", "use_cache")
         }
-        return probe.hidden.to(self.device), kwargs
 
     def head_gradient(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """d(sum of next-token losses)/d(last hidden state) [1, T, H] for one sequence."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -43,15 +44,20 @@ def stage_bars() -> Iterator[Any]:
     """A callback (stage, done, total) shown as progress bars with time elapsed and left."""
     columns = (TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=stderr, transient=False) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=stderr, transient=False)
+    tasks: dict[str, Any] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def update(stage: str, done: int, total: int) -> None:
+        progress.start()
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if tasks:  # stopping bars that never showed would print an empty line
+            progress.stop()
 
 
 def set_threads(threads: int | None) -> None:
@@ -80,8 +86,8 @@ def parse_targets(text: str) -> list[float]:
         raise InputError(
             f"--target-bits '{text}' is no list of numbers. Write, for example, 2.5,3.25,4."
         ) from None
-    if any(v != v for v in values):
-        raise InputError("--target-bits holds nan. Write numbers, for example 2.5,3.25,4.")
+    if not all(map(math.isfinite, values)):
+        raise InputError(f"--target-bits '{text}' holds no finite number. Write, for example, 2.5,3.25,4.")
     return values
 
 
@@ -100,7 +106,7 @@ def parse_size(text: str) -> int:
         value = float(found[1]) if found else 0.0
     except ValueError:
         value = 0.0
-    if found is None or value <= 0:
+    if found is None or not 0 < value < math.inf:
         raise InputError(f"'{text}' is no size. Write, for example, 4GB or 600MiB.")
     return int(value * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 

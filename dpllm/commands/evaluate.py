@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -70,9 +69,11 @@ def _score(
     engine: Engine, cells: list[tuple[str, float]], documents: list[list[int]], seed: int
 ) -> list[EvalResult]:
     total = sum(len(d) - 1 for d in documents)
+    # All before the first is scored: an impossible target should not cost the minutes of the others.
+    policies = [make_policy(name, target, engine.decoder, engine.profile, seed) for name, target in cells]
     results = []
     with stage_bars() as progress:
-        for name, target in cells:
+        for chosen, (name, target) in zip(policies, cells, strict=True):
             done = 0
 
             def tick(tokens: int, label: str = f"{name} {target:g}") -> None:
@@ -80,7 +81,6 @@ def _score(
                 done += tokens
                 progress(label, done, total)
 
-            chosen: Any = make_policy(name, target, engine.decoder, engine.profile, seed)
             results.append(evaluate(engine.decoder, chosen, target, documents, tick))
     return results
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from dpllm.commands.common import check_device, default_text, note, parse_bits, print_json, stage_bars
-from dpllm.config import check_model_type
 from dpllm.kernels.errors import InputError
+from dpllm.loading import check_checkpoint
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions, llama_3_8b
 from dpllm.quant.quantize import Quantizer
@@ -26,9 +26,9 @@ def run(
         raise InputError(f"--fisher {fisher} is unknown. Use 'text' or 'none'.")
     source_path = resolve_model(model)
     source = ModelSource.open(source_path)
-    check_model_type(source.config, source_path)
     if "quantization_config" in source.config:
         raise InputError(f"{source_path} is quantised already. Give the original checkpoint.")
+    check_checkpoint(source)
     documents = read_documents(default_text(data)) if fisher == "text" else None
     tokenizer = load_tokenizer(source_path) if documents else None
     workers = jobs or os.cpu_count() or 1
