@@ -24,7 +24,8 @@ types: $(STAMP)
 	$(BIN)/mypy build/types/dpllm
 
 bench: $(STAMP)
-	$(BIN)/python bench/quality_vs_target.py
+	$(BIN)/python bench/reference_quality.py
+	$(BIN)/python bench/quality_vs_target.py --plot docs/quality_vs_bits.png
 	$(BIN)/python bench/quantize_speed.py
 
 $(STAMP): pyproject.toml constraints.txt

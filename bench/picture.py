@@ -12,13 +12,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from dpllm.commands.demo import PROMPT
 from dpllm.engine import GenerateOptions, load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-PROMPT = "def read_lines(path):\n"
 KINDS = ("qkv", "o", "gate_up", "down")
 
 
@@ -30,9 +30,10 @@ def planes_panel(axes) -> None:
         axes.text(0.35, 5.4 - p, f"plane {p}", ha="right", va="center", fontsize=8)
     for bits, x in ((2, 5.9), (3, 6.7), (4, 7.5), (6, 8.3)):
         axes.annotate("", (x, 6 - bits), (x, 5.85), arrowprops={"arrowstyle": "->", "lw": 1.4})
-        axes.text(x, 5.95, f"{bits} bit", ha="center", va="bottom", fontsize=8)
+        axes.text(x, 5.95, str(bits), ha="center", va="bottom", fontsize=9)
+    axes.text(7.1, 6.3, "bits", ha="center", va="bottom", fontsize=9)
     axes.set_xlim(-1.9, 8.9)
-    axes.set_ylim(-0.2, 6.6)
+    axes.set_ylim(-0.2, 6.9)
     axes.set_title("stored once: reading the first b planes\ngives the b-bit weight", fontsize=9)
     axes.axis("off")
 
@@ -52,7 +53,9 @@ def main() -> None:
     )
     planes_panel(left)
     order = [4 * layer + k for k in range(4) for layer in range(len(bits) // 4)]
-    image = right.imshow(bits[order], aspect="auto", cmap="viridis_r", vmin=2, vmax=6, interpolation="nearest")
+    image = right.imshow(
+        bits[order], aspect="auto", cmap="viridis_r", vmin=2, vmax=6, interpolation="nearest"
+    )
     right.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
     layers = len(bits) // 4
     right.set_yticks([k * layers + (layers - 1) / 2 for k in range(4)], KINDS, fontsize=9)
