@@ -70,6 +70,8 @@ def check_checkpoint(source: ModelSource) -> None:
 class _Outline:
     """A checkpoint without its data."""
 
+    bytes_read = 0
+
     def __init__(self, source: ModelSource):
         self.path, self.source, self.names = source.path, source, source.names
 
