@@ -53,10 +53,8 @@ class FisherPass:
             write_tensors(self._hidden(index + 1), {"x": torch.cat(rows)})
             progress()
         if not self._gradient(depth).exists() and not any(self.work.glob("gradient-*")):
-            states = _load(self._hidden(depth)).to(self.model.device)
-            pairs = zip(states, self.sequences, strict=True)
-            gradients = [self.model.head_gradient(h[None], ids).cpu() for h, ids in pairs]
-            write_tensors(self._gradient(depth), {"x": torch.cat(gradients)})
+            gradients = self.model.head_gradients(_load(self._hidden(depth)), self.sequences)
+            write_tensors(self._gradient(depth), {"x": gradients})
 
     def backward(self, index: int) -> dict[str, Tensor]:
         """Fisher of each linear of layer `index` (fp32, on the CPU), from the stored gradient above it.

@@ -126,20 +126,20 @@ class LayerwiseModel:
             if k not in ("past_key_values", "use_cache")
         }
 
-    def head_gradient(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """d(sum of next-token losses)/d(last hidden state) [1, T, H] for one sequence."""
-        if not hasattr(self, "_tail"):
-            norm = next(m for n, m in self.skeleton.base_model.named_children() if "norm" in n)
-            name = next(n for n, m in self.skeleton.named_modules() if m is norm)
-            real = type(norm)(self.config.hidden_size, eps=getattr(norm, "variance_epsilon", 1e-6))
-            real.load_state_dict({n: self.source.read(f"{name}.{n}").float() for n in real.state_dict()})
-            head = self.source.read(self.head_weight()).float()
-            self._tail = (real.to(self.device), head.to(self.device))
-        norm, head = self._tail
-        hidden = hidden.detach().requires_grad_()
-        logits = norm(hidden)[0, :-1] @ head.T
-        loss = nn.functional.cross_entropy(logits, ids[1:].to(self.device), reduction="sum")
-        return torch.autograd.grad(loss, hidden)[0]
+    def head_gradients(self, states: Tensor, sequences: Tensor) -> Tensor:
+        """d(sum of next-token losses)/d(last hidden state) [S, T, H], sequence by sequence."""
+        final = next(m for n, m in self.skeleton.base_model.named_children() if "norm" in n)
+        name = next(n for n, m in self.skeleton.named_modules() if m is final)
+        norm = type(final)(self.config.hidden_size, eps=getattr(final, "variance_epsilon", 1e-6))
+        norm.load_state_dict({n: self.source.read(f"{name}.{n}").float() for n in norm.state_dict()})
+        norm, head = norm.to(self.device), self.source.read(self.head_weight()).float().to(self.device)
+        gradients = []
+        for state, ids in zip(states, sequences, strict=True):
+            hidden = state.to(self.device).requires_grad_()
+            logits = norm(hidden)[:-1] @ head.T
+            loss = nn.functional.cross_entropy(logits, ids[1:].to(self.device), reduction="sum")
+            gradients.append(torch.autograd.grad(loss, hidden)[0].cpu())
+        return torch.stack(gradients)
 
 
 def call_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
