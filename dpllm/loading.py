@@ -146,7 +146,7 @@ class _Builder:
         ]
         bias = None
         if any(b is not None for b in biases):
-            where = {"dtype": self.options.dtype, "device": self.options.device}
+            where: Any = {"dtype": self.options.dtype, "device": self.options.device}
             filled = [torch.zeros(r, **where) if b is None else b for b, r in zip(biases, rows, strict=True)]
             bias = torch.cat(filled)
         index, self.count = self.count, self.count + 1

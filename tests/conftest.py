@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""Shared fixtures. What session fixtures put on disk is for reading: a test that alters it copies it first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from tiny_models import ARCHITECTURES, build_model
+from tiny_text import train_tokenizer
+
+from dpllm import reference
+from dpllm.calib.calibrate import CalibrateOptions, Calibrator
+from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.loading import LoadOptions, load_decoder
+from dpllm.quant.overlay import Overlay
+from dpllm.quant.plan import QuantizeOptions
+from dpllm.quant.quantize import Quantizer
+from dpllm.quant.source import ModelSource
+from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
+
+SEQUENCE = 128
+torch.set_num_threads(1)  # tiny matrices: more threads only get in each other's way
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +33,66 @@ def checkpoints(tmp_path_factory) -> Path:
     for name in ARCHITECTURES:
         build_model(name).save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def calibration_documents() -> list[str]:
+    return read_documents(reference.calibration_text())
+
+
+@pytest.fixture(scope="session")
+def heldout_documents() -> list[str]:
+    return read_documents(reference.heldout_text())
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, calibration_documents) -> Path:
+    """A random llama of three layers with a real byte-level BPE tokenizer of 384 tokens."""
+    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    build_model("llama", vocab_size=384, max_position_embeddings=512).save_pretrained(path)
+    train_tokenizer([calibration_documents[0][:8000]], 384).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_checkpoint):
+    return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_checkpoint, tokenizer, calibration_documents) -> Path:
+    """The checkpoint as an overlay of planes 2..6, without a profile."""
+    source, options = ModelSource.open(tiny_checkpoint), QuantizeOptions(samples=8, sequence_length=64)
+    out = tiny_checkpoint.parent / "overlay"
+    job = Quantizer(source, out, options, documents=calibration_documents[:4], tokenizer=tokenizer, jobs=2)
+    return job.run()
+
+
+@pytest.fixture(scope="session")
+def calibration_sequences(tokenizer, calibration_documents) -> torch.Tensor:
+    return sample_sequences(calibration_documents, tokenizer, 32, SEQUENCE, seed=0)
+
+
+@pytest.fixture(scope="session")
+def heldout_sequences(tokenizer, heldout_documents) -> torch.Tensor:
+    """Other text than the calibration saw, in pieces of the same length."""
+    return sample_sequences(heldout_documents, tokenizer, 64, SEQUENCE, seed=1)
+
+
+@pytest.fixture(scope="session")
+def profiles(quantized, calibration_sequences) -> dict[str, CalibrationProfile]:
+    """A calibration at each granularity."""
+
+    def calibrate(granularity: str) -> CalibrationProfile:
+        decoder = load_decoder(quantized, LoadOptions(granularity=granularity))
+        calibrator = Calibrator(decoder, calibration_sequences, CalibrateOptions())
+        return calibrator.run(Overlay.open(quantized).hash, granularity, {}, lambda *stage: None)
+
+    return {g: calibrate(g) for g in ("fused", "linear")}
+
+
+@pytest.fixture(scope="session")
+def tiny_overlay(quantized, profiles) -> Path:
+    """The overlay with its (fused) profile beside it: what a user has after quantize and calibrate."""
+    profiles["fused"].save(quantized / PROFILE_NAME)
+    return quantized
