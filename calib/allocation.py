@@ -9,7 +9,9 @@ from scipy.sparse import csr_array
 
 
 def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
-    """The choice of one option per group with the least total loss within a budget, solved exactly.
+    """The choice of one option per group with the least total loss within a budget.
+
+    Solved as an integer program, to one part in a million of the largest loss.
 
     loss: [G, B] of each option. size: [G, B] of each option. budget: total size allowed.
     Returns int64 [G], the index of each group's option. Raises InputError when nothing fits.

@@ -148,9 +148,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0,
-    seed: Annotated[
-        Optional[int], typer.Option(min=0, max=MAX_SEED, help="Makes sampling repeatable.")
-    ] = None,  # noqa: UP045
+    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Makes sampling repeatable.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends generation; may be repeated.")
     ] = None,
@@ -244,9 +242,6 @@ def main() -> None:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output went away
-            sys.stderr.close()
-            sys.exit(0)
         if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{e.strerror}: {e.filename or 'while writing'}. Free space or choose another place.")

@@ -63,8 +63,6 @@ class FisherPass:
         """
         layer = self.model.load_layer(index)
         names = {m: n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        for parameter in layer.parameters():
-            parameter.requires_grad_(False)
         fisher = {n: torch.zeros_like(m.weight, device=self.model.device) for m, n in names.items()}
         for module, name in names.items():
             module.weight.requires_grad_()

@@ -85,9 +85,9 @@ class LayerwiseModel:
         """A real fp32 copy of one decoder layer, weights from the checkpoint."""
         empty = self.layers[index]
         layer = type(empty)(self.config, index)  # built for real: non-persistent buffers need their values
-        layer = layer.float()
-        state = {n: self.source.read(f"{self.layer_prefix(index)}.{n}").float() for n in layer.state_dict()}
-        layer.load_state_dict(state)
+        layer = layer.float().requires_grad_(False)
+        for name, tensor in layer.state_dict().items():  # one at a time: never two copies of a layer
+            tensor.copy_(self.source.read(f"{self.layer_prefix(index)}.{name}"))
         return layer.to(self.device).eval()
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -25,7 +25,7 @@ QUANT_METHOD = "dpllm"
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """sha256 of the tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -120,7 +120,7 @@ class Overlay:
         if odd := wanted.symmetric_difference(self._tensors):
             name = min(odd)
             what = "missing from" if name in wanted else "not expected in"
-            raise InputError(f"{self.path}: tensor '{name}' is {what} the overlay. Quantise the model again.")
+            raise InputError(f"{self.path}: tensor {name!r} is {what} the overlay. Quantise the model again.")
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, checked against its shape, dtype and sha256."""
@@ -133,10 +133,15 @@ class Overlay:
             listed = {t for t, e in self._tensors.items() if e["file"] == shard}
             if odd := listed.symmetric_difference(self._files[shard].names()):
                 raise InputError(
-                    f"{self.path / shard}: tensor '{min(odd)}' is not as listed. Copy the overlay again."
+                    f"{self.path / shard}: tensor {min(odd)!r} is not as listed. Copy the overlay again."
                 )
         tensor = self._files[shard].read(name)
-        if tensor_sha256(tensor) != entry["sha256"] or list(tensor.shape) != entry["shape"]:
+        if list(tensor.shape) != entry["shape"] or _dtype_name(tensor.dtype) != entry["dtype"]:
+            raise InputError(
+                f"{self.path / shard}: tensor '{name}' has shape {list(tensor.shape)} {tensor.dtype}, "
+                f"not {entry['shape']} {entry['dtype']} as listed. Copy the overlay again."
+            )
+        if tensor_sha256(tensor) != entry["sha256"]:
             raise InputError(
                 f"{self.path / shard}: tensor '{name}' is damaged (checksum). Copy the overlay again."
             )
@@ -146,12 +151,12 @@ class Overlay:
         """One quantised matrix with its top `resident_bits` planes (default: all)."""
         layout = self.linears[name]
         lo, hi = layout.bits
-        keep = min(hi, resident_bits or hi)
+        keep = hi if resident_bits is None else min(hi, resident_bits)
         if keep < lo:
             raise InputError(f"{keep} resident bits are below the seed width: {self.path} stores {lo}..{hi}.")
         for tensor, (shape, dtype) in layout.tensors(name).items():
             entry = self._tensors[tensor]
-            if entry["shape"] != shape or entry["dtype"] != str(dtype).removeprefix("torch."):
+            if entry["shape"] != shape or entry["dtype"] != _dtype_name(dtype):
                 raise InputError(
                     f"{self.path}: tensor '{tensor}' has shape {entry['shape']}, not {shape} {dtype}."
                 )
@@ -195,6 +200,10 @@ class Overlay:
                 kind = "scales"
             out[kind] += entry["nbytes"]
         return out
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:

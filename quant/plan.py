@@ -67,13 +67,9 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         for name in model.linears(i):
             n, k = source.shape(f"{name}.weight")
             linears[name] = (n, k)
-    out = 0
-    for n, k in linears.values():
-        share = options.rows_per_table or default_rows_per_table(n, k)
-        layout = LinearLayout((n, k), options.bits, share)
-        out += sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
+    out = sum(_matrix_bytes(shape, options.bits, options) for shape in linears.values())
+    other = _head_and_embedding_bytes(model, options)
     head = int(np.prod(source.shape(model.head_weight())))
-    other = head * (0 if model.tied else 2) + head * options.head_bits // 8
     layer = sum(n * k for name, (n, k) in linears.items() if name.startswith(model.layer_prefix(0) + "."))
     tokens = options.samples * options.sequence_length
     boundary = tokens * model.config.hidden_size * 4
@@ -84,6 +80,24 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         peak_bytes=peak_bytes(head, layer, boundary if fisher else None),
         work_bytes=boundary * (len(model) + 2) if fisher else 0,
     )
+
+
+def _matrix_bytes(shape: tuple[int, int], bits: tuple[int, int], options: QuantizeOptions) -> int:
+    """Planes, tables and scales of one matrix."""
+    layout = LinearLayout(shape, bits, options.rows_per_table or default_rows_per_table(*shape))
+    return sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
+
+
+def _head_and_embedding_bytes(model: LayerwiseModel, options: QuantizeOptions) -> int:
+    """A tied model stores one matrix for both, unless the head has planes of its own."""
+    name = model.head_weight()
+    n, k = model.source.shape(name)
+    dense = n * k * {"F64": 8, "F32": 4}.get(model.source.dtype(name), 2)
+    if options.head_bits == 16:
+        return dense if model.tied else 2 * dense
+    if options.head_bits == 8:
+        return n * k + 2 * n + (0 if model.tied else dense)
+    return dense + _matrix_bytes((n, k), (2, options.head_bits), options)
 
 
 def peak_bytes(head: int, layer: int, boundary: int | None) -> int:

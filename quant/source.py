@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing. Give a directory that holds it.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # undecodable, no JSON, or absurd JSON
         raise InputError(f"{path} cannot be read as JSON: {e}. Restore the file and try again.") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object. Restore the file.")
@@ -115,7 +115,7 @@ class ModelSource:
                 listed = {t for t, s in weight_map.items() if s == name}
                 if odd := listed.symmetric_difference(shard.names()):
                     raise InputError(
-                        f"{shard.path} and its index disagree about '{min(odd)}'. Copy the model again."
+                        f"{shard.path} and its index disagree about {min(odd)!r}. Copy the model again."
                     )
             return cls(path, config, files)
         if (path / "model.safetensors").exists():
@@ -130,17 +130,21 @@ class ModelSource:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; InputError where it is missing or holds NaN or infinity."""
+        file = self._file(name)
+        tensor = file.read(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{file.path}: tensor '{name}' holds NaN or infinite values; "
+                "such a model cannot be used. Get an intact checkpoint."
+            )
+        return tensor
+
+    def _file(self, name: str) -> TensorFile:
         if name not in self.files:
             raise InputError(
                 f"{self.path} has no tensor '{name}', which its config.json calls for. Copy it again."
             )
-        tensor = self.files[name].read(name)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(
-                f"{self.files[name].path}: tensor '{name}' holds NaN or infinite values; "
-                "such a model cannot be used. Get an intact checkpoint."
-            )
-        return tensor
+        return self.files[name]
 
     def names(self) -> Iterator[str]:
         """All tensor names."""
@@ -148,11 +152,11 @@ class ModelSource:
 
     def shape(self, name: str) -> list[int]:
         """A tensor's shape, without reading its data."""
-        return self.files[name].layout(name)[0]
+        return self._file(name).layout(name)[0]
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors spells it ("BF16")."""
-        return self.files[name].layout(name)[1]
+        return self._file(name).layout(name)[1]
 
     @property
     def bytes_read(self) -> int:

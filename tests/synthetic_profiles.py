@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import strategies as st
-
 from dpllm.calib.profile import CalibrationProfile
+from hypothesis import strategies as st
 
 
 def make_profile(gain: np.ndarray, cost: np.ndarray, seed_bits: int = 2, **fields) -> CalibrationProfile:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from dpllm import reference
 from dpllm.commands.common import print_json, stage_bars, stdout
@@ -45,7 +46,7 @@ def run(tokens: int, as_json: bool) -> None:
     for row in rows:
         stdout.print(
             Panel(
-                PROMPT + row["generated"]["text"],
+                Text(PROMPT + row["generated"]["text"]),  # a plain str would lose its [brackets]
                 title=f"target {row['target_bits']} bits",
                 title_align="left",
             )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.common import print_json, stage_bars, stdout
@@ -32,7 +33,7 @@ def run(directory: str, verify: bool, as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in facts.items():
-        table.add_row(key, _readable(key, value))
+        table.add_row(key, Text(_readable(key, value)))
     stdout.print(table)
 
 

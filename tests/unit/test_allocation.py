@@ -6,11 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from dpllm.calib.allocation import knapsack, static_bits
 from dpllm.kernels.errors import InputError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 @st.composite
@@ -38,7 +37,7 @@ def test_knapsack_is_exact(instance):
     assert total(size, chosen) <= budget
     every = itertools.product(range(loss.shape[1]), repeat=len(loss))
     best = min(total(loss, c) for c in every if total(size, c) <= budget)
-    assert total(loss, chosen) <= best * (1 + 1e-5) + 1e-12
+    assert total(loss, chosen) <= best + 1e-6 * np.abs(loss).max()  # the solver's own resolution
 
 
 @settings(max_examples=20, deadline=None)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import resource
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from dpllm.calib import profile as module
+from dpllm.calib.profile import CalibrationProfile
+from dpllm.kernels.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from synthetic_profiles import example_profile
-
-from dpllm.calib import profile as module
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.kernels.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_targets_within_range_have_a_lambda():
     profile = example_profile()
     assert profile.target_range() == (2.0, 5.0)
     lambdas = [profile.lambda_for(t) for t in np.linspace(2, 5, 31)]
-    assert all(a > b for a, b in zip(lambdas, lambdas[1:], strict=False))
+    assert all(a > b for a, b in pairwise(lambdas))
     assert np.log2(profile.lambda_for(3.5)) == pytest.approx(-10 - 2)  # the middle of the curve for 5 planes
 
 

@@ -1,0 +1,227 @@
+"""Calibration measures what it says, and its targets hold on text it has not seen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
+from group_members import members
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from dpllm.loading import LoadOptions, load_decoder
+from dpllm.policy import Recorder, make_policy
+
+TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
+
+
+@pytest.fixture(scope="module")
+def decoders(quantized):
+    return {g: load_decoder(quantized, LoadOptions(granularity=g)) for g in ("fused", "linear")}
+
+
+def quiet(*stage) -> None:
+    pass
+
+
+# -- pass 1: saliency -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twin(tiny_checkpoint, decoders):
+    """transformers' model with the quantised weights at full width: the same function, other code."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).float().eval()
+    decoder = decoders["linear"]
+    with torch.no_grad():
+        for group in decoder.groups:
+            model.get_submodule(group.name).weight.copy_(decoder.backend.dequantize(group.weight, 6))
+        model.lm_head.weight.copy_(decoder.head.values.float() * decoder.head.scale.float()[:, None])
+    return model
+
+
+def autograd_saliency(model, sequences, seed) -> dict[str, torch.Tensor]:
+    """Mean over tokens of squared output gradients of every linear, labels drawn from the model."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs: dict[str, torch.Tensor] = {}
+    totals: dict[str, torch.Tensor] = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            output.retain_grad()
+            outputs[name] = output
+
+        return hook
+
+    linears = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    handles = [m.register_forward_hook(keep(f"model.{n}")) for n, m in linears.items()]
+    for ids in sequences:
+        logits = model(ids[None]).logits[0].float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for name, y in outputs.items():
+            totals[name] = totals.get(name, 0) + y.grad[0].square().sum(0)
+    for handle in handles:
+        handle.remove()
+    return {n: t / sequences.numel() for n, t in totals.items()}
+
+
+def test_saliency_is_the_mean_squared_gradient(decoders, twin, calibration_sequences):
+    sequences = calibration_sequences[:3, :48]
+    expected = autograd_saliency(twin, sequences, seed=5)
+    for granularity, decoder in decoders.items():
+        found = Calibrator(decoder, sequences, CalibrateOptions(seed=5)).saliency(quiet)
+        for group, saliency in zip(decoder.groups, found, strict=True):
+            reference = torch.cat([expected[n] for n in members(group.name, expected)])
+            assert saliency.shape == reference.shape, (granularity, group.name)
+            assert reference.max() > 0
+            assert (saliency - reference).abs().max() < 1e-3 * reference.max(), group.name
+
+
+def test_saliency_leaves_the_decoder_as_it_was(decoders, calibration_sequences):
+    decoder, ids = decoders["fused"], calibration_sequences[0][:16]
+    with torch.no_grad():
+        before = decoder.forward(ids)
+    Calibrator(decoder, calibration_sequences[:1, :16], CalibrateOptions()).saliency(quiet)
+    with torch.no_grad():
+        after = decoder.forward(ids)
+    assert torch.equal(before, after)
+    assert not after.requires_grad and not decoder.forward(ids).requires_grad
+
+
+# -- pass 2: gains ----------------------------------------------------------------------------------------
+
+
+def test_losses_are_weighted_output_errors(decoders, calibration_sequences):
+    decoder = decoders["fused"]
+    calibrator = Calibrator(decoder, calibration_sequences[:2, :32], CalibrateOptions())
+    saliency = calibrator.saliency(quiet)
+    diagonals = [calibrator.diagonal(g, s) for g, s in zip(decoder.groups, saliency, strict=True)]
+    signal, loss = calibrator.signals_and_losses(saliency, diagonals, quiet)
+    assert signal.shape == (len(decoder.groups), 64)
+    assert loss.shape == (len(decoder.groups), 64, 5)
+    assert (loss[:, :, 4] == 0).all(), "the widest is the reference"
+    means = loss.mean(1)
+    assert (means[:, :-1] > means[:, 1:]).all(), "more planes, less loss"
+    # One group by hand: the first layer's input does not depend on the widths drawn.
+    group, ids = decoder.groups[0], calibrator.sequences.flatten(0, 0)
+    x = torch.cat([decoder._rms_norm(decoder._embed(row), decoder.layers[0].input_norm) for row in ids])
+    delta = decoder.backend.dequantize(group.weight, 6) - decoder.backend.dequantize(group.weight, 3)
+    by_hand = ((x.double() @ delta.double().T) ** 2 @ saliency[0].double()).numpy()
+    np.testing.assert_allclose(loss[0, :, 1], by_hand, rtol=1e-3)
+    np.testing.assert_allclose(signal[0], (x**2 @ diagonals[0]).numpy(), rtol=1e-5)
+
+
+def test_fit_gains_recovers_a_monotone_relation():
+    rng = np.random.default_rng(0)
+    signal = rng.gamma(2.0, size=(2, 20_000))
+    truth = [lambda s: 3 * s**1.5, lambda s: 0.2 + np.sqrt(s)]
+    gains = np.stack([f(s) for f, s in zip(truth, signal, strict=True)])
+    noisy = gains * rng.gamma(2.0, 0.5, gains.shape)  # mean one
+    loss = np.stack([noisy * 1.25, noisy * 0.25, np.zeros_like(noisy)], axis=2)  # steps of 1 and 1/4
+    edges, gain = fit_gains(signal, loss, 32)
+    assert edges.shape == (2, 31) and gain.shape == (2, 2, 32)
+    assert (np.diff(edges, axis=1) > 0).all()
+    assert (np.diff(gain, axis=2) >= 0).all()
+    for g in range(2):
+        place = np.searchsorted(edges[g], signal[g])
+        expected = np.asarray([gains[g, place == m].mean() for m in range(32)])
+        np.testing.assert_allclose(gain[g, 0], expected, rtol=0.16)
+        np.testing.assert_allclose(gain[g, 1], expected / 4, rtol=0.16)
+        assert abs((gain[g, 0] / expected).mean() - 1) < 0.03
+
+
+def test_fit_gains_of_an_uninformative_signal_is_nearly_flat():
+    rng = np.random.default_rng(1)
+    signal, noise = rng.random((1, 6400)), rng.gamma(2.0, size=(1, 6400))
+    loss = np.stack([noise + 1 - signal, np.zeros_like(noise)], axis=2)  # falling, if anything
+    _, gain = fit_gains(signal, loss, 16)
+    assert (np.diff(gain[0, 0]) > 0).all(), "a slight slope, so that any target can be hit"
+    assert gain[0, 0].max() / gain[0, 0].min() < 1.12
+    assert gain.mean() == pytest.approx(loss[:, :, 0].mean(), rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.booleans())
+def test_fit_gains_never_breaks(seed, tokens, constant):
+    rng = np.random.default_rng(seed)
+    signal = np.ones((2, tokens)) if constant else rng.integers(0, 4, (2, tokens)).astype(float)
+    loss = np.concatenate([rng.random((2, tokens, 3)), np.zeros((2, tokens, 1))], axis=2)
+    edges, gain = fit_gains(signal, loss, 48)
+    assert np.isfinite(gain).all() and (gain >= 0).all()
+    assert (np.diff(gain, axis=2) >= 0).all()
+    assert (np.diff(edges, axis=1) >= 0).all()
+
+
+# -- pass 3: targets --------------------------------------------------------------------------------------
+
+
+def measured_bits(decoder, profile, target, sequences) -> float:
+    recorder = Recorder(make_policy("rate-distortion", target, decoder, profile), decoder.groups)
+    means = []
+    with torch.no_grad():
+        for ids in sequences:
+            decoder.forward(ids, select=recorder, last_only=True)
+            means.append(recorder.effective_bits().mean().item())
+    return float(np.mean(means))
+
+
+@pytest.mark.parametrize("granularity", ["fused", "linear"])
+def test_targets_hold_on_other_text(decoders, profiles, heldout_sequences, granularity):
+    decoder, profile = decoders[granularity], profiles[granularity]
+    used = {t: measured_bits(decoder, profile, t, heldout_sequences) for t in TARGETS}
+    assert all(abs(bits - target) <= 0.05 for target, bits in used.items()), used
+
+
+@pytest.mark.parametrize("resident", [3, 4])
+def test_targets_hold_under_a_memory_limit(quantized, profiles, heldout_sequences, resident):
+    decoder = load_decoder(quantized, LoadOptions(resident_bits=resident))
+    targets = [t for t in (2.5, 2.8, 3.25, 3.7) if t < resident]
+    used = {t: measured_bits(decoder, profiles["fused"], t, heldout_sequences) for t in targets}
+    assert all(abs(bits - target) <= 0.05 for target, bits in used.items()), used
+
+
+def test_curves_rise_as_the_price_falls(profiles):
+    for profile in profiles.values():
+        assert (np.diff(profile.curve_log2_lambda, axis=1) < 0).all()
+        assert (np.diff(profile.curve_bits, axis=1) >= 0).all()
+        assert profile.target_range() == (2.0, 6.0)
+        assert profile.target_range(4) == (2.0, 4.0)
+
+
+def test_bits_used_is_what_the_policy_uses(decoders, profiles, heldout_sequences):
+    decoder, profile, some = decoders["fused"], profiles["fused"], heldout_sequences[:4]
+    calibrator = Calibrator(decoder, some, CalibrateOptions())
+    used = calibrator.bits_used(profile, profile.lambda_for(3.3), some)
+    assert used == pytest.approx(measured_bits(decoder, profile, 3.3, some), abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_profile(decoders, calibration_sequences):
+    def calibrate(seed):
+        sequences = calibration_sequences[:4, :48]
+        return Calibrator(decoders["fused"], sequences, CalibrateOptions(seed=seed, points=3)).run(
+            "a" * 64, "fused", {"seed": seed}, quiet
+        )
+
+    once, again, other = calibrate(0), calibrate(0), calibrate(1)
+    arrays = [f.name for f in dataclasses.fields(once) if isinstance(getattr(once, f.name), np.ndarray)]
+    assert len(arrays) == 7
+    for name in arrays:
+        np.testing.assert_array_equal(getattr(once, name), getattr(again, name))
+    assert all(np.array_equal(a, b) for a, b in zip(once.diagonals, again.diagonals, strict=True))
+    assert not np.array_equal(once.gain, other.gain)
+    assert {k: v for k, v in once.origin.items() if k != "seconds"} == {"seed": 0, "tokens": 4 * 48}
+
+
+def test_progress_reaches_its_ends(decoders, calibration_sequences):
+    seen: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(stage, done, total):
+        seen.setdefault(stage, []).append((done, total))
+
+    options = CalibrateOptions(points=2)
+    Calibrator(decoders["fused"], calibration_sequences[:2, :32], options).run("", "fused", {}, progress)
+    assert seen == {"saliency": [(1, 2), (2, 2)], "gains": [(1, 2), (2, 2)], "curve": [(1, 2), (2, 2)]}

@@ -1,0 +1,438 @@
+"""Generation: the model's own tokens, streamed as text that never has to be taken back."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import count, islice
+
+import pytest
+import torch
+import transformers
+from dpllm.kernels.errors import InputError
+from dpllm.quant.text import load_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM
+
+from dpllm import engine as engine_module
+from dpllm.engine import GenerateOptions, _Pending, load
+from dpllm.loading import LoadOptions
+from dpllm.policy import Recorder, make_policy
+from dpllm.sampling import sample
+
+PROMPT = "def main(argv):\n    return "
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint):
+    return load(tiny_checkpoint)
+
+
+@pytest.fixture
+def engine(tiny_overlay):
+    return load(tiny_overlay)
+
+
+GREEDY = GenerateOptions(max_new_tokens=24)
+
+
+def tokens_of(engine, options=GREEDY, prompt=PROMPT) -> list[int]:
+    return [s.token for s in engine.generate(prompt, options)]
+
+
+# -- a model that says what it is told --------------------------------------------------------------------
+
+
+def token_chain(tokenizer, text: str) -> list[int]:
+    """Tokens of the text, one a byte; all must differ, since each one names its successor."""
+    ids = [i for c in text for i in tokenizer(c, add_special_tokens=False)["input_ids"]]
+    assert len(set(ids)) == len(ids), text
+    return ids
+
+
+@pytest.fixture
+def scripted(tokenizer, tmp_path):
+    """A factory of engines that continue the prompt 'A' with exactly this text (and eos, if asked to).
+
+    The blocks add nothing, and the head's row of each token is the embedding of the one before it.
+    """
+
+    def build(text: str, *, eos: bool = True, tokenizer=tokenizer, **config):
+        chain = [*token_chain(tokenizer, "A" + text), *([tokenizer.eos_token_id] if eos else [])]
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **{
+                    "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 32,
+                    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+                    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+                } | config
+            )
+        )  # fmt: skip
+        with torch.no_grad():
+            rows = torch.randn(len(tokenizer), 64, generator=torch.Generator().manual_seed(0))
+            model.model.embed_tokens.weight.copy_(rows / rows.norm(dim=1, keepdim=True))
+            for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+                linear.weight.zero_()
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[chain[1:]] = 10 * model.model.embed_tokens.weight[chain[:-1]]
+        shutil.rmtree(tmp_path / "scripted", ignore_errors=True)
+        model.save_pretrained(tmp_path / "scripted")
+        tokenizer.save_pretrained(tmp_path / "scripted")
+        return load(tmp_path / "scripted")
+
+    return build
+
+
+def pieces(engine, prompt="A", **options) -> list[str]:
+    return [s.text for s in engine.generate(prompt, GenerateOptions(**options))]
+
+
+def test_streaming_gives_the_whole_text(scripted):
+    assert "".join(pieces(scripted("The quick:\n"))) == "The quick:\n"
+
+
+def test_characters_of_several_bytes_come_whole(scripted):
+    parts = pieces(scripted("naïve€5😀."))
+    assert parts == ["n", "a", "", "ï", "v", "e", "", "", "€", "5", "", "", "", "😀", ".", ""]
+
+
+def test_a_character_cut_off_by_the_limit_is_marked(scripted):
+    assert pieces(scripted("a€b"), max_new_tokens=3) == ["a", "", "\ufffd"]
+
+
+def test_eos_ends_and_is_no_text(scripted):
+    steps = list(scripted("abc").generate("A", GenerateOptions(max_new_tokens=40)))
+    assert [s.text for s in steps] == ["a", "b", "c", ""]
+    assert steps[-1].token == 1
+
+
+def test_any_of_several_eos_tokens_ends(scripted, tokenizer):
+    last = token_chain(tokenizer, "c")[0]
+    assert pieces(scripted("abcde", eos_token_id=[1, last])) == ["a", "b", ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("abcdefg", ("d",), "abc"),  # one token
+        ("abcdefg", ("cde",), "ab"),  # several tokens
+        ("abcdefg", ("a",), ""),  # at once
+        ("abcdefg", ("fg", "bc", "cde"), "a"),  # whichever is complete first
+        ("abcdefg", ("bcX", "efX"), "abcdefg"),  # begun, never finished
+        ("abcdefg", ("fgh",), "abcdefg"),  # begun when the text ends
+        ("abcdefg", ("efg",), "abcd"),  # the very end
+        ("xa€yz", ("a€",), "x"),  # begun before a character that spans tokens
+        ("x€yz", ("€y",), "x"),
+        ("xa😀€yz", ("😀€",), "xa"),
+    ],
+)
+def test_stop_strings(scripted, text, stop, expected):
+    parts = pieces(scripted(text), stop=stop)
+    assert "".join(parts) == expected
+    assert not any("\ufffd" in p for p in parts)
+
+
+def test_nothing_is_generated_behind_a_stop_string(scripted):
+    assert pieces(scripted("abcdefg"), stop=("cd",)) == ["a", "b", "", ""]
+
+
+def test_what_only_looked_like_a_stop_string_comes_late(scripted):
+    assert pieces(scripted("abcdefg"), stop=("bcX",)) == ["a", "", "", "bcd", "e", "f", "g", ""]
+
+
+# The alphabet makes characters of one to four bytes, and stop strings that overlap themselves.
+TEXTS = st.text("aab€é😀 ", max_size=14)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS, stop=st.lists(st.text("aab€é😀 ", min_size=1, max_size=4), max_size=3), data=st.data())
+def test_streamed_text_is_final(tokenizer, text, stop, data):
+    ids = [i for b in text for i in tokenizer(b, add_special_tokens=False)["input_ids"]]
+    pending, sent = _Pending(tokenizer, tuple(stop)), ""
+    for n, token in enumerate(ids, 1):
+        piece = pending.push(token, last=n == len(ids))
+        assert "\ufffd" not in piece
+        sent += piece
+        if pending.stopped:
+            break
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    assert pending.stopped == bool(ends)
+    if ends:  # the text as it was when the first stop string became complete
+        seen = text[: min(ends)]
+        assert sent == seen[: min(seen.find(s) for s in stop if s in seen)]
+    else:
+        assert sent == text
+
+
+# -- which tokens -----------------------------------------------------------------------------------------
+
+
+def test_greedy_is_the_argmax_of_transformers(plain, tiny_checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    said = set()
+    for prompt in (PROMPT, "import os\n", "class A", "x", "    self.value = 5"):
+        ids = plain.prompt_ids(prompt)
+        assert ids[0] == plain.tokenizer.bos_token_id
+        expected = []
+        with torch.no_grad():
+            while len(expected) < 16 and 1 not in expected:
+                expected.append(int(model(torch.tensor([ids + expected])).logits[0, -1].argmax()))
+        assert tokens_of(plain, GenerateOptions(max_new_tokens=16), prompt) == expected
+        said.update(expected)
+    assert len(said) > 8, "the random model must say something"
+
+
+def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
+    steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=24)))
+    decoder, ids = engine.decoder, torch.tensor(engine.prompt_ids(PROMPT))
+    policy = make_policy("rate-distortion", 3.5, decoder, engine.profile)
+    recorder, cache = Recorder(policy, decoder.groups), decoder.new_cache(100)
+    with torch.no_grad():
+        logits = decoder.forward(ids, cache)
+        for n, step in enumerate(steps):
+            assert step.token == int(logits[-1].argmax())
+            if n:
+                assert list(step.bits) == recorder.bits()[0].tolist()
+            logits = decoder.forward(torch.tensor([step.token]), cache, recorder)
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_the_prompt_may_be_read_in_chunks(engine, monkeypatch, chunk):
+    whole = tokens_of(engine)
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", chunk)
+    assert tokens_of(engine) == whole
+
+
+def test_max_new_tokens(plain):
+    assert len(tokens_of(plain, GenerateOptions(max_new_tokens=1))) == 1
+    assert len(tokens_of(plain, GenerateOptions(max_new_tokens=9))) == 9
+
+
+def test_generation_ends_with_the_models_positions(scripted):
+    engine = scripted("abcdefghijk", max_position_embeddings=8)
+    assert pieces(engine) == list("abcdef")  # bos and 'A' take two of the eight
+
+
+def test_prompts_as_long_as_the_model(scripted):
+    engine = scripted("abc", max_position_embeddings=8)
+    assert len(engine.prompt_ids("xxyyzzA")) == 8
+    with pytest.raises(InputError, match="8 tokens; the model has 8 positions") as e:
+        next(engine.generate("xxyyzzA"))
+    assert len(str(e.value).splitlines()) == 1
+    assert pieces(engine, "xxyyzA") == ["a"]
+
+
+SAMPLED = {"max_new_tokens": 24, "temperature": 1.0}
+
+
+def test_seeds(engine):
+    once, again, other = (tokens_of(engine, GenerateOptions(**SAMPLED, seed=s)) for s in (1, 1, 2))
+    assert once == again
+    assert once != other
+
+
+def test_temperature_zero_and_a_narrow_nucleus_are_greedy(engine):
+    greedy = tokens_of(engine)
+    assert tokens_of(engine, GenerateOptions(max_new_tokens=24, temperature=0, seed=3)) == greedy
+    assert tokens_of(engine, GenerateOptions(**SAMPLED, top_p=1e-6, seed=3)) == greedy
+    assert tokens_of(engine, GenerateOptions(**SAMPLED, seed=3)) != greedy
+
+
+def test_without_a_seed_sampling_is_torchs(engine):
+    torch.manual_seed(0)
+    once = tokens_of(engine, GenerateOptions(**SAMPLED))
+    assert tokens_of(engine, GenerateOptions(**SAMPLED)) != once
+    torch.manual_seed(0)
+    assert tokens_of(engine, GenerateOptions(**SAMPLED)) == once
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0},
+     {"top_p": 1.1}, {"top_p": float("nan")}, {"stop": ("a", "")}],
+)  # fmt: skip
+def test_impossible_options(wrong):
+    with pytest.raises(InputError) as e:
+        GenerateOptions(**wrong)
+    assert len(str(e.value).splitlines()) == 1
+
+
+# -- prompts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("", "empty"), ("caf\udce9", "not UTF-8")])
+def test_prompts_that_are_no_text(plain, prompt, message):
+    with pytest.raises(InputError, match=message):
+        next(plain.generate(prompt))
+
+
+def test_a_prompt_the_tokenizer_drops(scripted, tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    engine = scripted("abc", tokenizer=tokenizer)
+    engine.tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(InputError, match="no tokens"):
+        next(engine.generate("   "))
+
+
+def test_a_tokenizer_of_another_model(checkpoints, tokenizer, tmp_path):
+    shutil.copytree(checkpoints / "llama", tmp_path / "mixed")  # knows 96 tokens
+    tokenizer.save_pretrained(tmp_path / "mixed")
+    with pytest.raises(InputError, match="the model knows 96"):
+        next(load(tmp_path / "mixed").generate("return self.value"))
+
+
+def test_chat_template(scripted, tiny_checkpoint):
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]A{% endif %}"
+    )
+    engine = scripted("hey", tokenizer=tokenizer)
+    ids = engine.prompt_ids("good day", chat=True)
+    assert engine.tokenizer.decode(ids) == "<s>[user]good day\n[assistant]A"
+    assert ids.count(0) == 1, "one bos, not the template's and the tokenizer's"
+    assert "".join(pieces(engine, "good day", chat=True)) == "hey"
+
+
+def test_no_chat_template(plain):
+    with pytest.raises(InputError, match="no chat template"):
+        next(plain.generate("hello", GenerateOptions(chat=True)))
+
+
+# -- steps, policies, life of a generator -----------------------------------------------------------------
+
+
+def test_step_fields(engine):
+    clock = count(0, 2).__next__
+    steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=12), clock))
+    decoder, prompt = engine.decoder, len(engine.prompt_ids(PROMPT))
+    assert len(steps) == 12
+    per_token = steps[1].kv_bytes - steps[0].kv_bytes
+    assert per_token == 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, fp32
+    assert [s.kv_bytes for s in steps] == [per_token * (prompt + n) for n in range(12)]
+    assert [s.tpot_ms for s in steps] == [2000.0] * 12
+    first, rest = steps[0], steps[1:]
+    everything = sum(g.bytes_at[-1] for g in decoder.groups) + decoder.head_bytes()
+    assert (first.effective_bits, first.weight_bytes, len(first.bits)) == (6.0, everything, 0)
+    weights = [g.weights for g in decoder.groups]
+    for s in rest:
+        assert len(s.bits) == len(decoder.groups) and all(2 <= b <= 6 for b in s.bits)
+        mean = sum(b * w for b, w in zip(s.bits, weights, strict=True)) / sum(weights)
+        assert s.effective_bits == pytest.approx(mean)
+        read = sum(g.bytes_at[b - 2] for g, b in zip(decoder.groups, s.bits, strict=True))
+        assert s.weight_bytes == read + engine.profile.estimator_bytes() + decoder.head_bytes()
+        assert s.weight_bytes < everything
+    assert len({tuple(s.bits) for s in rest}) > 1, "widths follow the token"
+
+
+def test_steps_of_an_unquantised_model(plain):
+    steps = list(plain.generate(PROMPT, GenerateOptions(max_new_tokens=3)))
+    assert {s.effective_bits for s in steps} == {0.0}
+
+
+def test_abandoning_a_generator(engine):
+    whole = tokens_of(engine)
+    begun = engine.generate(PROMPT, GenerateOptions(max_new_tokens=24))
+    assert [s.token for s in islice(begun, 3)] == whole[:3]
+    begun.close()
+    assert tokens_of(engine) == whole
+
+
+def test_generators_do_not_disturb_each_other(engine):
+    options = GenerateOptions(max_new_tokens=10)
+    alone = [tokens_of(engine, options, p) for p in (PROMPT, "import os")]
+    both = zip(engine.generate(PROMPT, options), engine.generate("import os", options), strict=True)
+    together = [[s.token for s in steps] for steps in zip(*both, strict=True)]
+    assert together == alone
+
+
+def test_retargeting_while_generating(engine):
+    """The new target holds from the very next token."""
+    engine.set_policy("uniform", 2)
+    used = []
+    for step in engine.generate(PROMPT, GenerateOptions(max_new_tokens=9)):
+        used.append(step.effective_bits)
+        if len(used) == 3:
+            engine.set_policy("uniform", 5)
+        if len(used) == 6:
+            engine.set_policy("rate-distortion", 3.0)
+    assert used[:6] == [6, 2, 2, 5, 5, 5]
+    assert all(b not in (2, 5) for b in used[6:])
+
+
+def test_what_load_chooses(tiny_overlay, tmp_path, tiny_checkpoint):
+    chosen = load(tiny_overlay)
+    assert (chosen.policy.name, chosen.target_bits) == ("rate-distortion", 3.5)
+    small = load(tiny_overlay, options=LoadOptions(resident_bits=3))
+    assert (small.policy.name, small.target_bits) == ("rate-distortion", 3.0)
+    shutil.copytree(tiny_overlay, tmp_path / "bare")
+    (tmp_path / "bare" / "profile.safetensors").unlink()
+    bare = load(tmp_path / "bare")
+    assert (bare.policy.name, bare.target_bits, bare.profile) == ("uniform", 6.0, None)
+    assert (
+        load(tmp_path / "bare", profile=tiny_overlay / "profile.safetensors").policy.name == "rate-distortion"
+    )
+    assert load(tiny_checkpoint).policy is None
+    with pytest.raises(InputError, match="one precision"):
+        load(tiny_checkpoint, target_bits=3.0)
+    with pytest.raises(InputError, match="no directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_linear_profile_decides_per_matrix(tiny_overlay, profiles, tmp_path):
+    profiles["linear"].save(tmp_path / "linear.safetensors")
+    engine = load(tiny_overlay, profile=tmp_path / "linear.safetensors", target_bits=3.0)
+    assert len(engine.decoder.groups) == 3 * 7
+    assert len(list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=2)))[1].bits) == 21
+
+
+# -- sampling ---------------------------------------------------------------------------------------------
+
+
+def counts(logits, temperature, top_p, draws=20_000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [sample(logits, temperature, top_p, generator) for _ in range(draws)]
+    return torch.bincount(torch.tensor(drawn), minlength=len(logits)).double()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_softmax(temperature):
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, 0.7, -1.0, 1.2])
+    found = counts(logits, temperature, 1.0)
+    expected = (logits.double() / temperature).softmax(0) * found.sum()
+    assert ((found - expected) ** 2 / expected).sum() < 29.9  # chi-square, 7 degrees of freedom, 1 in 10,000
+
+
+def test_nucleus_sampling_renormalises_what_it_keeps():
+    p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+    found = counts(p.log(), 1.0, 0.7)
+    kept = torch.tensor([0.0, 0.4, 0.0, 0.25, 0.2]).double()
+    assert found[[0, 2]].sum() == 0
+    expected = (kept / kept.sum() * found.sum())[[1, 3, 4]]
+    assert ((found[[1, 3, 4]] - expected) ** 2 / expected).sum() < 18.4  # 2 degrees of freedom
+
+
+LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LOGITS, st.floats(0.05, 5), st.floats(0, 1, exclude_min=True), st.integers(0, 2**63 - 1))
+def test_a_sampled_token_is_in_the_nucleus(values, temperature, top_p, seed):
+    logits = torch.tensor(values)
+    token = sample(logits, temperature, top_p, torch.Generator().manual_seed(seed))
+    p = (logits.double() / temperature).softmax(0)
+    likelier = p[p > p[token]].sum()
+    assert likelier < top_p + 1e-9, "the tokens before it did not fill the nucleus"
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5, 1e30, float("inf")])
+def test_extreme_temperatures(temperature):
+    logits = torch.tensor([1.0, 3.0, 2.9, -1e4])
+    drawn = {sample(logits, temperature, 1.0, torch.Generator().manual_seed(s)) for s in range(40)}
+    assert drawn == ({1} if temperature < 1 else {0, 1, 2, 3})
+
+
+def test_greedy_needs_no_generator():
+    assert sample(torch.tensor([0.0, 5.0, 1.0]), 0.0, 1.0, None) == 1
