@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dpllm.quant.text import encode, read_documents
 from report import report
 
 from dpllm import reference
@@ -24,6 +23,7 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.engine import Engine, load
 from dpllm.evaluate import DocumentScore, score, summarize
 from dpllm.policy import make_policy
+from dpllm.quant.text import encode, read_documents
 
 TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
 POLICIES = ("uniform", "random", "static", "rate-distortion")

@@ -21,8 +21,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from dpllm.quant.kmeans import nested_codes
 from report import report
+
+from dpllm.quant.kmeans import nested_codes
 
 SHAPES = ((1024, 2048), (512, 4096), (128, 14336))
 LLAMA_3_8B = 6_979_321_856  # weights in its linear layers

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from dpllm.kernels.errors import InputError
 from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
+
+from dpllm.kernels.errors import InputError
 
 
 def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:

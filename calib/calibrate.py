@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dpllm.calib.profile import CalibrationProfile
 from scipy.optimize import isotonic_regression
 from torch import Tensor
+
+from dpllm.calib.profile import CalibrationProfile
 
 GRID = 192  # points of the stored lambda curve
 TILT = 0.1  # relative slope over the bins of a flat gain

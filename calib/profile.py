@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+
 from dpllm.kernels.errors import InputError
 from dpllm.quant.files import write_tensors
-from safetensors import SafetensorError, safe_open
 
 PROFILE_VERSION = 1
 PROFILE_NAME = "profile.safetensors"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dpllm.kernels.weight import Int8Weight, QuantizedWeight, unpack
 from torch import Tensor
+
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight, unpack
 
 PreparedWeight = QuantizedWeight  # this backend computes from the stored layout
 

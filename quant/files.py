@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from dpllm.kernels.errors import InputError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from dpllm.kernels.errors import InputError
 
 
 def write_tensors(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpllm.quant.files import write_tensors
-from dpllm.quant.layerwise import LayerwiseModel, call_layer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from dpllm.quant.files import write_tensors
+from dpllm.quant.layerwise import LayerwiseModel, call_layer
 
 
 class FisherPass:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
 
 LLOYD_ITERATIONS = 50

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from dpllm.kernels.errors import InputError
 from dpllm.quant.source import ModelSource
-from torch import Tensor, nn
 
 
 class _Stop(Exception):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight
 from dpllm.quant.source import INDEX, TensorFile, read_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS
 from dpllm.quant.layerwise import LayerwiseModel

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import pack
 from dpllm.quant.files import write_tensors

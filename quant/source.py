@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpllm.kernels.errors import InputError
 from safetensors import SafetensorError, safe_open
+
+from dpllm.kernels.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (

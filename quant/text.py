@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+
 from dpllm.kernels.errors import InputError
 
 

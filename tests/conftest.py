@@ -9,18 +9,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, build_model
+from tiny_text import train_tokenizer
+
+from dpllm import reference
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
 from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
-from tiny_models import ARCHITECTURES, build_model
-from tiny_text import train_tokenizer
-
-from dpllm import reference
-from dpllm.loading import LoadOptions, load_decoder
 
 SEQUENCE = 128
 torch.set_num_threads(1)  # tiny matrices: more threads only get in each other's way

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from dpllm.calib.profile import CalibrationProfile
 from hypothesis import strategies as st
+
+from dpllm.calib.profile import CalibrationProfile
 
 
 def make_profile(gain: np.ndarray, cost: np.ndarray, seed_bits: int = 2, **fields) -> CalibrationProfile:

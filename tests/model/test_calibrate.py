@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
 from group_members import members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import Recorder, make_policy
 

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.kernels.errors import InputError
-from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import INDEX
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
 from dpllm import __version__
+from dpllm.calib.profile import CalibrationProfile
 from dpllm.cli import main
 from dpllm.commands.common import parse_size
+from dpllm.kernels.errors import InputError
+from dpllm.quant.overlay import Overlay
+from dpllm.quant.source import INDEX
 
 FAST = ("--fisher", "none", "--jobs", "1")
 SMALL = ("--samples", "2", "--sequence-length", "32")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dpllm.quant.fisher import FisherPass
-from dpllm.quant.layerwise import LayerwiseModel
-from dpllm.quant.source import ModelSource
 from tiny_models import build_model
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+from dpllm.quant.fisher import FisherPass
+from dpllm.quant.layerwise import LayerwiseModel
+from dpllm.quant.source import ModelSource
 
 # Windows, mixed window and full layers, layers without rope, biases, tied embeddings, 3-part rope.
 NAMES = [

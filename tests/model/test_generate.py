@@ -8,8 +8,6 @@ from itertools import count, islice
 import pytest
 import torch
 import transformers
-from dpllm.kernels.errors import InputError
-from dpllm.quant.text import load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -17,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from dpllm import engine as engine_module
 from dpllm.engine import GenerateOptions, _Pending, load
+from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
 from dpllm.policy import Recorder, make_policy
+from dpllm.quant.text import load_tokenizer
 from dpllm.sampling import sample
 
 PROMPT = "def main(argv):\n    return "

@@ -7,17 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.kernels.errors import InputError
-from dpllm.quant.overlay import Overlay
 from group_members import members
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_profiles import random_profiles
 
+from dpllm.calib.profile import CalibrationProfile
 from dpllm.evaluate import evaluate
+from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import POLICIES, RandomPolicy, RateDistortionPolicy, Recorder, make_policy
+from dpllm.quant.overlay import Overlay
 
 GRANULARITIES = ["fused", "linear"]
 TARGETS = {"uniform": 3.0, "static": 3.3, "random": 3.4, "rate-distortion": 3.25}

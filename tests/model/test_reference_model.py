@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from dpllm.quant.overlay import Overlay
 
 from dpllm import reference
 from dpllm.cli import main
@@ -18,6 +17,7 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.engine import load
 from dpllm.evaluate import evaluate
 from dpllm.loading import load_decoder
+from dpllm.quant.overlay import Overlay
 
 TOKENS = 6000
 

@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from dpllm.calib.allocation import knapsack, static_bits
-from dpllm.kernels.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dpllm.calib.allocation import knapsack, static_bits
+from dpllm.kernels.errors import InputError
 
 
 @st.composite

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dpllm.kernels.reference import decode_attention
-from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dpllm.kernels.reference import decode_attention
+from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
 
 LAYERS, DIM, SCALE = 2, 8, 8**-0.5
 

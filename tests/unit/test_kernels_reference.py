@@ -8,12 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dpllm.kernels import reference
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight, derived_table, fuse, lut_columns, pack, unpack
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 WIDTHS = range(2, 9)
 # (N, K, rows_per_table): odd rows, columns around the word size, single row, single column

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dpllm.kernels.weight import derived_table
-from dpllm.quant import kmeans
-from dpllm.quant.kmeans import nested_codes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from dpllm.kernels.weight import derived_table
+from dpllm.quant import kmeans
+from dpllm.quant.kmeans import nested_codes
 
 RANGES = [(2, 6), (3, 6), (2, 8), (4, 4), (6, 8), (2, 2)]
 values = st.floats(-1000, 1000, width=32)

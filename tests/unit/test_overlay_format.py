@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model
+
 from dpllm.kernels import reference
 from dpllm.kernels.errors import InputError
 from dpllm.quant.overlay import LinearLayout, Overlay, manifest_sha256, tensor_sha256
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource, read_json
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tiny_models import build_model
 
 MANIFEST = "model.safetensors.index.json"
 MATRIX = "model.layers.1.mlp.down_proj"  # [64, 96]: three words a row

@@ -10,13 +10,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dpllm.calib import profile as module
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.kernels.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from synthetic_profiles import example_profile
+
+from dpllm.calib import profile as module
+from dpllm.calib.profile import CalibrationProfile
+from dpllm.kernels.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from dpllm.kernels.errors import InputError
 from dpllm.quant.text import documents_sha256, encode, load_tokenizer, read_documents, sample_sequences
 
