@@ -20,10 +20,9 @@ from report import report
 
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
-from dpllm.engine import Engine, load
+from dpllm.engine import load
 from dpllm.evaluate import DocumentScore, score, summarize
 from dpllm.policy import make_policy
-from dpllm.quant.text import encode, read_documents
 
 TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
 POLICIES = ("uniform", "random", "static", "rate-distortion")
@@ -42,14 +41,12 @@ def paired_interval(
 
 
 @torch.no_grad()
-def full_precision(engine: Engine) -> float:
+def full_precision(documents: list[list[int]]) -> float:
     """Perplexity of the unquantised checkpoint on the same tokens."""
     plain = load(reference.model_path())
     total, count = 0.0, 0
-    for text in read_documents(reference.heldout_text()):
-        ids = torch.tensor(encode(plain.tokenizer, text)[:1024])
-        if len(ids) < 2:
-            continue
+    for document in documents:
+        ids = torch.tensor(document)
         logits = plain.decoder.forward(ids[:-1])
         total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
         count += len(ids) - 1
@@ -59,9 +56,10 @@ def full_precision(engine: Engine) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--max-tokens", type=int, default=0, help="0: every held-out document")
     args = parser.parse_args()
     engine = load()
-    documents = token_documents(engine, reference.heldout_text(), context=1024)
+    documents = token_documents(engine, reference.heldout_text(), context=1024, max_tokens=args.max_tokens)
     rows = []
     for target in (2.0, *TARGETS, 6.0):
         scores: dict[str, list[DocumentScore]] = {}
@@ -81,7 +79,7 @@ def main() -> None:
                     "weight_bytes_per_token": r.weight_bytes_per_token, "tokens": r.tokens,
                 }
             )  # fmt: skip
-    plain = full_precision(engine)
+    plain = full_precision(documents)
     if args.plot:
         plot(rows, plain, args.plot)
     report(

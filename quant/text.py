@@ -34,7 +34,7 @@ def read_documents(path: Path) -> list[str]:
     except (UnicodeDecodeError, OSError) as e:
         raise InputError(f"{path} is not UTF-8 text ({e}). Give a .txt or .jsonl file.") from None
     if path.suffix == ".jsonl":
-        documents = [_text_of(path, i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        documents = [_text_of(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         documents = [text]
     documents = [d for d in documents if d.strip()]
@@ -46,10 +46,11 @@ def read_documents(path: Path) -> list[str]:
 def _text_of(path: Path, line_number: int, line: str) -> str:
     try:
         value = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, str):
-        raise InputError(f'{path}, line {line_number}: expected a JSON object with a string "text".')
+        value.encode("utf-8")  # an escaped half of a surrogate pair is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(
+            f'{path}, line {line_number}: expected a JSON object with a string "text".'
+        ) from None
     return value
 
 
