@@ -194,6 +194,23 @@ def test_fisher_is_used_and_recorded(tiny_checkpoint, straight, tmp_path):
     assert plain.hash != overlay.hash
 
 
+def test_rows_that_share_a_table_count_by_their_size(checkpoints, tmp_path):
+    """Fisher weights are per unit of the original weights: a tiny row must not bend a big row's table."""
+    rng = torch.Generator().manual_seed(0)
+    big = torch.rand(1, 2048, generator=rng) * 200 - 100
+    tiny = torch.randn(1, 2048, generator=rng) ** 3 * 0.01
+    alone, shared = (
+        job(checkpoints / "llama", tmp_path / "out", QuantizeOptions(rows_per_table=share)).quantize_matrix(
+            "x", matrix, None, (3, 3)
+        )
+        for share, matrix in ((1, big), (2, torch.cat([big, tiny])))
+    )
+    scale = shared["x.scale"][0].float()
+    assert torch.allclose(
+        shared["x.lut.3"][0].float() * scale, alone["x.lut.3"][0].float(), rtol=0.01, atol=0.2
+    )
+
+
 def test_tokenizer_travels_along(tiny_checkpoint, tmp_path):
     out = job(tiny_checkpoint, tmp_path / "out").run()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels import reference
@@ -334,6 +334,7 @@ def test_int8_linear_and_rows():
     thresholds=st.lists(st.integers(-5, 20_000), min_size=0, max_size=6).map(sorted),
     seed_bits=st.integers(2, 6),
 )
+@example(signal=[[1, -2, 0, 0, 0]], diagonal=[1, 1, 9, 0, 0], thresholds=[4, 5, 6], seed_bits=2)
 def test_select_counts_the_thresholds_exceeded(signal, diagonal, thresholds, seed_bits):
     """On integers, which float32 adds exactly: an error equal to a threshold does not exceed it."""
     bits = reference.select(

@@ -122,13 +122,10 @@ def test_every_split_is_the_best_cut(data, lo):
                 assert made <= best + 1e-12 * (u * v * v).sum()
 
 
-@profile
-@given(data=rows(), lo=st.integers(2, 6))
-def test_seed_clusters_are_settled(data, lo):
-    """Weighted k-means has converged: no value is nearer to another cluster's mean than to its own."""
-    w, f = data
+def assert_settled(w: np.ndarray, f: np.ndarray, bits: int) -> None:
+    """No value is nearer to another cluster's weighted mean than to its own."""
+    codes, _ = nested_codes(w, f, bits, bits)
     weights = usable(f)
-    codes, _ = nested_codes(w, f, lo, lo)
     for r in range(len(w)):
         v = w[r].astype(np.float64)
         used = np.unique(codes[r])
@@ -136,6 +133,20 @@ def test_seed_clusters_are_settled(data, lo):
         own = means[np.searchsorted(used, codes[r])]
         nearest = np.abs(v[:, None] - means).min(axis=1)
         assert (np.abs(v - own) <= nearest + 1e-7 * np.abs(v).max()).all()
+
+
+@profile
+@given(data=rows(), bits=st.integers(2, 6))
+def test_seed_clusters_are_settled(data, bits):
+    assert_settled(*data, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_seed_clusters_of_long_rows_are_settled(bits):
+    """Rows that take many rounds to converge, and not all the same number."""
+    rng = np.random.default_rng(8)
+    w = rng.standard_t(4, size=(8, 200)).astype(np.float32)
+    assert_settled(w, rng.lognormal(0, 1, w.shape).astype(np.float32), bits)
 
 
 @profile

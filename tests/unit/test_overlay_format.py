@@ -353,6 +353,20 @@ def test_impossible_layouts(change, copy):
     refused(lambda: Overlay.open(copy), MATRIX, "config.json")
 
 
+def test_the_manifest_is_sealed(copy):
+    """Even where no tensor is concerned: the overlay's hash is what profiles are bound to."""
+    file = copy / MANIFEST
+    manifest = json.loads(file.read_text())
+    for change in ({"metadata": {"total_size": 1}}, {"sha256": "0" * 64}, {"sha256": None}, {"note": "mine"}):
+        file.write_text(json.dumps(manifest | change))
+        refused(lambda: Overlay.open(copy), file, "its checksum does not match")
+    for key in ("tensors", "files"):
+        file.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        refused(lambda: Overlay.open(copy), file, "no dpllm manifest")
+    file.write_text(json.dumps(manifest, indent=4))
+    assert Overlay.open(copy).hash == manifest["sha256"], "white space is no change"
+
+
 def test_side_files_are_sealed(copy):
     """Editing config.json or the tokenizer by hand would change what the model is."""
     edit_config(copy, lambda q: q.update(bits=[2, 7]), seal=False)
