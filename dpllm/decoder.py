@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpllm.config import ModelConfig
 from dpllm.kernels.backend import Backend
-from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
 
 
@@ -67,10 +67,11 @@ class Decoder:
 
     def __init__(
         self, config: ModelConfig, backend: Backend, layers: list[Layer], embedding: Tensor | Int8Weight,
-        norm: Tensor, head: Tensor | Int8Weight | QuantizedWeight, dtype: torch.dtype,
+        norm: Tensor, head: Any, dtype: torch.dtype, kv_dtype: torch.dtype,
     ):  # fmt: skip
         self.config, self.backend, self.layers = config, backend, layers
-        self.embedding, self.norm, self.head, self.dtype = embedding, norm, head, dtype
+        self.embedding, self.norm, self.head = embedding, norm, head
+        self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = norm.device
         self.groups = [g for layer in layers for g in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
         self.inv_freq = config.inv_freq.to(self.device)
@@ -121,10 +122,9 @@ class Decoder:
         if group.dense:
             return F.linear(x, group.weight, group.bias)
         if select is None:
-            bits = torch.full((len(x),), group.resident_bits, dtype=torch.int32, device=x.device)
+            y = self.backend.matmul(x, group.weight)
         else:
-            bits = select(group, x)
-        y = self.backend.gemv(x, group.weight, bits)
+            y = self.backend.gemv(x, group.weight, select(group, x))
         y = y if group.bias is None else y + group.bias
         if observe is not None:
             observe(group, x, y)
@@ -154,10 +154,10 @@ class Decoder:
     def _head(self, x: Tensor) -> Tensor:
         if isinstance(self.head, Int8Weight):
             return self.backend.int8_linear(x, self.head)
-        if isinstance(self.head, QuantizedWeight):
-            bits = torch.full((len(x),), self.head.resident_bits, dtype=torch.int32, device=x.device)
-            return self.backend.gemv(x, self.head, bits)
-        return F.linear(x, self.head.to(x.dtype))
+        if isinstance(self.head, Tensor):
+            return F.linear(x, self.head.to(x.dtype))
+        bits = torch.full((len(x),), self.head.resident_bits, dtype=torch.int32, device=x.device)
+        return self.backend.gemv(x, self.head, bits)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
@@ -177,15 +177,15 @@ class Decoder:
     def new_cache(self, capacity: int) -> DenseKVCache:
         """An empty cache for `capacity` tokens."""
         c = self.config
-        return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.dtype, self.device)
+        return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
     def head_bytes(self) -> int:
         """Bytes of the head that every token reads."""
         if isinstance(self.head, Int8Weight):
             return self.head.nbytes()
-        if isinstance(self.head, QuantizedWeight):
-            return self.head.nbytes(self.head.resident_bits)
-        return self.head.numel() * self.head.element_size()
+        if isinstance(self.head, Tensor):
+            return self.head.numel() * self.head.element_size()
+        return self.head.nbytes(self.head.resident_bits)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import DenseKVCache
+from dpllm.native import NativeStep
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy, make_policy
 from dpllm.quant.overlay import Overlay
@@ -73,6 +74,7 @@ class Engine:
     def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
         self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
         self.quantized = not decoder.groups[0].dense
+        self.native = NativeStep.of(decoder)
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
 
@@ -150,6 +152,10 @@ class Engine:
     @torch.no_grad()
     def _decode(self, token: int, cache: DenseKVCache, recorder: Recorder | None) -> torch.Tensor:
         """Logits [1, vocab] behind one more token, each group at its chosen width."""
+        if self.native is not None and recorder is not None:
+            logits, bits = self.native(token, cache, recorder.policy)
+            recorder.record(bits)
+            return logits
         return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache, recorder)
 
     def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, recorder: Recorder | None) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from dpllm.config import ModelConfig
 from dpllm.decoder import Decoder, Group, Layer
 from dpllm.kernels.backend import Backend, choose_backend
+from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.errors import InputError
-from dpllm.kernels.weight import QuantizedWeight, fuse
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight, fuse
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -26,13 +27,21 @@ DOWN = "mlp.down_proj"
 @dataclass(frozen=True)
 class LoadOptions:
     """resident_bits: planes to read and hold (default: all). granularity: 'fused' decides once for q/k/v
-    and once for gate/up, 'linear' once per matrix."""
+    and once for gate/up, 'linear' once per matrix. backend, cpu: see kernels/backend.py. kv_dtype: storage of
+    keys and values."""
 
     resident_bits: int | None = None
     granularity: str = "fused"
     backend: str | None = None
+    cpu: CpuOptions = field(default_factory=CpuOptions)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
+
+    def cache_dtype(self, backend: Backend) -> torch.dtype:
+        """float16 for the native kernels, which widen it for free; else, and for accuracy 'exact', `dtype`."""
+        half = backend.cpu is not None and self.cpu.accuracy != "exact"
+        return self.kv_dtype or (torch.float16 if half else self.dtype)
 
 
 def is_overlay(path: Path) -> bool:
@@ -48,7 +57,7 @@ def is_overlay(path: Path) -> bool:
 
 def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     """Reads the model. With resident_bits, only those planes and tables leave the disk."""
-    backend = choose_backend(options.backend)
+    backend = choose_backend(options.backend, options.device, options.cpu)
     config = ModelConfig.read(path)
     source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
     if isinstance(source, Overlay) and options.resident_bits is not None:
@@ -64,7 +73,7 @@ def check_checkpoint(source: ModelSource) -> None:
     """InputError unless the decoder can run this checkpoint: config, names and shapes. Reads no weights."""
     outline: Any = _Outline(source)
     options = LoadOptions(device="meta")
-    _Builder(ModelConfig.read(source.path), outline, choose_backend(), options).build()
+    _Builder(ModelConfig.read(source.path), outline, choose_backend("reference"), options).build()
 
 
 class _Outline:
@@ -94,7 +103,11 @@ class _Builder:
         layers = [self.layer(i) for i in range(self.config.num_layers)]
         embedding, head = self.embedding_and_head()
         norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
-        decoder = Decoder(self.config, self.backend, layers, embedding, norm, head, self.options.dtype)
+        options = self.options
+        decoder = Decoder(
+            self.config, self.backend, layers, embedding, norm, head,
+            dtype=options.dtype, kv_dtype=options.cache_dtype(self.backend),
+        )  # fmt: skip
         decoder.bytes_read = self.source.bytes_read
         return decoder
 
@@ -185,7 +198,7 @@ class _Builder:
             embedding = head
         if head is None:
             head = embedding if c.tied else self.tensor("lm_head.weight", shape)
-        if embedding is None or isinstance(embedding, QuantizedWeight):
+        if not isinstance(embedding, (Tensor, Int8Weight)):
             raise InputError(
                 f"{self.source.path} has no tensor 'model.embed_tokens.weight'. Copy the model again."
             )

@@ -47,6 +47,11 @@ def gemv(x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) 
     return y
 
 
+def matmul(x: Tensor, w: PreparedWeight) -> Tensor:
+    """y = x W^T at every resident plane: the product of a prompt. x: [M, K]. Returns [M, N] in x's dtype."""
+    return F.linear(x, dequantize(w, w.resident_bits, x.dtype))
+
+
 def int8_linear(x: Tensor, w: Int8Weight) -> Tensor:
     """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
     return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
@@ -68,7 +73,7 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one token over per-head runs of a flat cache.
 
-    q: [H, D]; k, v: [slots, D]; start, length: int32 [KVH], in slots; query head h reads KV head
+    q: [H, D]; k, v: [slots, D]; start int64, length int32 [KVH], in slots; query head h reads KV head
     h // (H / KVH). fp32 accumulation. A head that keeps nothing yields zeros. Returns [H, D].
     """
     out = torch.empty_like(q) if out is None else out

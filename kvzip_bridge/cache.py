@@ -26,7 +26,9 @@ class DenseKVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
         self.capacity = capacity
-        self._starts = torch.arange(kv_heads, dtype=torch.int32, device=device) * capacity
+        self._starts = torch.arange(kv_heads, dtype=torch.int64, device=device) * capacity
+        self._layer_starts = self._starts.repeat(layers, 1)
+        self._lengths = torch.zeros(layers, kv_heads, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -46,6 +48,16 @@ class DenseKVCache:
         """Counts `tokens` written pairs, once every layer has written them."""
         self.length += tokens
 
+    def runs(self, room: int) -> tuple[Tensor, Tensor]:
+        """(start int64, length int32), both [layers, KVH], in slots of a layer's flat [KVH * capacity, D].
+
+        Checks that `room` more pairs fit. The tensors are the cache's own: lengths change with every call.
+        """
+        if self.length + room > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + room} were written.")
+        self._lengths.fill_(self.length)
+        return self._layer_starts, self._lengths
+
     def rewind(self, length: int) -> None:
         """Forgets everything behind the first `length` tokens."""
         if not 0 <= length <= self.length:
@@ -58,10 +70,11 @@ class DenseKVCache:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         tokens, end = q.shape[0], self.length + q.shape[0]
         if tokens > 1:
-            return causal_attention(q, self.k[layer, :, :end], self.v[layer, :, :end], scale, window)
+            k, v = (t[layer, :, :end].to(q.dtype) for t in (self.k, self.v))
+            return causal_attention(q, k, v, scale, window)
         first = 0 if window is None else max(0, end - window)
         starts = self._starts + first
-        lengths = torch.full_like(starts, end - first)
+        lengths = torch.full_like(starts, end - first, dtype=torch.int32)
         k, v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
         return decode_attention(q[0], k, v, starts, lengths, scale)[None]
 

@@ -1,0 +1,150 @@
+"""A whole decode step in one native call: the decoder described to the CPU library.
+
+`NativeStep` computes what `Decoder.forward` computes for one token, without a Python operation in between. A policy
+whose rule is fixed widths, or thresholds on a weighted square, is evaluated natively; any other policy is called
+back for each group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpllm.decoder import Decoder, Group
+from dpllm.decoder import Layer as DecoderLayer
+from dpllm.kernels.cpu import step as native
+from dpllm.kernels.weight import Int8Weight
+from dpllm.kvzip_bridge.cache import DenseKVCache
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
+
+Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
+
+
+class NativeStep:
+    """Decodes one token at a time. Made for one decoder; serves one sequence at a time."""
+
+    def __init__(self, decoder: Decoder):
+        assert decoder.backend.cpu is not None
+        self.decoder = decoder
+        self._alive: list[Any] = []
+        self._runner = native.StepRunner(decoder.backend.cpu.handle, self._model())
+        self._logits = torch.empty(1, decoder.config.vocab_size)
+        self._bits = torch.empty(len(decoder.groups), dtype=torch.int32)
+        self._policy: PrecisionPolicy | None = None
+        self._selection = native.Selection()
+        self._error: BaseException | None = None
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> NativeStep | None:
+        """A native step, where the backend has one and the model is quantised; else None."""
+        if decoder.backend.cpu is None or decoder.groups[0].dense or decoder.dtype != torch.float32:
+            return None
+        return cls(decoder)
+
+    def __call__(self, token: int, cache: DenseKVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
+        """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.
+
+        Both tensors are overwritten by the next call. Raises what the policy raises.
+        """
+        if policy is not self._policy:
+            self._policy, self._selection = policy, self._select(policy)
+        starts, lengths = cache.runs(1)
+        request = native.Request(
+            token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
+        )
+        view = native.Cache(
+            k=cache.k.data_ptr(), v=cache.v.data_ptr(), slots=cache.k[0].numel() // cache.k.shape[-1],
+            start=starts.data_ptr(), length=lengths.data_ptr(), half=cache.k.dtype == torch.float16,
+        )  # fmt: skip
+        if not self._runner(self._selection, view, request):
+            error, self._error = self._error, None
+            raise error or RuntimeError(f"policy '{policy.name}' chose fewer than one plane")
+        cache.advance(1)
+        return self._logits, self._bits[None]
+
+    # -- who decides -------------------------------------------------------------------------------------
+
+    def _select(self, policy: PrecisionPolicy) -> native.Selection:
+        seed = self.decoder.groups[0].seed_bits
+        if isinstance(policy, StaticPolicy):
+            fixed = torch.tensor(policy.bits, dtype=torch.int32)
+            self._held = (fixed,)
+            return native.Selection(fixed=fixed.data_ptr(), seed=seed)
+        if isinstance(policy, RateDistortionPolicy):
+            diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
+            pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
+            self._held = (diagonals, pointers)
+            return native.Selection(
+                diagonal=ctypes.addressof(pointers), thresholds=policy.thresholds.data_ptr(),
+                steps=policy.thresholds.shape[1], seed=seed,
+            )  # fmt: skip
+        callback = native.Choose(self._callback(policy))
+        self._held = (callback,)
+        return native.Selection(choose=callback, seed=seed)
+
+    def _callback(self, policy: PrecisionPolicy) -> Callback:
+        groups = self.decoder.groups
+
+        def choose(index: int, address: int) -> int:
+            group = groups[index]
+            values = (ctypes.c_float * group.weight.in_features).from_address(address)
+            try:
+                bits = int(policy(group, torch.frombuffer(values, dtype=torch.float32)[None].clone())[0])
+                return bits if group.seed_bits <= bits <= group.resident_bits else 0
+            except BaseException as e:  # it must not unwind through the library
+                self._error = e
+                return 0
+
+        return choose
+
+    # -- the model ---------------------------------------------------------------------------------------
+
+    def _model(self) -> native.Model:
+        c, d = self.decoder.config, self.decoder
+        layers = (native.Layer * c.num_layers)(*(self._layer(layer) for layer in d.layers))
+        self._alive.append(layers)
+        return native.Model(
+            layers=c.num_layers, hidden=c.hidden_size, intermediate=c.intermediate_size, heads=c.num_heads,
+            kv_heads=c.num_kv_heads, head_dim=c.head_dim, vocab=c.vocab_size, groups=len(d.groups),
+            eps=c.rms_eps, rope_scale=c.rope_scale, inv_freq=self._at(d.inv_freq.float()),
+            norm=self._at(d.norm), embedding=self._table(d.embedding), head=self._table(d.head),
+            layer=ctypes.addressof(layers),
+        )  # fmt: skip
+
+    def _layer(self, layer: DecoderLayer) -> native.Layer:
+        c = self.decoder.config
+        return native.Layer(
+            input_norm=self._at(layer.input_norm), post_norm=self._at(layer.post_norm),
+            q_norm=self._at(layer.q_norm), k_norm=self._at(layer.k_norm),
+            qkv=(native.Group * 3)(*self._groups(layer.qkv)), qkv_groups=len(layer.qkv),
+            gate_up=(native.Group * 2)(*self._groups(layer.gate_up)), gate_up_groups=len(layer.gate_up),
+            o=self._groups([layer.o])[0], down=self._groups([layer.down])[0],
+            window=c.windows[layer.index] or 0, uses_rope=c.uses_rope[layer.index],
+        )  # fmt: skip
+
+    def _groups(self, groups: Sequence[Group]) -> list[native.Group]:
+        described = []
+        for g in groups:
+            matrix = type(g.weight.matrix).from_buffer_copy(g.weight.matrix)
+            matrix.bias = self._at(g.bias)
+            described.append(native.Group(weight=matrix, index=g.index))
+        return described
+
+    def _table(self, table: Any) -> native.Table:
+        if isinstance(table, Int8Weight):
+            return native.Table(int8=self._at(table.values), scale=self._at(table.scale))
+        if isinstance(table, Tensor):
+            return native.Table(dense=self._at(table.float()))
+        return native.Table(planes=table.matrix, planes_bits=table.resident_bits)
+
+    def _at(self, tensor: Tensor | None) -> int | None:
+        """Address of a tensor that is kept alive with this object."""
+        if tensor is None:
+            return None
+        whole = tensor.contiguous()
+        self._alive.append(whole)
+        return whole.data_ptr()

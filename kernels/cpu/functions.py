@@ -1,0 +1,202 @@
+"""The native kernels behind the signatures of kernels/reference.py."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpllm.kernels.cpu.library import Handle, Matrix
+from dpllm.kernels.weight import MAX_TABLE_BITS, Int8Weight, QuantizedWeight
+
+BASE = 255  # of the digits; kernels.h
+LARGEST = 127 * BASE + 127
+BLOCK_BYTES = 8 << 20  # of dequantised weights at a time in `matmul`: stays in the cache until it is used
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """Planes as they are stored, tables as digits; `matrix` is what the library reads."""
+
+    planes: Tensor
+    tables: dict[int, Tensor]  # width -> int8 [T, 2, 2^width], high and low digits
+    scales: dict[int, Tensor]  # width -> float32 [T]
+    row_scale: Tensor | None
+    in_features: int
+    seed_bits: int
+    matrix: Matrix = field(repr=False)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.planes.shape[1]
+
+    @property
+    def resident_bits(self) -> int:
+        """Planes held."""
+        return self.planes.shape[0]
+
+    def nbytes(self, bits: int) -> int:
+        """Bytes one pass reads at this width: planes, the width's table and scales."""
+        read = [self.planes[:bits], self.tables[bits], self.scales[bits]]
+        return sum(t.numel() * t.element_size() for t in read) + (0 if self.row_scale is None else 4 * self.out_features)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory: planes, tables, scales."""
+        tensors = [self.planes, *self.tables.values(), *self.scales.values()]
+        if self.row_scale is not None:
+            tensors.append(self.row_scale)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def digits_of(table: Tensor) -> tuple[Tensor, Tensor]:
+    """table [T, E] -> (int8 [T, 2, E], float32 [T]): value = scale * (255 * high + low)."""
+    values = table.double()
+    scale = (values.abs().amax(1) / LARGEST).float()
+    steps = (values / scale.double()[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round()
+    steps = steps.nan_to_num().clamp(-LARGEST, LARGEST)
+    high = (steps / BASE).round()
+    return torch.stack([high, steps - high * BASE], dim=1).to(torch.int8), scale
+
+
+def prepare(w: QuantizedWeight, device: torch.device | str = "cpu") -> PreparedWeight:
+    """Tables to digits; the planes are used where they lie. Raises ValueError for another device."""
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"the CPU kernels cannot prepare a weight on {device}.")
+    planes = w.planes.contiguous()
+    row_scale = None if w.scale is None else w.scale.float().contiguous()
+    tables, scales = {}, {}
+    matrix = Matrix(
+        planes=planes.data_ptr(), plane_bytes=planes.stride(0) * 4, row_bytes=planes.stride(1) * 4,
+        row_scale=None if row_scale is None else row_scale.data_ptr(), bias=None,
+        rows=w.out_features, columns=w.in_features, rows_per_table=w.rows_per_table,
+    )  # fmt: skip
+    for bits in range(w.seed_bits, w.resident_bits + 1):
+        tables[bits], scales[bits] = digits_of(w.table(bits))
+        matrix.tables[bits], matrix.scales[bits] = tables[bits].data_ptr(), scales[bits].data_ptr()
+    return PreparedWeight(planes, tables, scales, row_scale, w.in_features, w.seed_bits, matrix)
+
+
+class CpuKernels:
+    """The functions of one backend, bound to a handle."""
+
+    def __init__(self, handle: Handle):
+        self.handle, self.lib, self.context = handle, handle.lib, handle.context
+
+    def gemv(self, x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) -> Tensor:
+        """y = x W_b^T, each row of x at its own width. See kernels/reference.py.
+
+        Row by row the numbers are those of a single row, whatever the other rows are. Where gradients are
+        needed the product is computed by torch from dequantised weights instead.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _differentiable(self, x, w, bits)
+        values = _floats(x)
+        y = torch.empty(len(x), w.out_features)
+        if len(x):
+            widths = bits.to(torch.int32).contiguous()
+            low, high = int(widths.min()), int(widths.max())
+            if low < w.seed_bits or high > w.resident_bits:
+                raise ValueError(
+                    f"bits {low}..{high} are not resident: {w.seed_bits}..{w.resident_bits} are."
+                )
+            self.lib.dpllm_gemm(
+                self.context, ctypes.byref(w.matrix), values.data_ptr(), widths.data_ptr(), len(x), y.data_ptr()
+            )
+        return y.to(x.dtype) if out is None else out.copy_(y)
+
+    def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
+        """y = x W^T at every resident plane, for many rows: dequantised in blocks, multiplied by torch.
+
+        bfloat16 on processors that multiply it in hardware, float32 elsewhere and for accuracy 'exact'.
+        """
+        dtype = torch.bfloat16 if self.handle.options.accuracy != "exact" and _fast_bf16() else torch.float32
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
+        rows = max(1, BLOCK_BYTES // (w.in_features * dtype.itemsize))
+        xs, y = x.to(dtype), x.new_empty(len(x), w.out_features)
+        for first in range(0, w.out_features, rows):
+            last = min(first + rows, w.out_features)
+            y[:, first:last] = xs @ self._dense(w, w.resident_bits, dtype, first, last).T
+        return y
+
+    def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The b-bit matrix [N, K]."""
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return self._dense(w, bits, exact, 0, w.out_features).to(dtype)
+
+    def _dense(self, w: PreparedWeight, bits: int, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        out = torch.empty(last - first, w.in_features, dtype=dtype)
+        self.lib.dpllm_dequantize(
+            self.context, ctypes.byref(w.matrix), bits, int(dtype == torch.bfloat16), out.data_ptr(), first, last
+        )
+        return out
+
+    def int8_linear(self, x: Tensor, w: Int8Weight) -> Tensor:
+        """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
+        values, y = _floats(x), torch.empty(len(x), w.out_features)
+        self.lib.dpllm_int8_gemm(
+            self.context, w.values.data_ptr(), w.scale.data_ptr(), w.out_features, w.values.shape[1],
+            values.data_ptr(), len(x), y.data_ptr(),
+        )  # fmt: skip
+        return y.to(x.dtype)
+
+    def select(self, signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int) -> Tensor:
+        """Bits for each row: the seed width plus the number of thresholds its estimated error exceeds."""
+        values, weights = _floats(signal), diagonal.to(torch.float16).contiguous()
+        error = torch.empty(len(signal))
+        self.lib.dpllm_weighted_square(
+            self.context, values.data_ptr(), weights.data_ptr(), len(signal), signal.shape[1], error.data_ptr()
+        )
+        return seed_bits + (error[:, None] > thresholds).sum(1, dtype=torch.int32)
+
+    def decode_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of one token over per-head runs of a flat cache (float32 or float16)."""
+        if k.dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"the cache holds {k.dtype}; float16 and float32 are read.")
+        queries, y = _floats(q), torch.empty(q.shape)
+        starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
+        self.lib.dpllm_attention(
+            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), int(k.dtype == torch.float16),
+            starts.data_ptr(), lengths.data_ptr(), q.shape[0], len(start), q.shape[1], scale, y.data_ptr(),
+        )  # fmt: skip
+        return y.to(q.dtype) if out is None else out.copy_(y)
+
+    def read_bandwidth(self, nbytes: int) -> float:
+        """Bytes per second of a plain parallel read, the best of five passes over `nbytes` of memory."""
+        memory = torch.ones(nbytes // 4, dtype=torch.int32)
+        passes = [
+            self.lib.dpllm_read_bandwidth(self.context, memory.data_ptr(), memory.numel() * 4)
+            for _ in range(6)
+        ]
+        return max(passes[1:])
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def _fast_bf16() -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capability and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def _differentiable(kernels: CpuKernels, x: Tensor, w: PreparedWeight, bits: Tensor) -> Tensor:
+    widths = bits.unique().tolist()
+    y = x.new_zeros(len(x), w.out_features)
+    for width in widths:
+        rows = (bits == width).nonzero()[:, 0]
+        y = y.index_add(0, rows, F.linear(x[rows], kernels.dequantize(w, width, x.dtype)))
+    return y
+
+
+assert MAX_TABLE_BITS == 6  # wider tables are derived, see weight.derived_table

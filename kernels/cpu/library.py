@@ -1,0 +1,167 @@
+"""The C interface (src/api.h, src/step.h) as ctypes sees it, and the handle every call goes through."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from dpllm.kernels.errors import InputError
+from dpllm.kernels.weight import MAX_BITS, MIN_BITS
+
+LIBRARY = Path(__file__).with_name("_native.so")
+WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
+
+Pointer = ctypes.c_void_p
+Int = ctypes.c_int32
+Long = ctypes.c_int64
+
+
+class Matrix(ctypes.Structure):
+    """kernels.h: Matrix."""
+
+    _fields_ = (
+        ("planes", Pointer), ("plane_bytes", Long), ("row_bytes", Long), ("tables", Pointer * WIDTHS),
+        ("scales", Pointer * WIDTHS), ("row_scale", Pointer), ("bias", Pointer),
+        ("rows", Int), ("columns", Int), ("rows_per_table", Int),
+    )  # fmt: skip
+
+
+class Accuracy(ctypes.Structure):
+    """context.h: Accuracy."""
+
+    _fields_ = (("table_digits", Int * WIDTHS), ("x_digits", Int * WIDTHS))
+
+
+# Digits (1: int8, 2: 16 bits) of tables and activations at widths 2..8. Measured in bench/cpu_accuracy.py:
+# `balanced` keeps what costs nothing on hardware that is limited by memory, `exact` everything.
+ACCURACIES = {
+    "balanced": ((1, 2, 2, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
+    "exact": ((2,) * 7, (2,) * 7),
+    "fast": ((1,) * 7, (1,) * 7),
+}
+
+
+@dataclass(frozen=True)
+class CpuOptions:
+    """threads: 0 is one per core this process may use. pin: keep thread i on core i. isa: the instruction
+    set to use, None for the best. accuracy: 'balanced', 'exact' (16-bit activations and tables) or 'fast'."""
+
+    threads: int = 0
+    pin: bool = False
+    isa: str | None = None
+    accuracy: str = "balanced"
+
+    def __post_init__(self) -> None:
+        cores = usable_cores()
+        if self.threads < 0 or self.threads > cores:
+            raise InputError(
+                f"{self.threads} threads are not possible: this process may use {cores} "
+                f"core{'s' * (cores > 1)}. Choose 1..{cores}, or 0 for all."
+            )
+        if self.accuracy not in ACCURACIES:
+            raise InputError(
+                f"accuracy '{self.accuracy}' is unknown. Choose one of: {', '.join(ACCURACIES)}."
+            )
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The shared library with its signatures. Raises OSError where it was not built or does not load."""
+    lib = ctypes.CDLL(str(LIBRARY))
+    signatures = {
+        "dpllm_isa_name": (ctypes.c_char_p, Int),
+        "dpllm_isa_needs": (ctypes.c_char_p, Int),
+        "dpllm_isa_supported": (Int, Int),
+        "dpllm_open": (Pointer, Int, Int, Int, Pointer),
+        "dpllm_close": (None, Pointer),
+        "dpllm_gemm": (None, Pointer, Pointer, Pointer, Pointer, Int, Pointer),
+        "dpllm_dequantize": (None, Pointer, Pointer, Int, Int, Pointer, Int, Int),
+        "dpllm_int8_gemm": (None, Pointer, Pointer, Pointer, Int, Int, Pointer, Int, Pointer),
+        "dpllm_weighted_square": (None, Pointer, Pointer, Pointer, Int, Int, Pointer),
+        "dpllm_attention": (
+            None, Pointer, Pointer, Pointer, Pointer, Int, Pointer, Pointer, Int, Int, Int,
+            ctypes.c_float, Pointer,
+        ),
+        "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
+        "dpllm_step_open": (Pointer, Pointer, Pointer),
+        "dpllm_step_close": (None, Pointer),
+        "dpllm_step": (Int, Pointer, Pointer, Pointer, Pointer),
+    }  # fmt: skip
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One variant compiled into the library; `supported` says whether this processor can run it."""
+
+    index: int
+    name: str
+    needs: str
+    supported: bool
+
+
+def instruction_sets() -> list[InstructionSet]:
+    """Every variant in the library, best first."""
+    lib, found = load_library(), []
+    while (name := lib.dpllm_isa_name(len(found))) is not None:
+        i = len(found)
+        found.append(
+            InstructionSet(
+                i, name.decode(), lib.dpllm_isa_needs(i).decode(), bool(lib.dpllm_isa_supported(i))
+            )
+        )
+    return found
+
+
+def choose_isa(name: str | None) -> InstructionSet:
+    """The named variant, or the best this processor runs. Raises InputError where it cannot be used."""
+    variants = instruction_sets()
+    usable = [v for v in variants if v.supported]
+    if name is None:
+        return usable[0]
+    for variant in variants:
+        if variant.name == name and variant.supported:
+            return variant
+        if variant.name == name:
+            raise InputError(
+                f"this processor does not run '{name}' (it needs {variant.needs}). "
+                f"Choose one of: {', '.join(v.name for v in usable)}."
+            )
+    raise InputError(
+        f"there is no instruction set '{name}' in this build. "
+        f"Choose one of: {', '.join(v.name for v in usable)}."
+    )
+
+
+class Handle:
+    """An opened library: instruction set, threads, accuracy. Closed with the last reference to it."""
+
+    def __init__(self, options: CpuOptions = CpuOptions()):
+        self.lib = load_library()
+        self.isa = choose_isa(options.isa)
+        self.threads = options.threads or usable_cores()
+        self.options = options
+        accuracy = Accuracy()
+        for digits, chosen in zip(
+            (accuracy.table_digits, accuracy.x_digits), ACCURACIES[options.accuracy], strict=True
+        ):
+            for bits, count in enumerate(chosen, MIN_BITS):
+                digits[bits] = count
+        self.context = self.lib.dpllm_open(
+            self.isa.index, self.threads, int(options.pin), ctypes.byref(accuracy)
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "context", None):
+            self.lib.dpllm_close(self.context)

@@ -1,0 +1,112 @@
+#include "api.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "attention.h"
+
+namespace dpllm {
+namespace {
+
+const Isa* const kIsas[] = {
+#if defined(__x86_64__)
+    &kAvx512, &kAvx2Vnni, &kAvx512Bw, &kAvx2,
+#elif defined(__aarch64__)
+    &kNeonDot, &kNeon,
+#endif
+    &kPortable,
+};
+constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
+
+}  // namespace
+
+// All rows of x that read `bits` planes, for rows n0..n1 of the matrix.
+static void gemm_rows(Context& c, const Matrix& w, int bits, const std::vector<Activation*>& x,
+                      const std::vector<float*>& y, int n0, int n1) {
+  c.isa.gemv(w, bits, c.accuracy.table_digits[bits], x.data(), int(x.size()), y.data(), n0, n1);
+}
+
+}  // namespace dpllm
+
+using namespace dpllm;
+
+const char* dpllm_isa_name(int i) { return i < kIsaCount ? kIsas[i]->name : nullptr; }
+const char* dpllm_isa_needs(int i) { return i < kIsaCount ? kIsas[i]->needs : nullptr; }
+int dpllm_isa_supported(int i) { return kIsas[i]->supported(); }
+
+Context* dpllm_open(int isa, int threads, int pin, const Accuracy* accuracy) {
+  return new Context{*kIsas[isa], {threads, pin != 0}, *accuracy};
+}
+
+void dpllm_close(Context* c) { delete c; }
+
+void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y) {
+  static thread_local std::vector<ActivationBuffer> buffers;
+  if (buffers.size() < size_t(m)) buffers.resize(size_t(m));
+  std::vector<Activation*> rows[kMaxBits + 1];
+  std::vector<float*> outs[kMaxBits + 1];
+  int widest = 0;
+  std::vector<Activation*> all(static_cast<size_t>(m));
+  for (int i = 0; i < m; i++) {
+    all[size_t(i)] = buffers[size_t(i)].reserve(w->columns);
+    rows[bits[i]].push_back(all[size_t(i)]);
+    outs[bits[i]].push_back(y + int64_t(i) * w->rows);
+    widest = std::max(widest, bits[i]);
+  }
+  c->pool.run(m, [&](int i) {
+    c->isa.quantize(x + int64_t(i) * w->columns, w->columns, c->accuracy.x_digits[bits[i]], all[size_t(i)]);
+  });
+  parallel_rows(*c, w->rows, w->row_bytes * widest, [&](int n0, int n1) {
+    for (int b = 0; b <= kMaxBits; b++)
+      if (!rows[b].empty()) gemm_rows(*c, *w, b, rows[b], outs[b], n0, n1);
+  });
+}
+
+void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1) {
+  const int64_t row = int64_t(w->columns) * (bf16 ? 2 : 4);
+  parallel_rows(*c, n1 - n0, row, [&](int a, int b) {
+    c->isa.dequantize(*w, bits, bf16 != 0, static_cast<char*>(out) + a * row, n0 + a, n0 + b);
+  });
+}
+
+void dpllm_int8_gemm(Context* c, const int8_t* w, const uint16_t* scale, int rows, int columns, const float* x,
+                     int m, float* y) {
+  parallel_rows(*c, rows, columns, [&](int n0, int n1) {
+    for (int i = 0; i < m; i++)
+      c->isa.int8_gemv(w, scale, x + int64_t(i) * columns, columns, y + int64_t(i) * rows, n0, n1);
+  });
+}
+
+void dpllm_weighted_square(Context* c, const float* x, const uint16_t* diagonal, int m, int columns, float* out) {
+  for (int i = 0; i < m; i++) out[i] = c->isa.weighted_square(x + int64_t(i) * columns, diagonal, columns);
+}
+
+void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int half, const int64_t* start,
+                     const int32_t* length, int heads, int kv_heads, int dim, float scale, float* out) {
+  static thread_local AttentionBuffer buffer;
+  buffer.run(*c, Attention{q, static_cast<const char*>(k), static_cast<const char*>(v), start, length, heads,
+                           kv_heads, dim, scale, half != 0, out});
+}
+
+double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes) {
+  constexpr int64_t kChunk = 1 << 20;
+  std::atomic<uint64_t> sink{0};
+  const auto began = std::chrono::steady_clock::now();
+  c->pool.run(int(bytes / kChunk), [&](int i) {
+    typedef uint64_t Words __attribute__((vector_size(64)));
+    const char* p = static_cast<const char*>(memory) + i * kChunk;
+    Words s[4] = {};
+    for (int64_t at = 0; at < kChunk; at += 256)
+      for (int j = 0; j < 4; j++) {
+        Words w;
+        std::memcpy(&w, p + at + 64 * j, 64);
+        s[j] |= w;
+        __builtin_prefetch(p + at + 64 * j + 4096);
+      }
+    s[0] |= s[1] | s[2] | s[3];
+    sink += s[0][0] | s[0][7];
+  });
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+  return double(bytes / kChunk * kChunk) / took.count();
+}

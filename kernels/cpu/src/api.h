@@ -1,0 +1,43 @@
+// The C interface of the CPU kernels. No exceptions cross it; the caller checks shapes and widths.
+//
+// Arrays are contiguous and row-major unless a comment says otherwise; float16 travels as uint16_t. A handle may be
+// used by one thread at a time.
+#pragma once
+
+#include "context.h"
+
+#define DPLLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+using dpllm::Context;
+using dpllm::Matrix;
+
+// Instruction sets compiled into this library, best first: name, or null behind the last.
+DPLLM_EXPORT const char* dpllm_isa_name(int index);
+DPLLM_EXPORT const char* dpllm_isa_needs(int index);
+DPLLM_EXPORT int dpllm_isa_supported(int index);
+
+DPLLM_EXPORT Context* dpllm_open(int isa, int threads, int pin, const dpllm::Accuracy* accuracy);
+DPLLM_EXPORT void dpllm_close(Context* c);
+
+// y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
+DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
+
+// Rows n0..n1 at `bits` planes to out [n1 - n0, columns], float32 or bfloat16.
+DPLLM_EXPORT void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1);
+
+// y [m, rows] = x [m, columns] w^T * scale for an int8 matrix.
+DPLLM_EXPORT void dpllm_int8_gemm(Context* c, const int8_t* w, const uint16_t* scale, int rows, int columns,
+                                  const float* x, int m, float* y);
+
+// out [m] = sum_k diagonal[k] x[m, k]^2.
+DPLLM_EXPORT void dpllm_weighted_square(Context* c, const float* x, const uint16_t* diagonal, int m, int columns,
+                                        float* out);
+
+// Attention of one token over per-head runs of a flat cache [slots, dim]: KV head h owns length[h] slots from start[h].
+// q, out: [heads, dim].
+DPLLM_EXPORT void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int half,
+                                  const int64_t* start, const int32_t* length, int heads, int kv_heads, int dim,
+                                  float scale, float* out);
+
+// Bytes per second of a plain parallel read of `bytes` from memory.
+DPLLM_EXPORT double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes);

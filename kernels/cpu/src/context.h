@@ -1,0 +1,67 @@
+// A chosen instruction set, a thread pool, and how exact to be: what every entry point works with.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace dpllm {
+
+// Digits used at each width, 1 (int8) or 2 (16 bits).
+struct Accuracy {
+  int32_t table_digits[kMaxBits + 1];
+  int32_t x_digits[kMaxBits + 1];
+};
+
+struct Context {
+  const Isa& isa;
+  Pool pool;
+  Accuracy accuracy;
+};
+
+// A quantised activation row with its memory, reused from call to call.
+class ActivationBuffer {
+ public:
+  Activation* reserve(int columns) {
+    const size_t n = size_t(padded(columns));
+    if (n > size_) {
+      size_ = n;
+      bytes_.assign(2 * n + 64, 0);
+      scales_.assign(n / kGroup * 4 + 16, 0.f);
+      activation_.high = aligned(bytes_.data());
+      activation_.low = activation_.high + n;
+      activation_.scale = aligned(scales_.data());
+    }
+    return &activation_;
+  }
+
+ private:
+  template <class T>
+  static T* aligned(T* p) {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63));
+  }
+  size_t size_ = 0;
+  std::vector<int8_t> bytes_;
+  std::vector<float> scales_;
+  Activation activation_{};
+};
+
+// Rows per chunk, so that a chunk is some 48 KB of weights and there are at least four chunks a thread.
+inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row, int multiple = 1) {
+  constexpr int64_t kChunkBytes = 48 << 10;
+  int64_t n = std::min<int64_t>(kChunkBytes / std::max<int64_t>(bytes_per_row, 1) + 1,
+                                rows / (4 * c.pool.threads()) + 1);
+  n = std::max<int64_t>(n, 8);
+  return int((n + multiple - 1) / multiple * multiple);
+}
+
+// body(first row, last row) over all rows, in parallel.
+template <class Body>
+void parallel_rows(Context& c, int rows, int64_t bytes_per_row, const Body& body) {
+  const int step = chunk_rows(c, rows, bytes_per_row);
+  c.pool.run((rows + step - 1) / step, [&](int i) { body(i * step, std::min(rows, (i + 1) * step)); });
+}
+
+}  // namespace dpllm

@@ -1,0 +1,224 @@
+// The bitplane product for AVX-512 with VBMI, GFNI and VNNI: one 64-byte line of each plane is 512 weights.
+//
+// Index. Planes are interleaved byte by byte until a quadword holds the bytes of all planes for one position (two
+// positions for up to 4 bits). vgf2p8affineqb with the identity as its first operand transposes each quadword as an
+// 8x8 bit matrix: eight codes an instruction. Look-up: vpermb (up to 64 entries), vpermi2b (128), two of
+// them and a blend (256). vpermb ignores the top two bits of an index, so for narrow widths the
+// table is repeated and the bits above the code may be anything.
+//
+// Order. For h = 0..3 and u = 0..1, the vector of codes (h, u) holds, in 128-bit lane L and quadword q, the eight
+// columns 128 L + 32 h + 16 q + 8 u + 0..7. So for a given h all lanes of L belong to the 32-column group 4 L + h:
+// one scale per accumulator lane, applied every two dot products.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace dpllm {
+namespace {
+
+using Vec = __m512i;
+constexpr int kColumns = 512;
+constexpr int kPrefetch = 3072;  // bytes ahead in each plane: about the latency of memory at its bandwidth
+
+// Digits of one table, ready for look-ups. `entries` is unsigned: digit + 128.
+template <int B>
+struct Table {
+  static constexpr int kVectors = B <= 6 ? 1 : 1 << (B - 6);
+  Vec entries[kVectors];
+
+  void load(const int8_t* digits) {
+    if constexpr (B == 2) {
+      int32_t four;
+      __builtin_memcpy(&four, digits, 4);
+      entries[0] = _mm512_set1_epi32(four);
+    } else if constexpr (B == 3) {
+      entries[0] = _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(digits)));
+    } else if constexpr (B == 4) {
+      entries[0] = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(digits)));
+    } else if constexpr (B == 5) {
+      entries[0] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(digits)));
+    } else {
+      for (int i = 0; i < kVectors; i++) entries[i] = _mm512_loadu_si512(digits + 64 * i);
+    }
+    for (Vec& e : entries) e = _mm512_xor_si512(e, _mm512_set1_epi8(char(0x80)));
+  }
+
+  Vec operator[](Vec code) const {
+    if constexpr (B <= 6) {
+      return _mm512_permutexvar_epi8(code, entries[0]);
+    } else if constexpr (B == 7) {
+      return _mm512_permutex2var_epi8(entries[0], code, entries[1]);
+    } else {
+      const Vec low = _mm512_permutex2var_epi8(entries[0], code, entries[1]);
+      const Vec high = _mm512_permutex2var_epi8(entries[2], code, entries[3]);
+      return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(code), high);
+    }
+  }
+};
+
+inline Vec low8(Vec a, Vec b) { return _mm512_unpacklo_epi8(a, b); }
+inline Vec high8(Vec a, Vec b) { return _mm512_unpackhi_epi8(a, b); }
+inline Vec low16(Vec a, Vec b) { return _mm512_unpacklo_epi16(a, b); }
+inline Vec high16(Vec a, Vec b) { return _mm512_unpackhi_epi16(a, b); }
+
+// Four planes, most significant first, as doublewords: out[h] lane L holds byte positions 4 h + 0..3 of the lane.
+inline void interleave(Vec p0, Vec p1, Vec p2, Vec p3, Vec* out) {
+  const Vec a0 = low8(p0, p1), a1 = high8(p0, p1), b0 = low8(p2, p3), b1 = high8(p2, p3);
+  out[0] = low16(a0, b0);
+  out[1] = high16(a0, b0);
+  out[2] = low16(a1, b1);
+  out[3] = high16(a1, b1);
+}
+
+// Codes of one line: the vectors (h, 0) and (h, 1) on demand, so that few registers are live.
+template <int B>
+struct Codes {
+  Vec words[4], top[4];
+
+  explicit Codes(const Vec* line) {
+    if constexpr (B == 2) interleave(line[0], line[0], line[0], line[1], words);
+    if constexpr (B == 3) interleave(line[0], line[0], line[1], line[2], words);
+    if constexpr (B >= 4) interleave(line[B - 4], line[B - 3], line[B - 2], line[B - 1], words);
+    if constexpr (B == 5) {  // the bits above the fifth are ignored, so one plane can stand for all four
+      const Vec lo = low8(line[0], line[0]), hi = high8(line[0], line[0]);
+      top[0] = low16(lo, lo), top[1] = high16(lo, lo), top[2] = low16(hi, hi), top[3] = high16(hi, hi);
+    }
+    if constexpr (B == 6) {
+      const Vec lo = low8(line[0], line[1]), hi = high8(line[0], line[1]);
+      top[0] = low16(lo, lo), top[1] = high16(lo, lo), top[2] = low16(hi, hi), top[3] = high16(hi, hi);
+    }
+    if constexpr (B == 7) interleave(line[0], line[0], line[1], line[2], top);
+    if constexpr (B == 8) interleave(line[0], line[1], line[2], line[3], top);
+  }
+
+  void operator()(int h, Vec* pair) const {
+    const Vec identity = _mm512_set1_epi64(0x8040201008040201);
+    if constexpr (B <= 4) {  // a quadword holds two byte positions: high and low nibbles of the transpose
+      const Vec t = _mm512_gf2p8affine_epi64_epi8(identity, words[h], 0);
+      pair[0] = _mm512_srli_epi16(t, 4);
+      pair[1] = t;
+    } else {
+      const Vec even = _mm512_mask_shuffle_epi32(top[h], 0xAAAA, words[h], _MM_PERM_ENUM(0xA0));
+      const Vec odd = _mm512_mask_shuffle_epi32(words[h], 0x5555, top[h], _MM_PERM_ENUM(0xF5));
+      pair[0] = _mm512_gf2p8affine_epi64_epi8(identity, even, 0);
+      pair[1] = _mm512_gf2p8affine_epi64_epi8(identity, odd, 0);
+    }
+  }
+};
+
+// The lines of one row: whole ones, and a masked one at its end.
+template <int B>
+struct Lines {
+  const uint8_t* start;
+  int64_t plane_bytes;
+
+  void load(int64_t offset, Vec* out) const {
+    for (int p = 0; p < B; p++) {
+      const uint8_t* at = start + p * plane_bytes + offset;
+      _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetch), _MM_HINT_T0);
+      out[p] = _mm512_loadu_si512(at);
+    }
+  }
+  void load_tail(int64_t offset, __mmask16 words, Vec* out) const {
+    for (int p = 0; p < B; p++) out[p] = _mm512_maskz_loadu_epi32(words, start + p * plane_bytes + offset);
+  }
+};
+
+// Sums of one row against M activations, kept apart by digit weight: 255^2, 255, 1.
+template <int B, int T, int X, int M>
+struct Sums {
+  static constexpr int kOrders = T + X - 1;
+  __m512 total[M][kOrders];
+
+  Sums() {
+    for (auto& m : total)
+      for (auto& order : m) order = _mm512_setzero_ps();
+  }
+
+  // One line: 512 columns from `column` on.
+  void add(const Vec* line, const Table<B>* tables, const Activation* const* x, int64_t column) {
+    const Codes<B> codes(line);
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; h++) {
+      Vec code[2], value[T][2];
+      codes(h, code);
+      for (int t = 0; t < T; t++)
+        for (int u = 0; u < 2; u++) value[t][u] = tables[t][code[u]];
+      for (int m = 0; m < M; m++) add_pair(value, *x[m], column, h, total[m]);
+    }
+  }
+
+  static void add_pair(const Vec (*value)[2], const Activation& x, int64_t column, int h, __m512* total) {
+    const int8_t* digits[2] = {x.high, x.low};
+    Vec sum[kOrders];
+    for (Vec& s : sum) s = _mm512_setzero_si512();
+    for (int t = 0; t < T; t++)
+      for (int d = 0; d < X; d++)
+        for (int u = 0; u < 2; u++) {
+          const Vec xs = _mm512_load_si512(digits[d] + column + (2 * h + u) * 64);
+          sum[t + d] = _mm512_dpbusd_epi32(sum[t + d], value[t][u], xs);
+        }
+    const __m512 scale = _mm512_load_ps(x.scale + column / 512 * 64 + 16 * h);
+    for (int o = 0; o < kOrders; o++) total[o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), scale, total[o]);
+  }
+
+  // The dot product in units of the table's scale.
+  float value(int m, const Activation& x) const {
+    float order[kOrders];
+    for (int o = 0; o < kOrders; o++) order[o] = _mm512_reduce_add_ps(total[m][o]);
+    for (int t = 0; t < T; t++)
+      for (int d = 0; d < X; d++) order[t + d] -= x.correction[d];
+    float y = order[0];  // weighs 255^2, 255 or 1 by how many low digits were left out of the whole
+    for (int o = 1; o < kOrders; o++) y = y * kBase + order[o];
+    return y;
+  }
+};
+
+template <int B, int T, int X, int M>
+struct Rows {
+  static void run(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
+    const int64_t whole = w.row_bytes / 64 * 64;
+    const auto rest = __mmask16((1u << (w.row_bytes % 64 / 4)) - 1);
+    for (int n = n0; n < n1; n++) {
+      const int table = n / w.rows_per_table;
+      Table<B> tables[T];
+      for (int t = 0; t < T; t++) tables[t].load(w.tables[B] + ((int64_t(table) * 2 + t) << B));
+      const Lines<B> lines{w.planes + n * w.row_bytes, w.plane_bytes};
+      Sums<B, T, X, M> sums;
+      Vec line[B];
+      for (int64_t at = 0; at < whole; at += 64) {
+        lines.load(at, line);
+        sums.add(line, tables, x, at * 8);
+      }
+      if (rest) {
+        lines.load_tail(whole, rest, line);
+        sums.add(line, tables, x, whole * 8);
+      }
+      float scale = w.scales[B][table] * (T == 1 ? kBase : 1);
+      if (w.row_scale) scale *= w.row_scale[n];
+      for (int m = 0; m < M; m++) y[m][n] = sums.value(m, *x[m]) * scale + (w.bias ? w.bias[n] : 0.f);
+    }
+  }
+};
+
+// Where a group's digits and scale go (see "Order" above).
+struct Layout {
+  static constexpr bool kUnsigned = true;
+
+  static void place(int group, const int8_t* digits, int8_t* out) {
+    int8_t* block = out + group / 16 * kColumns + group % 4 * 128 + group % 16 / 4 * 16;
+    for (int q = 0; q < 2; q++)
+      for (int u = 0; u < 2; u++) std::memcpy(block + u * 64 + q * 8, digits + 16 * q + 8 * u, 8);
+  }
+  static void place_scale(int group, float scale, float* out) {
+    float* lanes = out + group / 16 * 64 + group % 4 * 16 + group % 16 / 4 * 4;
+    for (int i = 0; i < 4; i++) lanes[i] = scale;
+  }
+};
+
+}  // namespace
+}  // namespace dpllm

@@ -1,0 +1,19 @@
+// AVX-512 with VBMI, GFNI and VNNI: Intel Ice Lake and later, AMD Zen 4 and later.
+#include "simd_avx512.h"
+//
+#include "gemv_avx512.h"
+#include "ops.h"
+
+namespace dpllm {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("gfni");
+}
+}  // namespace
+
+extern const Isa kAvx512 = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported);
+
+}  // namespace dpllm

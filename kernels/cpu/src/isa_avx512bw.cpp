@@ -1,0 +1,19 @@
+// AVX-512 as in Skylake-X and Cascade Lake.
+#include "simd_avx512.h"
+#include "vec_avx512bw.h"
+//
+#include "bitplane.h"
+#include "ops.h"
+
+namespace dpllm {
+namespace {
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+}  // namespace
+
+extern const Isa kAvx512Bw =
+    make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("avx512bw", "AVX-512 F BW VL DQ", supported);
+
+}  // namespace dpllm

@@ -1,0 +1,88 @@
+// What every instruction-set variant implements, and the data it works on. Plain C++17.
+//
+// A weight is a code of `bits` planes that selects an entry of its row's table. Table entries and activations
+// are split into two digits of base 255, each within -127..127, so that every product is an 8-bit one and no
+// pair of products can overflow 16 bits: value = scale * (255 * high + low). The low digit of either side may be
+// left out; what remains is plain int8.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dpllm {
+
+constexpr int kGroup = 32;      // activations that share a scale, and weights in one word of a plane
+constexpr int kBase = 255;      // of the digits
+constexpr int kMaxBits = 8;
+constexpr int kBlock = 512;     // columns the widest kernel takes at once; activations are padded to it
+
+// An [rows, columns] matrix. Planes are the overlay's own: most significant first, bit i of word w is column 32 w + i.
+struct Matrix {
+  const uint8_t* planes;  // plane p of row n starts at planes + p * plane_bytes + n * row_bytes
+  int64_t plane_bytes, row_bytes;
+  const int8_t* tables[kMaxBits + 1];  // per width: [rows / rows_per_table][high, low][2^bits]
+  const float* scales[kMaxBits + 1];   // per width: [rows / rows_per_table], of the low digit
+  const float* row_scale;              // [rows], or null
+  const float* bias;                   // [rows], or null
+  int32_t rows, columns, rows_per_table;
+};
+
+// A row of activations, quantised in groups of 32 and laid out as the kernel wants it (Isa::quantize knows how).
+struct Activation {
+  int8_t* high;         // [padded columns]
+  int8_t* low;          // [padded columns], used when digits is 2
+  float* scale;         // of the low digit (of `high` when digits is 1); 4 floats of room per group
+  float correction[2];  // 128 * sum(scale * digit): what kernels that need unsigned tables subtract, per digit
+  int32_t digits;       // 1: int8, 2: 16-bit
+};
+
+inline int padded(int columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
+
+// A stretch of one KV head's pairs and the query heads that read it.
+struct Run {
+  const void *k, *v;  // [length, dim]
+  const float* q;     // [group, dim]
+  int32_t length, group, dim;
+  float scale;
+  bool half;  // stored as float16, else float32
+};
+
+struct Isa {
+  const char* name;
+  const char* needs;  // processor features, for people
+  bool (*supported)();
+
+  // x [columns] -> digits and scales. A non-finite value makes every product with this row NaN.
+  void (*quantize)(const float* x, int columns, int digits, Activation* out);
+
+  // y[i][n] for rows n0 <= n < n1 of the weights and `count` activations that all read `bits` planes (and have
+  // the same number of digits). table_digits 1 reads only the high digits of the tables.
+  void (*gemv)(const Matrix& w, int bits, int table_digits, const Activation* const* x, int count,
+               float* const* y, int n0, int n1);
+
+  // Rows n0..n1 at `bits` planes, as bfloat16 or float32 [n1 - n0, columns].
+  void (*dequantize)(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1);
+
+  // y[n] = scale[n] * sum_k w[n, k] x[k], rows n0..n1. scale in float16.
+  void (*int8_gemv)(const int8_t* w, const uint16_t* scale, const float* x, int columns, float* y, int n0, int n1);
+  void (*float_gemv)(const float* w, const float* x, int columns, float* y, int n0, int n1);
+
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+  void (*silu_mul)(const float* gate, const float* up, int n, float* out);
+  void (*add)(const float* x, int n, float* y);                        // y += x
+  void (*rope)(float* x, const float* cos, const float* sin, int dim);  // one head in place, halves paired
+
+  // sum_k diagonal[k] x[k]^2, diagonal in float16.
+  float (*weighted_square)(const float* x, const uint16_t* diagonal, int n);
+
+  // Attention over one run: out [group, dim] unnormalised, top [group] the largest score, sum [group] of
+  // exp(score - top). scratch: group * length floats.
+  void (*attend)(const Run& run, float* scratch, float* out, float* top, float* sum);
+
+  void (*to_half)(const float* x, uint16_t* y, int n);
+  float (*from_half)(uint16_t h);
+};
+
+extern const Isa kAvx512, kAvx512Bw, kAvx2Vnni, kAvx2, kNeonDot, kNeon, kPortable;
+
+}  // namespace dpllm

@@ -1,0 +1,324 @@
+// The small operations of a decode step, written once over vectors of Simd::kLanes floats.
+//
+// Included by one translation unit per instruction set, after it has defined `Simd`. Everything has internal linkage:
+// the linker would otherwise merge same-named functions that were compiled for different processors.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace dpllm {
+namespace {
+
+constexpr int kLanes = Simd::kLanes;
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline Floats all(float x) { return Floats{} + x; }
+
+inline float sum(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// e^x to about 1 part in 10^7, saturating at the ends of the float range; NaN stays NaN.
+inline Floats exp(Floats x) {
+  x = x < -87.3f ? all(-87.3f) : x;
+  x = x > 88.7f ? all(88.7f) : x;
+  const Floats shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+  const Floats n = shifted - 12582912.f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const Ints exponent = (reinterpret_cast<Ints>(shifted) << 23) + 0x3f800000;
+  return p * reinterpret_cast<Floats>(exponent);
+}
+
+// Calls body(i, n) over 0..n-1 in whole vectors, then tail(i) for what is left.
+template <class Body, class Tail>
+inline void sweep(int n, Body body, Tail tail) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i);
+  for (; i < n; i++) tail(i);
+}
+
+inline float dot(const float* a, const float* b, int n) {
+  Floats s0{}, s1{}, s2{}, s3{};
+  int i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += load<Floats>(a + i) * load<Floats>(b + i);
+    s1 += load<Floats>(a + i + kLanes) * load<Floats>(b + i + kLanes);
+    s2 += load<Floats>(a + i + 2 * kLanes) * load<Floats>(b + i + 2 * kLanes);
+    s3 += load<Floats>(a + i + 3 * kLanes) * load<Floats>(b + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += load<Floats>(a + i) * load<Floats>(b + i);
+  float s = sum((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+inline float dot(const int8_t* a, const float* b, int n) {
+  Floats s0{}, s1{}, s2{}, s3{};
+  const auto term = [&](int i) {
+    return __builtin_convertvector(load<Bytes>(a + i), Floats) * load<Floats>(b + i);
+  };
+  int i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += term(i), s1 += term(i + kLanes), s2 += term(i + 2 * kLanes), s3 += term(i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += term(i);
+  float s = sum((s0 + s1) + (s2 + s3));
+  for (; i < n; i++) s += a[i] * b[i];
+  return s;
+}
+
+void int8_gemv(const int8_t* w, const uint16_t* scale, const float* x, int columns, float* y, int n0, int n1) {
+  for (int n = n0; n < n1; n++) {
+    const int8_t* row = w + int64_t(n) * columns;
+    for (int i = 0; i < columns; i += 64) __builtin_prefetch(row + i + 2048);
+    y[n] = dot(row, x, columns) * Simd::from_half(scale[n]);
+  }
+}
+
+void float_gemv(const float* w, const float* x, int columns, float* y, int n0, int n1) {
+  for (int n = n0; n < n1; n++) y[n] = dot(w + int64_t(n) * columns, x, columns);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
+  const float r = 1.f / std::sqrt(dot(x, x, n) / float(n) + eps);
+  sweep(
+      n, [&](int i) { store(y + i, load<Floats>(x + i) * r * load<Floats>(weight + i)); },
+      [&](int i) { y[i] = x[i] * r * weight[i]; });
+}
+
+void silu_mul(const float* gate, const float* up, int n, float* out) {
+  sweep(
+      n,
+      [&](int i) {
+        const Floats g = load<Floats>(gate + i);
+        store(out + i, g / (exp(-g) + 1.f) * load<Floats>(up + i));
+      },
+      [&](int i) { out[i] = gate[i] / (std::exp(-gate[i]) + 1.f) * up[i]; });
+}
+
+void add(const float* x, int n, float* y) {
+  sweep(
+      n, [&](int i) { store(y + i, load<Floats>(y + i) + load<Floats>(x + i)); }, [&](int i) { y[i] += x[i]; });
+}
+
+void rope(float* x, const float* cos, const float* sin, int dim) {
+  float *a = x, *b = x + dim / 2;
+  sweep(
+      dim / 2,
+      [&](int i) {
+        const Floats p = load<Floats>(a + i), q = load<Floats>(b + i);
+        const Floats c = load<Floats>(cos + i), s = load<Floats>(sin + i);
+        store(a + i, p * c - q * s);
+        store(b + i, q * c + p * s);
+      },
+      [&](int i) {
+        const float p = a[i], q = b[i];
+        a[i] = p * cos[i] - q * sin[i];
+        b[i] = q * cos[i] + p * sin[i];
+      });
+}
+
+float weighted_square(const float* x, const uint16_t* diagonal, int n) {
+  Floats s{};
+  float rest = 0;
+  sweep(
+      n,
+      [&](int i) {
+        const Floats v = load<Floats>(x + i);
+        s += v * v * load<Floats>(Simd::from_half_vector(diagonal + i).lanes);
+      },
+      [&](int i) { rest += x[i] * x[i] * Simd::from_half(diagonal[i]); });
+  return sum(s) + rest;
+}
+
+void to_half(const float* x, uint16_t* y, int n) {
+  sweep(
+      n, [&](int i) { Simd::to_half_vector(x + i, y + i); }, [&](int i) { y[i] = Simd::to_half(x[i]); });
+}
+
+// Row `i` of a cache as floats; float32 rows are returned where they lie.
+inline const float* cache_row(const void* base, int64_t i, int dim, bool half, float* room) {
+  if (!half) return static_cast<const float*>(base) + i * dim;
+  const uint16_t* row = static_cast<const uint16_t*>(base) + i * dim;
+  __builtin_prefetch(row + 8 * dim);
+  sweep(
+      dim, [&](int d) { std::memcpy(room + d, Simd::from_half_vector(row + d).lanes, kLanes * 4); },
+      [&](int d) { room[d] = Simd::from_half(row[d]); });
+  return room;
+}
+
+// Scores to weights exp(score - top) in place; returns their sum.
+inline float soften(float* scores, int n, float top) {
+  Floats s{};
+  float rest = 0;
+  sweep(
+      n,
+      [&](int i) {
+        const Floats e = exp(load<Floats>(scores + i) - top);
+        store(scores + i, e);
+        s += e;
+      },
+      [&](int i) { rest += scores[i] = std::exp(scores[i] - top); });
+  return sum(s) + rest;
+}
+
+constexpr int kMaxHeadDim = 512;
+
+void attend(const Run& run, float* scratch, float* out, float* top, float* sums) {
+  float room[kMaxHeadDim];
+  for (int g = 0; g < run.group; g++) top[g] = -INFINITY;
+  for (int i = 0; i < run.length; i++) {
+    const float* k = cache_row(run.k, i, run.dim, run.half, room);
+    for (int g = 0; g < run.group; g++) {
+      const float score = dot(run.q + g * run.dim, k, run.dim) * run.scale;
+      scratch[g * run.length + i] = score;
+      top[g] = score > top[g] || score != score ? score : top[g];
+    }
+  }
+  for (int g = 0; g < run.group; g++) sums[g] = soften(scratch + g * run.length, run.length, top[g]);
+  std::memset(out, 0, sizeof(float) * run.group * run.dim);
+  for (int i = 0; i < run.length; i++) {
+    const float* v = cache_row(run.v, i, run.dim, run.half, room);
+    for (int g = 0; g < run.group; g++) {
+      const float weight = scratch[g * run.length + i];
+      float* o = out + g * run.dim;
+      sweep(
+          run.dim, [&](int d) { store(o + d, load<Floats>(o + d) + load<Floats>(v + d) * weight); },
+          [&](int d) { o[d] += v[d] * weight; });
+    }
+  }
+}
+
+// -- activations ---------------------------------------------------------------------------------------------------
+
+// One group of 32 values to digits; returns the scale of its last digit.
+inline float quantize_group(const float* x, int digits, int8_t* high, int8_t* low) {
+  uint32_t bits[kGroup], largest = 0;
+  std::memcpy(bits, x, sizeof bits);
+  for (uint32_t b : bits) largest = (b & 0x7fffffffu) > largest ? b & 0x7fffffffu : largest;
+  float top;
+  std::memcpy(&top, &largest, 4);
+  if (!(top >= 1e-35f && largest < 0x7f800000u)) {  // nothing to speak of, or not finite
+    std::memset(high, 0, kGroup);
+    std::memset(low, 0, kGroup);
+    return largest >= 0x7f800000u ? NAN : 0.f;
+  }
+  const float steps = digits == 1 ? 127.f : 127.f * kBase + 127.f;
+  const float inverse = steps / top, round = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+  for (int i = 0; i < kGroup; i++) {
+    const float v = (x[i] * inverse + round) - round;
+    const float h = digits == 1 ? v : (v * (1.f / kBase) + round) - round;
+    high[i] = int8_t(int(h));
+    low[i] = int8_t(int(v - h * kBase));
+  }
+  return top / steps;
+}
+
+// place(group, digits of the group, where all digits go): the kernel's order. `repeat`: copies of each scale that
+// spread(group) places.
+template <class Layout>
+void quantize_as(const float* x, int columns, int digits, Activation* out) {
+  const int width = padded(columns);
+  double correction[2] = {0, 0};
+  out->digits = digits;
+  for (int g = 0; g < width / kGroup; g++) {
+    alignas(64) float values[kGroup] = {};
+    alignas(64) int8_t high[kGroup], low[kGroup];
+    const int left = columns - g * kGroup;
+    if (left > 0) std::memcpy(values, x + g * kGroup, sizeof(float) * (left < kGroup ? left : kGroup));
+    const float scale = quantize_group(values, digits, high, low);
+    Layout::place(g, high, out->high);
+    if (digits == 2) Layout::place(g, low, out->low);
+    Layout::place_scale(g, scale, out->scale);
+    if (!Layout::kUnsigned) continue;
+    int total[2] = {0, 0};
+    for (int i = 0; i < kGroup; i++) total[0] += high[i], total[1] += low[i];
+    for (int d = 0; d < digits; d++) correction[d] += 128. * scale * total[d];
+  }
+  for (int d = 0; d < 2; d++) out->correction[d] = float(correction[d]);
+}
+
+// -- dequantisation ------------------------------------------------------------------------------------------------
+
+inline uint16_t to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16 | 0x40);
+  return uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
+}
+
+template <int B, class Out>
+void dequantize_rows(const Matrix& w, Out* out, int n0, int n1) {
+  for (int n = n0; n < n1; n++) {
+    const int table = n / w.rows_per_table;
+    const int8_t* digits = w.tables[B] + ((int64_t(table) * 2) << B);
+    const float scale = w.scales[B][table] * (w.row_scale ? w.row_scale[n] : 1.f);
+    Out entries[1 << B];
+    for (int i = 0; i < 1 << B; i++) {
+      const float value = float(kBase * digits[i] + digits[i + (1 << B)]) * scale;
+      if constexpr (sizeof(Out) == 2) entries[i] = to_bf16(value);
+      else entries[i] = value;
+    }
+    for (int k = 0; k < w.columns; k += kGroup) {
+      uint32_t words[B], codes[kGroup];
+      for (int p = 0; p < B; p++)
+        std::memcpy(&words[p], w.planes + p * w.plane_bytes + n * w.row_bytes + k / 8, 4);
+      for (int i = 0; i < kGroup; i++) {
+        uint32_t code = 0;
+        for (int p = 0; p < B; p++) code = code << 1 | (words[p] >> i & 1);
+        codes[i] = code;
+      }
+      const int count = w.columns - k < kGroup ? w.columns - k : kGroup;
+      for (int i = 0; i < count; i++) out[k + i] = entries[codes[i]];
+    }
+    out += w.columns;
+  }
+}
+
+void dequantize(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1) {
+  const auto run = [&](auto width) {
+    constexpr int B = decltype(width)::value;
+    if (bf16) dequantize_rows<B>(w, static_cast<uint16_t*>(out), n0, n1);
+    else dequantize_rows<B>(w, static_cast<float*>(out), n0, n1);
+  };
+  with_width(bits, run);
+}
+
+// The table of functions: what depends on the instruction set beyond vector types is passed in.
+template <class Layout, template <int, int, int, int> class Rows>
+constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
+  return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
+             int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
+             weighted_square, attend, to_half, Simd::from_half};
+}
+
+}  // namespace
+}  // namespace dpllm

@@ -1,0 +1,31 @@
+// Float vectors of 16 lanes, for both AVX-512 variants.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace dpllm {
+namespace {
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  struct Half {
+    float lanes[16];
+  };
+  static Half from_half_vector(const uint16_t* p) {
+    Half h;
+    _mm512_storeu_ps(h.lanes, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    return h;
+  }
+  static void to_half_vector(const float* x, uint16_t* y) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0));
+  }
+  static float from_half(uint16_t h) { return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_set1_epi16(short(h)))); }
+  static uint16_t to_half(float x) {
+    return uint16_t(_mm256_extract_epi16(_mm512_cvtps_ph(_mm512_set1_ps(x), 0), 0));
+  }
+};
+
+}  // namespace
+}  // namespace dpllm

@@ -1,0 +1,80 @@
+"""src/step.h as ctypes sees it: the structures of a whole decode step."""
+
+from __future__ import annotations
+
+import ctypes
+
+from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
+
+Float = ctypes.c_float
+Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read, 0 to stop
+
+
+class Group(ctypes.Structure):
+    """Matrices stacked under one decision."""
+
+    _fields_ = (("weight", Matrix), ("index", Int))
+
+
+class Layer(ctypes.Structure):
+    """One decoder block."""
+
+    _fields_ = (
+        ("input_norm", Pointer), ("post_norm", Pointer), ("q_norm", Pointer), ("k_norm", Pointer),
+        ("qkv", Group * 3), ("gate_up", Group * 2), ("o", Group), ("down", Group),
+        ("qkv_groups", Int), ("gate_up_groups", Int), ("window", Int), ("uses_rope", Int),
+    )  # fmt: skip
+
+
+class Table(ctypes.Structure):
+    """Embedding or head: int8 with scales, or float32, or planes."""
+
+    _fields_ = (("int8", Pointer), ("scale", Pointer), ("dense", Pointer), ("planes", Matrix), ("planes_bits", Int))
+
+
+class Model(ctypes.Structure):
+    """Everything a step reads."""
+
+    _fields_ = (
+        ("layers", Int), ("hidden", Int), ("intermediate", Int), ("heads", Int), ("kv_heads", Int),
+        ("head_dim", Int), ("vocab", Int), ("groups", Int), ("eps", Float), ("rope_scale", Float),
+        ("inv_freq", Pointer), ("norm", Pointer), ("embedding", Table), ("head", Table), ("layer", Pointer),
+    )  # fmt: skip
+
+
+class Selection(ctypes.Structure):
+    """Fixed widths, or thresholds on a weighted square of the input, or a callback."""
+
+    _fields_ = (
+        ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer), ("steps", Int), ("seed", Int),
+        ("choose", Choose),
+    )  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    """Per-head runs of a flat cache."""
+
+    _fields_ = (("k", Pointer), ("v", Pointer), ("slots", Long), ("start", Pointer), ("length", Pointer), ("half", Int))
+
+
+class Request(ctypes.Structure):
+    """One token in, logits and chosen widths out."""
+
+    _fields_ = (("token", Int), ("position", Int), ("logits", Pointer), ("bits", Pointer), ("greedy", Int))
+
+
+class StepRunner:
+    """A model handed to the library. The caller keeps every tensor that `model` points to alive."""
+
+    def __init__(self, handle: Handle, model: Model):
+        self.handle, self.model = handle, model
+        self.step = handle.lib.dpllm_step_open(handle.context, ctypes.byref(model))
+
+    def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
+        """Runs one step; False if a callback stopped it."""
+        run = self.handle.lib.dpllm_step
+        return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
+
+    def __del__(self) -> None:
+        if getattr(self, "step", None):
+            self.handle.lib.dpllm_step_close(self.step)
