@@ -51,7 +51,7 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda item: self.compile_unit(*item), units().items()))
         self.compiler.link_shared_object(
-            objects, str(target), target_lang="c++", extra_postargs=["-pthread", "-s"]
+            objects, str(target), target_lang="c++", extra_postargs=["-pthread"]
         )
 
     def compile_unit(self, name: str, unit: tuple[str, list[str]]) -> str:

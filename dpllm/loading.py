@@ -76,6 +76,18 @@ def check_checkpoint(source: ModelSource) -> None:
     _Builder(ModelConfig.read(source.path), outline, choose_backend("reference"), options).build()
 
 
+def make_group(
+    index: int, name: str, weight: QuantizedWeight, bias: Tensor | None, backend: Backend, device: str
+) -> Group:
+    """A quantised group, its weight prepared for the backend."""
+    widths = range(weight.seed_bits, weight.resident_bits + 1)
+    return Group(
+        index, name, backend.prepare(weight, device), bias,
+        seed_bits=weight.seed_bits, resident_bits=weight.resident_bits,
+        weights=weight.out_features * weight.in_features, bytes_at=tuple(weight.nbytes(b) for b in widths),
+    )  # fmt: skip
+
+
 class _Outline:
     """A checkpoint without its data."""
 
@@ -163,12 +175,7 @@ class _Builder:
             dense = [self.tensor(f"{p}.weight", (r, columns)) for p, r in zip(parts, rows, strict=True)]
             return Group(index, name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
         weight = fuse([self.quantized(p, (r, columns)) for p, r in zip(parts, rows, strict=True)])
-        widths = range(weight.seed_bits, weight.resident_bits + 1)
-        return Group(
-            index, name, self.backend.prepare(weight, self.options.device), bias,
-            seed_bits=weight.seed_bits, resident_bits=weight.resident_bits,
-            weights=sum(rows) * columns, bytes_at=tuple(weight.nbytes(b) for b in widths),
-        )  # fmt: skip
+        return make_group(index, name, weight, bias, self.backend, self.options.device)
 
     def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight:
         assert self.overlay is not None

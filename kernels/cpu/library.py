@@ -38,7 +38,7 @@ class Accuracy(ctypes.Structure):
 # Digits (1: int8, 2: 16 bits) of tables and activations at widths 2..8. Measured in bench/cpu_accuracy.py:
 # `balanced` keeps what costs nothing on hardware that is limited by memory, `exact` everything.
 ACCURACIES = {
-    "balanced": ((1, 2, 2, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
+    "balanced": ((1, 1, 1, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
     "exact": ((2,) * 7, (2,) * 7),
     "fast": ((1,) * 7, (1,) * 7),
 }

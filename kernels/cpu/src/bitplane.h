@@ -19,7 +19,7 @@ namespace dpllm {
 namespace {
 
 template <class V>
-inline void butterfly(V p0, V p1, V p2, V p3, V* word) {
+DPLLM_INLINE void butterfly(V p0, V p1, V p2, V p3, V* word) {
   const V odd = V::repeat(0x55), pair = V::repeat(0x33);
   const V a0 = V::select(odd, p1, p0.template up<1>()), a1 = V::select(odd, p1.template down<1>(), p0);
   const V b0 = V::select(odd, p3, p2.template up<1>()), b1 = V::select(odd, p3.template down<1>(), p2);
@@ -36,7 +36,7 @@ struct Block {
   V word[4];
   V above[kAbove ? kAbove : 1];
 
-  explicit Block(const V* plane) {
+  DPLLM_INLINE explicit Block(const V* plane) {
     constexpr int first = B - 4;  // planes that do not exist repeat the first one: tables repeat to match
     const auto at = [&](int i) { return plane[i < 0 ? 0 : i]; };
     butterfly(at(first), at(first + 1), plane[B - 2], plane[B - 1], word);
@@ -49,12 +49,12 @@ struct BlockSums {
   static constexpr int kOrders = T + X - 1;
   typename V::Floats total[M][kOrders];
 
-  BlockSums() {
+  DPLLM_INLINE BlockSums() {
     for (auto& m : total)
       for (auto& order : m) order = V::zero();
   }
 
-  void add(const Block<V, B>& block, const typename V::template Table<B>* tables, const Activation* const* x,
+  DPLLM_INLINE void add(const Block<V, B>& block, const typename V::template Table<B>* tables, const Activation* const* x,
            int64_t column) {
     typename V::Sum sum[M][kOrders];
     for (auto& m : sum)
@@ -68,7 +68,7 @@ struct BlockSums {
 
   // Bit t of every byte: codes, look-ups, products; then bit t + 1.
   template <int t>
-  static void step(const Block<V, B>& block, const typename V::template Table<B>* tables,
+  DPLLM_INLINE static void step(const Block<V, B>& block, const typename V::template Table<B>* tables,
                    const Activation* const* x, int64_t column, typename V::Sum (*sum)[kOrders]) {
     if constexpr (t < 8) {
       const V nibble = (t < 4 ? block.word[t % 4] : block.word[t % 4].template down<4>()).low_nibbles();
@@ -85,14 +85,10 @@ struct BlockSums {
     }
   }
 
-  float value(int m, const Activation& x) const {
-    float order[kOrders];
-    for (int o = 0; o < kOrders; o++) order[o] = V::reduce(total[m][o]);
-    if (V::kUnsigned)
-      for (int t = 0; t < T; t++)
-        for (int d = 0; d < X; d++) order[t + d] -= x.correction[d];
-    float y = order[0];
-    for (int o = 1; o < kOrders; o++) y = y * kBase + order[o];
+  // The dot product, in units of the lowest order.
+  DPLLM_INLINE float value(int m) const {
+    float y = V::reduce(total[m][0]);
+    for (int o = 1; o < kOrders; o++) y = y * kBase + V::reduce(total[m][o]);
     return y;
   }
 };
@@ -124,7 +120,10 @@ struct Bitplane {
         }
         float scale = w.scales[B][table] * (T == 1 ? kBase : 1);
         if (w.row_scale) scale *= w.row_scale[n];
-        for (int m = 0; m < M; m++) y[m][n] = sums.value(m, *x[m]) * scale + (w.bias ? w.bias[n] : 0.f);
+        for (int m = 0; m < M; m++) {
+          const float offset = V::kUnsigned ? unsigned_correction<T>(*x[m]) : 0.f;
+          y[m][n] = (sums.value(m) - offset) * scale + (w.bias ? w.bias[n] : 0.f);
+        }
       }
     }
   };
@@ -132,6 +131,7 @@ struct Bitplane {
   // Where a group's digits and scale go (see "Order" above).
   struct Layout {
     static constexpr bool kUnsigned = V::kUnsigned;
+    static constexpr int kTwice = 0;
 
     static void place(int group, const int8_t* digits, int8_t* out) {
       constexpr int kGroups = V::kBytes / 4;

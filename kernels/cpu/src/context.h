@@ -48,13 +48,11 @@ class ActivationBuffer {
   Activation activation_{};
 };
 
-// Rows per chunk, so that a chunk is some 48 KB of weights and there are at least four chunks a thread.
-inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row, int multiple = 1) {
-  constexpr int64_t kChunkBytes = 48 << 10;
-  int64_t n = std::min<int64_t>(kChunkBytes / std::max<int64_t>(bytes_per_row, 1) + 1,
-                                rows / (4 * c.pool.threads()) + 1);
-  n = std::max<int64_t>(n, 8);
-  return int((n + multiple - 1) / multiple * multiple);
+// Rows per chunk: at least four chunks a thread, of 8 to 48 KB of weights.
+inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
+  const int64_t bytes = std::max<int64_t>(bytes_per_row, 1);
+  const int64_t fair = rows / (4 * c.pool.threads()) + 1;
+  return int(std::max<int64_t>(std::min<int64_t>(fair, (48 << 10) / bytes + 1), (8 << 10) / bytes + 1));
 }
 
 // body(first row, last row) over all rows, in parallel.

@@ -15,6 +15,7 @@
 
 #include <cstring>
 
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace dpllm {
@@ -30,7 +31,7 @@ struct Table {
   static constexpr int kVectors = B <= 6 ? 1 : 1 << (B - 6);
   Vec entries[kVectors];
 
-  void load(const int8_t* digits) {
+  DPLLM_INLINE void load(const int8_t* digits) {
     if constexpr (B == 2) {
       int32_t four;
       __builtin_memcpy(&four, digits, 4);
@@ -47,7 +48,7 @@ struct Table {
     for (Vec& e : entries) e = _mm512_xor_si512(e, _mm512_set1_epi8(char(0x80)));
   }
 
-  Vec operator[](Vec code) const {
+  DPLLM_INLINE Vec operator[](Vec code) const {
     if constexpr (B <= 6) {
       return _mm512_permutexvar_epi8(code, entries[0]);
     } else if constexpr (B == 7) {
@@ -60,13 +61,13 @@ struct Table {
   }
 };
 
-inline Vec low8(Vec a, Vec b) { return _mm512_unpacklo_epi8(a, b); }
-inline Vec high8(Vec a, Vec b) { return _mm512_unpackhi_epi8(a, b); }
-inline Vec low16(Vec a, Vec b) { return _mm512_unpacklo_epi16(a, b); }
-inline Vec high16(Vec a, Vec b) { return _mm512_unpackhi_epi16(a, b); }
+DPLLM_INLINE Vec low8(Vec a, Vec b) { return _mm512_unpacklo_epi8(a, b); }
+DPLLM_INLINE Vec high8(Vec a, Vec b) { return _mm512_unpackhi_epi8(a, b); }
+DPLLM_INLINE Vec low16(Vec a, Vec b) { return _mm512_unpacklo_epi16(a, b); }
+DPLLM_INLINE Vec high16(Vec a, Vec b) { return _mm512_unpackhi_epi16(a, b); }
 
 // Four planes, most significant first, as doublewords: out[h] lane L holds byte positions 4 h + 0..3 of the lane.
-inline void interleave(Vec p0, Vec p1, Vec p2, Vec p3, Vec* out) {
+DPLLM_INLINE void interleave(Vec p0, Vec p1, Vec p2, Vec p3, Vec* out) {
   const Vec a0 = low8(p0, p1), a1 = high8(p0, p1), b0 = low8(p2, p3), b1 = high8(p2, p3);
   out[0] = low16(a0, b0);
   out[1] = high16(a0, b0);
@@ -79,7 +80,7 @@ template <int B>
 struct Codes {
   Vec words[4], top[4];
 
-  explicit Codes(const Vec* line) {
+  DPLLM_INLINE explicit Codes(const Vec* line) {
     if constexpr (B == 2) interleave(line[0], line[0], line[0], line[1], words);
     if constexpr (B == 3) interleave(line[0], line[0], line[1], line[2], words);
     if constexpr (B >= 4) interleave(line[B - 4], line[B - 3], line[B - 2], line[B - 1], words);
@@ -95,7 +96,7 @@ struct Codes {
     if constexpr (B == 8) interleave(line[0], line[1], line[2], line[3], top);
   }
 
-  void operator()(int h, Vec* pair) const {
+  DPLLM_INLINE void operator()(int h, Vec* pair) const {
     const Vec identity = _mm512_set1_epi64(0x8040201008040201);
     if constexpr (B <= 4) {  // a quadword holds two byte positions: high and low nibbles of the transpose
       const Vec t = _mm512_gf2p8affine_epi64_epi8(identity, words[h], 0);
@@ -116,14 +117,14 @@ struct Lines {
   const uint8_t* start;
   int64_t plane_bytes;
 
-  void load(int64_t offset, Vec* out) const {
+  DPLLM_INLINE void load(int64_t offset, Vec* out) const {
     for (int p = 0; p < B; p++) {
       const uint8_t* at = start + p * plane_bytes + offset;
       _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetch), _MM_HINT_T0);
       out[p] = _mm512_loadu_si512(at);
     }
   }
-  void load_tail(int64_t offset, __mmask16 words, Vec* out) const {
+  DPLLM_INLINE void load_tail(int64_t offset, __mmask16 words, Vec* out) const {
     for (int p = 0; p < B; p++) out[p] = _mm512_maskz_loadu_epi32(words, start + p * plane_bytes + offset);
   }
 };
@@ -134,13 +135,13 @@ struct Sums {
   static constexpr int kOrders = T + X - 1;
   __m512 total[M][kOrders];
 
-  Sums() {
+  DPLLM_INLINE Sums() {
     for (auto& m : total)
       for (auto& order : m) order = _mm512_setzero_ps();
   }
 
   // One line: 512 columns from `column` on.
-  void add(const Vec* line, const Table<B>* tables, const Activation* const* x, int64_t column) {
+  DPLLM_INLINE void add(const Vec* line, const Table<B>* tables, const Activation* const* x, int64_t column) {
     const Codes<B> codes(line);
 #pragma GCC unroll 4
     for (int h = 0; h < 4; h++) {
@@ -152,7 +153,7 @@ struct Sums {
     }
   }
 
-  static void add_pair(const Vec (*value)[2], const Activation& x, int64_t column, int h, __m512* total) {
+  DPLLM_INLINE static void add_pair(const Vec (*value)[2], const Activation& x, int64_t column, int h, __m512* total) {
     const int8_t* digits[2] = {x.high, x.low};
     Vec sum[kOrders];
     for (Vec& s : sum) s = _mm512_setzero_si512();
@@ -166,30 +167,44 @@ struct Sums {
     for (int o = 0; o < kOrders; o++) total[o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), scale, total[o]);
   }
 
-  // The dot product in units of the table's scale.
-  float value(int m, const Activation& x) const {
-    float order[kOrders];
-    for (int o = 0; o < kOrders; o++) order[o] = _mm512_reduce_add_ps(total[m][o]);
-    for (int t = 0; t < T; t++)
-      for (int d = 0; d < X; d++) order[t + d] -= x.correction[d];
-    float y = order[0];  // weighs 255^2, 255 or 1 by how many low digits were left out of the whole
-    for (int o = 1; o < kOrders; o++) y = y * kBase + order[o];
+  // All orders in units of the lowest: lanes still to be added up.
+  DPLLM_INLINE __m512 lanes(int m) const {
+    __m512 y = total[m][0];
+    for (int o = 1; o < kOrders; o++) y = _mm512_fmadd_ps(y, _mm512_set1_ps(kBase), total[m][o]);
     return y;
   }
 };
 
+// What turns added lanes into an element of y.
+template <int B, int T>
+struct Finish {
+  const Matrix& w;
+
+  DPLLM_INLINE float operator()(float sum, const Activation& x, int n) const {
+    float scale = w.scales[B][n / w.rows_per_table] * (T == 1 ? kBase : 1);
+    if (w.row_scale) scale *= w.row_scale[n];
+    return (sum - unsigned_correction<T>(x)) * scale + (w.bias ? w.bias[n] : 0.f);
+  }
+};
+
+template <int B, int T>
+DPLLM_INLINE void load_tables(const Matrix& w, int n, Table<B>* tables) {
+  for (int t = 0; t < T; t++) tables[t].load(w.tables[B] + ((int64_t(n / w.rows_per_table) * 2 + t) << B));
+}
+
 template <int B, int T, int X, int M>
 struct Rows {
   static void run(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
+    if (w.row_bytes == 32) return pairs(w, x, y, n0, n1);
+    const Finish<B, T> finish{w};
     const int64_t whole = w.row_bytes / 64 * 64;
     const auto rest = __mmask16((1u << (w.row_bytes % 64 / 4)) - 1);
+    Vec line[B];
     for (int n = n0; n < n1; n++) {
-      const int table = n / w.rows_per_table;
       Table<B> tables[T];
-      for (int t = 0; t < T; t++) tables[t].load(w.tables[B] + ((int64_t(table) * 2 + t) << B));
+      load_tables<B, T>(w, n, tables);
       const Lines<B> lines{w.planes + n * w.row_bytes, w.plane_bytes};
       Sums<B, T, X, M> sums;
-      Vec line[B];
       for (int64_t at = 0; at < whole; at += 64) {
         lines.load(at, line);
         sums.add(line, tables, x, at * 8);
@@ -198,9 +213,27 @@ struct Rows {
         lines.load_tail(whole, rest, line);
         sums.add(line, tables, x, whole * 8);
       }
-      float scale = w.scales[B][table] * (T == 1 ? kBase : 1);
-      if (w.row_scale) scale *= w.row_scale[n];
-      for (int m = 0; m < M; m++) y[m][n] = sums.value(m, *x[m]) * scale + (w.bias ? w.bias[n] : 0.f);
+      for (int m = 0; m < M; m++) y[m][n] = finish(_mm512_reduce_add_ps(sums.lanes(m)), *x[m], n);
+    }
+  }
+
+  // Rows of 256 columns: two to a line where they share a table, against activations that are there twice.
+  static void pairs(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
+    const Finish<B, T> finish{w};
+    Vec line[B];
+    for (int n = n0, step; n < n1; n += step) {
+      step = n + 1 < n1 && n / w.rows_per_table == (n + 1) / w.rows_per_table ? 2 : 1;
+      Table<B> tables[T];
+      load_tables<B, T>(w, n, tables);
+      const Lines<B> lines{w.planes + n * w.row_bytes, w.plane_bytes};
+      Sums<B, T, X, M> sums;
+      lines.load_tail(0, step == 2 ? 0xffff : 0xff, line);
+      sums.add(line, tables, x, 0);
+      for (int m = 0; m < M; m++) {
+        const __m512 lanes = sums.lanes(m);
+        y[m][n] = finish(_mm512_mask_reduce_add_ps(0x00ff, lanes), *x[m], n);
+        if (step == 2) y[m][n + 1] = finish(_mm512_mask_reduce_add_ps(0xff00, lanes), *x[m], n + 1);
+      }
     }
   }
 };
@@ -208,6 +241,7 @@ struct Rows {
 // Where a group's digits and scale go (see "Order" above).
 struct Layout {
   static constexpr bool kUnsigned = true;
+  static constexpr int kTwice = 256;  // rows of so many columns are there twice, see Rows::pairs
 
   static void place(int group, const int8_t* digits, int8_t* out) {
     int8_t* block = out + group / 16 * kColumns + group % 4 * 128 + group % 16 / 4 * 16;

@@ -29,12 +29,15 @@ struct Matrix {
 
 // A row of activations, quantised in groups of 32 and laid out as the kernel wants it (Isa::quantize knows how).
 struct Activation {
-  int8_t* high;         // [padded columns]
-  int8_t* low;          // [padded columns], used when digits is 2
-  float* scale;         // of the low digit (of `high` when digits is 1); 4 floats of room per group
-  float correction[2];  // 128 * sum(scale * digit): what kernels that need unsigned tables subtract, per digit
-  int32_t digits;       // 1: int8, 2: 16-bit
+  int8_t* high;      // [padded columns]
+  int8_t* low;       // [padded columns], used when digits is 2
+  float* scale;      // of the low digit (of `high` when digits is 1); 4 floats of room per group
+  float correction;  // 128 * sum of the quantised values: what an unsigned table digit (+128) adds to a product
+  int32_t digits;    // 1: int8, 2: 16-bit
 };
+
+// For what must become one loop body, whatever the compiler thinks of its size.
+#define DPLLM_INLINE inline __attribute__((always_inline))
 
 inline int padded(int columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 

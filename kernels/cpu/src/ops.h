@@ -1,6 +1,6 @@
 // The small operations of a decode step, written once over vectors of Simd::kLanes floats.
 //
-// Included by one translation unit per instruction set, after it has defined `Simd`. Everything has internal linkage:
+// Included by one translation unit per instruction set, after it has defined `Simd` (see lanes.h). Everything has internal linkage:
 // the linker would otherwise merge same-named functions that were compiled for different processors.
 #pragma once
 
@@ -14,9 +14,8 @@ namespace dpllm {
 namespace {
 
 constexpr int kLanes = Simd::kLanes;
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef Simd::Floats Floats;
+typedef Simd::Ints Ints;
 
 template <class V, class T>
 inline V load(const T* p) {
@@ -83,7 +82,7 @@ inline float dot(const float* a, const float* b, int n) {
 inline float dot(const int8_t* a, const float* b, int n) {
   Floats s0{}, s1{}, s2{}, s3{};
   const auto term = [&](int i) {
-    return __builtin_convertvector(load<Bytes>(a + i), Floats) * load<Floats>(b + i);
+    return Simd::widen(a + i) * load<Floats>(b + i);
   };
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -153,7 +152,7 @@ float weighted_square(const float* x, const uint16_t* diagonal, int n) {
       n,
       [&](int i) {
         const Floats v = load<Floats>(x + i);
-        s += v * v * load<Floats>(Simd::from_half_vector(diagonal + i).lanes);
+        s += v * v * Simd::from_half_vector(diagonal + i);
       },
       [&](int i) { rest += x[i] * x[i] * Simd::from_half(diagonal[i]); });
   return sum(s) + rest;
@@ -170,7 +169,7 @@ inline const float* cache_row(const void* base, int64_t i, int dim, bool half, f
   const uint16_t* row = static_cast<const uint16_t*>(base) + i * dim;
   __builtin_prefetch(row + 8 * dim);
   sweep(
-      dim, [&](int d) { std::memcpy(room + d, Simd::from_half_vector(row + d).lanes, kLanes * 4); },
+      dim, [&](int d) { store(room + d, Simd::from_half_vector(row + d)); },
       [&](int d) { room[d] = Simd::from_half(row[d]); });
   return room;
 }
@@ -219,51 +218,71 @@ void attend(const Run& run, float* scratch, float* out, float* top, float* sums)
 
 // -- activations ---------------------------------------------------------------------------------------------------
 
-// One group of 32 values to digits; returns the scale of its last digit.
-inline float quantize_group(const float* x, int digits, int8_t* high, int8_t* low) {
-  uint32_t bits[kGroup], largest = 0;
-  std::memcpy(bits, x, sizeof bits);
-  for (uint32_t b : bits) largest = (b & 0x7fffffffu) > largest ? b & 0x7fffffffu : largest;
+struct Quantized {
+  float scale;  // of the last digit
+  int sum;      // of the values in units of the scale
+};
+
+// One group of 32 values to digits.
+inline Quantized quantize_group(const float* x, int digits, int8_t* high, int8_t* low) {
+  constexpr int kVectors = kGroup / kLanes;
+  Ints largest{};
+  for (int i = 0; i < kVectors; i++) {
+    const Ints bits = load<Ints>(x + i * kLanes) & 0x7fffffff;  // |x|, and NaN above everything
+    largest = bits > largest ? bits : largest;
+  }
+  int32_t lanes[kLanes], top_bits = 0;
+  store(lanes, largest);
+  for (int32_t b : lanes) top_bits = b > top_bits ? b : top_bits;
   float top;
-  std::memcpy(&top, &largest, 4);
-  if (!(top >= 1e-35f && largest < 0x7f800000u)) {  // nothing to speak of, or not finite
+  std::memcpy(&top, &top_bits, 4);
+  if (top_bits >= 0x7f800000 || top < 1e-35f) {  // not finite, or nothing to speak of
     std::memset(high, 0, kGroup);
     std::memset(low, 0, kGroup);
-    return largest >= 0x7f800000u ? NAN : 0.f;
+    return {top_bits >= 0x7f800000 ? NAN : 0.f, 0};
   }
   const float steps = digits == 1 ? 127.f : 127.f * kBase + 127.f;
-  const float inverse = steps / top, round = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
-  for (int i = 0; i < kGroup; i++) {
-    const float v = (x[i] * inverse + round) - round;
-    const float h = digits == 1 ? v : (v * (1.f / kBase) + round) - round;
-    high[i] = int8_t(int(h));
-    low[i] = int8_t(int(v - h * kBase));
+  const float inverse = steps / top, round = 12582912.f;  // adding 1.5 * 2^23 rounds, and leaves an integer in the bits
+  Ints total{};
+  for (int i = 0; i < kVectors; i++) {
+    const Floats v = (load<Floats>(x + i * kLanes) * inverse + round) - round;
+    const Floats shifted = (digits == 1 ? v : v * (1.f / kBase)) + round;
+    Simd::narrow(reinterpret_cast<Ints>(shifted), high + i * kLanes);
+    const Floats rest = v - (shifted - round) * kBase;
+    if (digits == 2) Simd::narrow(reinterpret_cast<Ints>(rest + round), low + i * kLanes);
+    total += reinterpret_cast<Ints>(v + round) - 0x4b400000;
   }
-  return top / steps;
+  store(lanes, total);
+  int sum = 0;
+  for (int32_t t : lanes) sum += t;
+  return {top / steps, sum};
 }
 
-// place(group, digits of the group, where all digits go): the kernel's order. `repeat`: copies of each scale that
-// spread(group) places.
+// Layout::place(group, its digits, where all digits go) and place_scale(): the kernel's order.
 template <class Layout>
 void quantize_as(const float* x, int columns, int digits, Activation* out) {
-  const int width = padded(columns);
-  double correction[2] = {0, 0};
+  const bool twice = Layout::kTwice && (columns + kGroup - 1) / kGroup * kGroup == Layout::kTwice;
+  const int groups = (twice ? Layout::kTwice : padded(columns)) / kGroup;
+  double correction = 0;
   out->digits = digits;
-  for (int g = 0; g < width / kGroup; g++) {
-    alignas(64) float values[kGroup] = {};
+  for (int g = 0; g < groups; g++) {
     alignas(64) int8_t high[kGroup], low[kGroup];
-    const int left = columns - g * kGroup;
-    if (left > 0) std::memcpy(values, x + g * kGroup, sizeof(float) * (left < kGroup ? left : kGroup));
-    const float scale = quantize_group(values, digits, high, low);
-    Layout::place(g, high, out->high);
-    if (digits == 2) Layout::place(g, low, out->low);
-    Layout::place_scale(g, scale, out->scale);
-    if (!Layout::kUnsigned) continue;
-    int total[2] = {0, 0};
-    for (int i = 0; i < kGroup; i++) total[0] += high[i], total[1] += low[i];
-    for (int d = 0; d < digits; d++) correction[d] += 128. * scale * total[d];
+    float padded_values[kGroup];
+    const float* values = x + g * kGroup;
+    if (const int left = columns - g * kGroup; left < kGroup) {
+      std::memset(padded_values, 0, sizeof padded_values);
+      if (left > 0) std::memcpy(padded_values, values, sizeof(float) * left);
+      values = padded_values;
+    }
+    const Quantized q = quantize_group(values, digits, high, low);
+    for (int copy = g; copy <= g + groups * twice; copy += groups) {
+      Layout::place(copy, high, out->high);
+      if (digits == 2) Layout::place(copy, low, out->low);
+      Layout::place_scale(copy, q.scale, out->scale);
+    }
+    correction += 128. * q.scale * q.sum;
   }
-  for (int d = 0; d < 2; d++) out->correction[d] = float(correction[d]);
+  out->correction = float(correction);
 }
 
 // -- dequantisation ------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <algorithm>
+
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -7,8 +9,8 @@
 namespace dpllm {
 namespace {
 
-constexpr int kSpins = 20000;     // about half a millisecond: longer than any pause between regions of a step
-constexpr int kMaxChunks = 65535;
+constexpr int kSpins = 20000;      // about half a millisecond: longer than the pauses between the regions of a step
+constexpr int kMaxChunks = 65535;  // per round: a stretch counts them in 16 bits
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -16,6 +18,18 @@ inline void pause() {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
+}
+
+// The cores this process may use; empty where they cannot be chosen.
+std::vector<int> usable_cores() {
+  std::vector<int> cores;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int i = 0; i < CPU_SETSIZE; i++)
+      if (CPU_ISSET(i, &set)) cores.push_back(i);
+#endif
+  return cores;
 }
 
 void stay_on(int core) {
@@ -31,8 +45,12 @@ void stay_on(int core) {
 
 }  // namespace
 
-Pool::Pool(int threads, bool pin) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this, i, pin] { serve(pin ? i : -1); });
+Pool::Pool(int threads, bool pin) : stretches_(new Stretch[size_t(threads)]) {
+  const std::vector<int> cores = pin ? usable_cores() : std::vector<int>();
+  for (int i = 1; i < threads; i++) {
+    const int core = cores.empty() ? -1 : cores[size_t(i) % cores.size()];
+    workers_.emplace_back([this, i, core] { serve(i, core); });
+  }
 }
 
 Pool::~Pool() {
@@ -45,49 +63,58 @@ Pool::~Pool() {
 }
 
 void Pool::start(int chunks, Call call, const void* body) {
-  const uint64_t region = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-  for (int first = 0; first < chunks; first += kMaxChunks) {  // one round, unless there are very many chunks
-    const auto shifted = [&, first](int i) { call(body, first + i); };
-    using Shifted = decltype(shifted);
-    const int count = chunks - first < kMaxChunks ? chunks - first : kMaxChunks;
-    call_ = [](const void* b, int i) { (*static_cast<const Shifted*>(b))(i); };
-    body_ = &shifted;
-    finished_.store(0, std::memory_order_relaxed);
-    const uint64_t number = (region + uint64_t(first / kMaxChunks)) & 0xffffffffu;
-    ticket_.store(number << 32 | uint64_t(count) << 16);
-    if (sleepers_.load()) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
-    work(number);
-    for (int spins = 0; finished_.load(std::memory_order_acquire) < count; spins++) {
-      pause();
-      if (spins > 2000) std::this_thread::yield();  // somebody else has the core our worker needs
-    }
+  call_ = call;
+  body_ = body;
+  for (int first = 0; first < chunks; first += kMaxChunks) round(first, std::min(chunks - first, kMaxChunks));
+}
+
+void Pool::round(int first, int chunks) {
+  const int n = threads();
+  first_ = first;
+  finished_.store(0, std::memory_order_relaxed);
+  region_ = (region_ + 1) & 0xffffffffu;
+  for (int i = n - 1; i >= 0; i--) {
+    const uint64_t from = uint64_t(chunks) * i / n, to = uint64_t(chunks) * (i + 1) / n;
+    stretches_[i].word.store(region_ << 32 | to << 16 | from);
+  }
+  if (sleepers_.load()) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  work(0, region_);
+  for (int spins = 0; finished_.load(std::memory_order_acquire) < chunks; spins++) {
+    pause();
+    if (spins > 2000) std::this_thread::yield();  // somebody else has the core our worker needs
   }
 }
 
-void Pool::work(uint64_t region) {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  for (;;) {
-    const uint64_t chunks = ticket >> 16 & 0xffff, next = ticket & 0xffff;
-    if (ticket >> 32 != region || next >= chunks) return;
-    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-    call_(body_, int(next));  // unchanged until this chunk, too, is finished
-    finished_.fetch_add(1, std::memory_order_release);
-    ticket = ticket_.load(std::memory_order_acquire);
+// Claims chunks of this region, the thread's own stretch first, until there are none.
+void Pool::work(int self, uint64_t region) {
+  const int n = threads();
+  int done = 0;
+  for (int i = 0; i < n; i++) {
+    std::atomic<uint64_t>& word = stretches_[(self + i) % n].word;
+    uint64_t seen = word.load(std::memory_order_acquire);
+    while (seen >> 32 == region && (seen & 0xffff) < (seen >> 16 & 0xffff)) {
+      if (!word.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
+      call_(body_, first_ + int(seen & 0xffff));  // not replaced before this chunk, too, is reported as finished
+      done++;
+      seen = word.load(std::memory_order_acquire);
+    }
   }
+  if (done) finished_.fetch_add(done, std::memory_order_release);
 }
 
-void Pool::serve(int core) {
+void Pool::serve(int self, int core) {
   if (core >= 0) stay_on(core);
+  const std::atomic<uint64_t>& word = stretches_[self].word;
   uint64_t seen = 0;
   for (int spins = 0;;) {
-    const uint64_t region = ticket_.load() >> 32;
+    const uint64_t region = word.load() >> 32;
     if (region != seen) {
       seen = region;
       spins = 0;
-      work(region);
+      work(self, region);
       continue;
     }
     if (quit_.load(std::memory_order_relaxed)) return;
@@ -95,7 +122,7 @@ void Pool::serve(int core) {
     if (++spins < kSpins) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return quit_ || ticket_.load() >> 32 != seen; });
+    wake_.wait(lock, [&] { return quit_ || word.load() >> 32 != seen; });
     sleepers_.fetch_sub(1);
     spins = 0;
   }

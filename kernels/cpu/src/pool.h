@@ -1,14 +1,15 @@
 // A small pool of threads for regions of a few hundred microseconds.
 //
-// Work is cut into more chunks than threads, claimed one at a time: when another program takes a core, its chunks go to
-// the others instead of stretching every region to the slowest thread. One atomic word holds the region's number,
-// its chunk count and the next chunk, so a thread that comes late can neither claim a chunk of another region nor
-// read a job that is being replaced. Who runs a chunk never changes a result.
+// Each thread gets a contiguous stretch of the chunks, so that it reads memory in one sweep, and when it is done takes
+// what is left of the others': a core that another program occupies does not hold up the region. A stretch is one
+// atomic word that also carries the region's number, so a thread that comes late can neither claim a chunk of another
+// region nor read a job that is being replaced. Who runs a chunk never changes a result.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,7 +18,7 @@ namespace dpllm {
 
 class Pool {
  public:
-  // threads counts the caller's. pin: thread i stays on core i (Linux).
+  // threads counts the caller's. pin: thread i stays on the i-th core this process may use (Linux).
   Pool(int threads, bool pin);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -36,16 +37,22 @@ class Pool {
 
  private:
   using Call = void (*)(const void*, int);
+  struct alignas(64) Stretch {
+    std::atomic<uint64_t> word{0};  // region << 32 | end << 16 | next, in chunks
+  };
 
   void start(int chunks, Call call, const void* body);
-  void work(uint64_t region);
-  void serve(int core);
+  void round(int first, int chunks);
+  void work(int self, uint64_t region);
+  void serve(int self, int core);
 
   std::vector<std::thread> workers_;
-  std::atomic<uint64_t> ticket_{0};  // region << 32 | chunks << 16 | next chunk
+  std::unique_ptr<Stretch[]> stretches_;
+  uint64_t region_ = 0;
   std::atomic<int> finished_{0};
   Call call_ = nullptr;
   const void* body_ = nullptr;
+  int first_ = 0;
   std::atomic<int> sleepers_{0};
   std::atomic<bool> quit_{false};
   std::mutex mutex_;

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace dpllm {
 namespace {
@@ -44,7 +45,7 @@ struct Vec {
     static constexpr int kParts = B <= 4 ? 1 : 1 << (B - 4);
     __m256i part[kParts];
 
-    void load(const int8_t* digits) {
+    DPLLM_INLINE void load(const int8_t* digits) {
       if constexpr (B <= 3) {
         int64_t eight = 0;
         __builtin_memcpy(&eight, digits, 1 << B);
@@ -60,7 +61,7 @@ struct Vec {
 
     // Entries of the codes at bit t: nibble from the low planes, bit t of `above` from the others.
     template <int t>
-    Vec at(Vec nibble, const Vec* above) const {
+    DPLLM_INLINE Vec at(Vec nibble, const Vec* above) const {
       __m256i value[kParts];
       for (int i = 0; i < kParts; i++) value[i] = _mm256_shuffle_epi8(part[i], nibble.v);
       for (int plane = B - 5, pairs = kParts / 2; pairs >= 1; plane--, pairs /= 2) {
@@ -74,7 +75,7 @@ struct Vec {
   struct Sum {
     __m256i s = _mm256_setzero_si256();
 
-    void add(Vec table, Vec x) {
+    DPLLM_INLINE void add(Vec table, Vec x) {
 #ifdef __AVXVNNI__
       s = _mm256_dpbusd_avx_epi32(s, table.v, x.v);
 #else  // |x| * sign(table, x): pairs stay within 16 bits, digits being within -127..127
@@ -94,18 +95,21 @@ struct Vec {
   }
 };
 
-struct Simd {
-  static constexpr int kLanes = 8;
-  struct Half {
-    float lanes[8];
-  };
-  static Half from_half_vector(const uint16_t* p) {
-    Half h;
-    _mm256_storeu_ps(h.lanes, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    return h;
+struct Simd : Lanes<8> {
+  static Floats widen(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Floats from_half_vector(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void to_half_vector(const float* x, uint16_t* y) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(_mm256_loadu_ps(x), 0));
+  }
+  static void narrow(Ints v, int8_t* y) {
+    const __m256i first = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
+    const __m256i bytes = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), first);
+    const int32_t parts[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+    __builtin_memcpy(y, parts, 8);
   }
   static float from_half(uint16_t h) { return _cvtsh_ss(h); }
   static uint16_t to_half(float x) { return _cvtss_sh(x, 0); }

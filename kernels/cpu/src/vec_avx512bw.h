@@ -36,7 +36,7 @@ struct Vec {
     static constexpr int kParts = B <= 4 ? 1 : 1 << (B - 4);
     __m512i part[kParts];
 
-    void load(const int8_t* digits) {
+    DPLLM_INLINE void load(const int8_t* digits) {
       if constexpr (B <= 3) {
         int64_t eight = 0;
         __builtin_memcpy(&eight, digits, 1 << B);
@@ -50,7 +50,7 @@ struct Vec {
 
     // Entries of the codes at bit t: nibble from the low planes, bit t of `above` from the others.
     template <int t>
-    Vec at(Vec nibble, const Vec* above) const {
+    DPLLM_INLINE Vec at(Vec nibble, const Vec* above) const {
       __m512i value[kParts];
       for (int i = 0; i < kParts; i++) value[i] = _mm512_shuffle_epi8(part[i], nibble.v);
       for (int plane = B - 5, pairs = kParts / 2; pairs >= 1; plane--, pairs /= 2) {
@@ -64,7 +64,7 @@ struct Vec {
   struct Sum {
     __m512i s = _mm512_setzero_si512();
 
-    void add(Vec table, Vec x) {  // |x| * (table with the sign of x): pairs stay within 16 bits
+    DPLLM_INLINE void add(Vec table, Vec x) {  // |x| * (table with the sign of x): pairs stay within 16 bits
       const __mmask64 negative = _mm512_movepi8_mask(x.v);
       const __m512i value = _mm512_mask_sub_epi8(table.v, negative, _mm512_setzero_si512(), table.v);
       const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x.v), value);

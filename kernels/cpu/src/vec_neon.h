@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace dpllm {
 namespace {
@@ -38,7 +39,7 @@ struct Vec {
     static constexpr int kParts = B <= 4 ? 1 : 1 << (B - 4);
     uint8x16_t part[kParts];
 
-    void load(const int8_t* digits) {
+    DPLLM_INLINE void load(const int8_t* digits) {
       if constexpr (B <= 3) {
         uint64_t eight = 0;
         __builtin_memcpy(&eight, digits, 1 << B);
@@ -52,7 +53,7 @@ struct Vec {
     // Codes at bit t (nibble and up to four planes above it), then table look-ups of 16 to 64 entries; an index
     // outside a table leaves what an earlier one found.
     template <int t>
-    Vec at(Vec nibble, const Vec* above) const {
+    DPLLM_INLINE Vec at(Vec nibble, const Vec* above) const {
       if constexpr (B <= 4) {
         return {vqtbl1q_u8(part[0], nibble.v)};
       } else {
@@ -82,7 +83,7 @@ struct Vec {
   struct Sum {
     int32x4_t s = vdupq_n_s32(0);
 
-    void add(Vec table, Vec x) {
+    DPLLM_INLINE void add(Vec table, Vec x) {
       const int8x16_t a = vreinterpretq_s8_u8(table.v), b = vreinterpretq_s8_u8(x.v);
 #ifdef __ARM_FEATURE_DOTPROD
       s = vdotq_s32(s, a, b);
@@ -99,18 +100,20 @@ struct Vec {
   static float reduce(Floats f) { return vaddvq_f32(f); }
 };
 
-struct Simd {
-  static constexpr int kLanes = 4;
-  struct Half {
-    float lanes[4];
-  };
-  static Half from_half_vector(const uint16_t* p) {
-    Half h;
-    vst1q_f32(h.lanes, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
-    return h;
+struct Simd : Lanes<4> {
+  static Floats widen(const int8_t* p) {
+    int8_t bytes[8] = {p[0], p[1], p[2], p[3]};
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
   }
+  static Floats from_half_vector(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static void to_half_vector(const float* x, uint16_t* y) {
     vst1_u16(y, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
+  }
+  static void narrow(Ints v, int8_t* y) {
+    const uint8x16_t bytes = reinterpret_cast<uint8x16_t>(v);
+    const uint8x16_t first = vreinterpretq_u8_u32(vdupq_n_u32(0x0c080400));
+    const uint32_t four = vgetq_lane_u32(vreinterpretq_u32_u8(vqtbl1q_u8(bytes, first)), 0);
+    __builtin_memcpy(y, &four, 4);
   }
   static float from_half(uint16_t h) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0); }
   static uint16_t to_half(float x) { return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0); }

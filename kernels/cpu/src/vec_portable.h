@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace dpllm {
 namespace {
@@ -83,16 +84,16 @@ struct Vec {
   }
 };
 
-struct Simd {
-  static constexpr int kLanes = 4;
-  struct Half {
-    float lanes[4];
-  };
-  static Half from_half_vector(const uint16_t* p) {
-    return {{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}};
+struct Simd : Lanes<4> {
+  static Floats widen(const int8_t* p) { return Floats{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+  static Floats from_half_vector(const uint16_t* p) {
+    return Floats{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])};
   }
   static void to_half_vector(const float* x, uint16_t* y) {
     for (int i = 0; i < 4; i++) y[i] = to_half(x[i]);
+  }
+  static void narrow(Ints v, int8_t* y) {
+    for (int i = 0; i < 4; i++) y[i] = int8_t(uint8_t(v[i]));
   }
   static float from_half(uint16_t h) {
     const uint32_t exponent = h >> 10 & 31, fraction = h & 1023;
