@@ -32,8 +32,15 @@ Overlay = Annotated[
     typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads; default: torch's choice.")]  # noqa: UP045
-Backend = Annotated[str | None, typer.Option("--backend", help="Kernel backend; default: the best there is.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads; default: one per core.")]  # noqa: UP045
+Backend = Annotated[
+    str | None,
+    typer.Option("--backend", help="cpu, cpu:INSTRUCTION_SET or reference; default: the best there is."),
+]
+Accuracy = Annotated[
+    str,
+    typer.Option("--accuracy", help="CPU kernels: balanced, exact (16-bit activations) or fast (all int8)."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -157,6 +164,7 @@ def generate(
     ] = False,
     threads: Threads = None,
     backend: Backend = None,
+    accuracy: Accuracy = "balanced",
     json: Json = False,
 ) -> None:
     """Continue a text at a chosen precision, streaming.
@@ -169,7 +177,17 @@ def generate(
     options = GenerateOptions(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), chat)
     run(
         GenerateArguments(
-            prompt, overlay, target_bits, bits, policy, resident_bits, max_memory, threads, backend, json
+            prompt,
+            overlay,
+            target_bits,
+            bits,
+            policy,
+            resident_bits,
+            max_memory,
+            threads,
+            backend,
+            accuracy,
+            json,
         ),
         options,
     )
@@ -187,13 +205,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=0, help="Stop after about this many tokens; 0 = all.")] = 0,
     threads: Threads = None,
     backend: Backend = None,
+    accuracy: Accuracy = "balanced",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the 'random' policy.")] = 0,
     json: Json = False,
 ) -> None:
     """Perplexity and effective bits of policies at targets, through the decode path."""
     from dpllm.commands.evaluate import run
 
-    run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, seed, json)
+    run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, accuracy, seed, json)
 
 
 @app.command()
@@ -216,6 +235,37 @@ def doctor(json: Json = False) -> None:
     from dpllm.commands.doctor import run
 
     run(json)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="Overlay directory, or a shape with random weights: tiny, 1.1B, 3B, 8B."
+        ),
+    ] = "1.1B",
+    bits: Annotated[str, typer.Option(help="Widths to measure, separated by commas.")] = "3,4,6",
+    prompt: Annotated[
+        int, typer.Option(help="Tokens of the prompt whose reading is timed; 0 leaves it out.")
+    ] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode at each width.")] = 32,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens already in the cache when decoding begins.")
+    ] = 0,
+    threads: Threads = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep each thread on its core.")] = False,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """Tokens per second at each width, beside the memory bandwidth measured in the same run.
+
+    A shape needs no download: its weights are random, which changes neither bytes nor time.
+    """
+    from dpllm.commands.bench import BenchArguments, run
+
+    run(BenchArguments(model, bits, prompt, new_tokens, context, threads, pin, backend, accuracy, json))
 
 
 @app.command()

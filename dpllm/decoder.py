@@ -140,7 +140,10 @@ class Decoder:
             q, k = _rotate(q, *rope), _rotate(k, *rope)
         scale, window = c.head_dim**-0.5, c.windows[layer.index]
         if cache is None:
-            out = causal_attention(q, k.transpose(0, 1), v.transpose(0, 1), scale, window)
+            k, v = (
+                t.to(self.kv_dtype).to(t.dtype).transpose(0, 1) for t in (k, v)
+            )  # as a cache would hold them
+            out = causal_attention(q, k, v, scale, window)
         else:
             cache.write(layer.index, k, v)
             out = cache.attend(layer.index, q, scale, window, self.backend.decode_attention)

@@ -20,9 +20,9 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.native import NativeStep
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy, make_policy
+from dpllm.native import NativeStep, decode_one
+from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import encode, load_tokenizer
 from dpllm.sampling import sample
@@ -75,6 +75,8 @@ class Engine:
         self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
         self.quantized = not decoder.groups[0].dense
         self.native = NativeStep.of(decoder)
+        self._weights = sum(g.weights for g in decoder.groups)
+        self._head_bytes = decoder.head_bytes()
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
 
@@ -126,7 +128,7 @@ class Engine:
         generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         cache = self.decoder.new_cache(len(ids) + budget)
         pending = _Pending(self.tokenizer, options.stop)
-        recorder = Recorder(self.policy, self.decoder.groups) if self.policy is not None else None
+        bits = None
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
@@ -134,13 +136,11 @@ class Engine:
             ms, ended = (clock() - began) * 1e3, token in self.decoder.config.eos_ids
             last = ended or count == budget - 1
             text = pending.push(None if ended else token, last=last)
-            yield self._step(token, text, ms, cache, recorder if count else None)
+            yield self._step(token, text, ms, cache, bits)
             if last or pending.stopped:
                 return
             began = clock()
-            if recorder is not None and self.policy is not None:
-                recorder.policy = self.policy  # set_policy may have been called since the last token
-            logits = self._decode(token, cache, recorder)
+            logits, bits = self._decode(token, cache)
 
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: DenseKVCache) -> torch.Tensor:
@@ -149,29 +149,30 @@ class Engine:
             logits = self.decoder.forward(chunk, cache, last_only=True)
         return logits
 
-    @torch.no_grad()
-    def _decode(self, token: int, cache: DenseKVCache, recorder: Recorder | None) -> torch.Tensor:
-        """Logits [1, vocab] behind one more token, each group at its chosen width."""
-        if self.native is not None and recorder is not None:
-            logits, bits = self.native(token, cache, recorder.policy)
-            recorder.record(bits)
-            return logits
-        return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache, recorder)
+    def _decode(self, token: int, cache: DenseKVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [1, vocab] behind one more token, and the width of each group, int32 [1, G], if quantised."""
+        if self.policy is None:
+            with torch.no_grad():
+                return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache), None
+        return decode_one(self.decoder, self.native, token, cache, self.policy)
 
-    def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, recorder: Recorder | None) -> Step:
-        groups = self.decoder.groups
-        if recorder is None:  # the prompt was read at the resident maximum (0: never quantised)
-            planes = sum(g.bytes_at[-1] for g in groups if not g.dense)
-            bits = float(groups[0].resident_bits)
-            return Step(token, text, bits, ms, planes + self.decoder.head_bytes(), cache.nbytes)
+    def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, bits: torch.Tensor | None) -> Step:
+        """bits: what this token read; None: the resident maximum, as for a prompt (0: never quantised)."""
+        first = self.decoder.groups[0]
+        widths = [first.resident_bits] * len(self.decoder.groups) if bits is None else bits[0].tolist()
+        if first.dense:
+            return Step(token, text, 0.0, ms, self._head_bytes, cache.nbytes)
+        used = sum(b * g.weights for b, g in zip(widths, self.decoder.groups, strict=True))
+        read = sum(g.bytes_at[b - g.seed_bits] for b, g in zip(widths, self.decoder.groups, strict=True))
+        choosing = self.policy.extra_bytes if bits is not None and self.policy is not None else 0
         return Step(
             token=token,
             text=text,
-            effective_bits=float(recorder.effective_bits()[0]),
+            effective_bits=used / self._weights,
             tpot_ms=ms,
-            weight_bytes=int(recorder.weight_bytes()[0]) + self.decoder.head_bytes(),
+            weight_bytes=read + self._head_bytes + choosing,
             kv_bytes=cache.nbytes,
-            bits=recorder.bits()[0].tolist(),
+            bits=widths if bits is not None else (),
         )
 
 

@@ -38,9 +38,9 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None
 
-    def cache_dtype(self, backend: Backend) -> torch.dtype:
+    def cache_dtype(self, backend: Backend, quantized: bool = True) -> torch.dtype:
         """float16 for the native kernels, which widen it for free; else, and for accuracy 'exact', `dtype`."""
-        half = backend.cpu is not None and self.cpu.accuracy != "exact"
+        half = quantized and backend.cpu is not None and self.cpu.accuracy != "exact"
         return self.kv_dtype or (torch.float16 if half else self.dtype)
 
 
@@ -118,7 +118,7 @@ class _Builder:
         options = self.options
         decoder = Decoder(
             self.config, self.backend, layers, embedding, norm, head,
-            dtype=options.dtype, kv_dtype=options.cache_dtype(self.backend),
+            dtype=options.dtype, kv_dtype=options.cache_dtype(self.backend, self.overlay is not None),
         )  # fmt: skip
         decoder.bytes_read = self.source.bytes_read
         return decoder

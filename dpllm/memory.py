@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpllm.kernels.errors import InputError
@@ -34,3 +35,30 @@ def resident_bits_within(path: Path, limit: int) -> int:
             f"--max-memory allows {limit / 1e6:.1f} MB. Raise it, or use a smaller model."
         )
     return max(fitting)
+
+
+def available_bytes() -> int | None:
+    """Memory the system can give without swapping, or None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def check_memory(model: str | Path, sizes: Mapping[int, int], available: int | None = None) -> None:
+    """InputError if the widest of sizes (planes -> bytes) exceeds the memory that is available now."""
+    free = available_bytes() if available is None else available
+    widest = max(sizes)
+    if free is None or sizes[widest] <= free:
+        return
+    fitting = [b for b, size in sizes.items() if size <= free]
+    way_out = (
+        f"{max(fitting)} planes would fit: use --resident-bits {max(fitting)} or --max-memory."
+        if fitting
+        else f"even {min(sizes)} planes need {sizes[min(sizes)] / 1e9:.1f} GB. Use a smaller model."
+    )
+    raise InputError(
+        f"{model} needs {sizes[widest] / 1e9:.1f} GB with {widest} planes; {free / 1e9:.1f} GB of memory are free. "
+        f"{way_out}"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,9 +19,18 @@ from dpllm.decoder import Layer as DecoderLayer
 from dpllm.kernels.cpu import step as native
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
+from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
+
+
+@runtime_checkable
+class ThresholdRule(Protocol):
+    """A policy that reads the seed width plus one plane for each threshold [G, steps] that the weighted square of the
+    group's input, sum_k diagonals[g][k] x_k^2, exceeds. Rewriting the thresholds in place retargets it."""
+
+    diagonals: list[Tensor]
+    thresholds: Tensor
 
 
 class NativeStep:
@@ -36,6 +45,7 @@ class NativeStep:
         self._bits = torch.empty(len(decoder.groups), dtype=torch.int32)
         self._policy: PrecisionPolicy | None = None
         self._selection = native.Selection()
+        self._held: Any = None  # what the selection points to
         self._error: BaseException | None = None
 
     @classmethod
@@ -74,7 +84,7 @@ class NativeStep:
             fixed = torch.tensor(policy.bits, dtype=torch.int32)
             self._held = (fixed,)
             return native.Selection(fixed=fixed.data_ptr(), seed=seed)
-        if isinstance(policy, RateDistortionPolicy):
+        if isinstance(policy, ThresholdRule):
             diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
             pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
             self._held = (diagonals, pointers)
@@ -148,3 +158,15 @@ class NativeStep:
         whole = tensor.contiguous()
         self._alive.append(whole)
         return whole.data_ptr()
+
+
+def decode_one(
+    decoder: Decoder, step: NativeStep | None, token: int, cache: DenseKVCache, policy: PrecisionPolicy
+) -> tuple[Tensor, Tensor]:
+    """(logits [1, vocab], bits int32 [1, G]) behind one more token, natively where there is a native step."""
+    if step is not None:
+        return step(token, cache, policy)
+    recorder = Recorder(policy, decoder.groups)
+    with torch.no_grad():
+        logits = decoder.forward(torch.tensor([token], device=decoder.device), cache, recorder)
+    return logits, recorder.bits()

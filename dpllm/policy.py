@@ -119,10 +119,6 @@ class Recorder:
         self._chosen.append(bits)
         return bits
 
-    def record(self, bits: Tensor) -> None:
-        """What a native step chose: int32 [T, G]."""
-        self._chosen = list(bits.clone().unbind(1))
-
     def bits(self) -> Tensor:
         """int32 [T, G] on the CPU."""
         return torch.stack(self._chosen, dim=1).cpu()

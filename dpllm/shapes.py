@@ -53,8 +53,11 @@ def resident_bytes(c: ModelConfig, bits: int) -> int:
     return c.num_layers * layer + 2 * c.vocab_size * h
 
 
-def random_decoder(config: ModelConfig, bits: int, options: LoadOptions = LoadOptions(), seed: int = 0) -> Decoder:
+def random_decoder(
+    config: ModelConfig, bits: int, options: LoadOptions | None = None, seed: int = 0
+) -> Decoder:
     """A decoder of this shape whose matrices hold `bits` random planes (2..8). Embedding and head are int8."""
+    options = options or LoadOptions()
     backend = choose_backend(options.backend, options.device, options.cpu)
     rng = torch.Generator().manual_seed(seed)
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -78,7 +81,14 @@ def random_decoder(config: ModelConfig, bits: int, options: LoadOptions = LoadOp
     ]  # fmt: skip
     embedding, head = (_random_int8(config.vocab_size, hidden, rng) for _ in range(2))
     return Decoder(
-        config, backend, layers, embedding, ones, head, dtype=options.dtype, kv_dtype=options.cache_dtype(backend)
+        config,
+        backend,
+        layers,
+        embedding,
+        ones,
+        head,
+        dtype=options.dtype,
+        kv_dtype=options.cache_dtype(backend),
     )
 
 

@@ -67,13 +67,14 @@ def _cpu(options: CpuOptions, reason: str) -> Backend:
 
 
 def choose_backend(
-    name: str | None = None, device: torch.device | str = "cpu", options: CpuOptions = CpuOptions()
+    name: str | None = None, device: torch.device | str = "cpu", options: CpuOptions | None = None
 ) -> Backend:
     """The named backend, or the best this machine has for the device.
 
     name: 'cpu' (or 'cpu:ISA' for one instruction set), 'reference', or None to choose.
     Raises InputError for a name that does not exist or cannot run here.
     """
+    options = options or CpuOptions()
     if name is not None:
         kind, _, isa = name.partition(":")
         if kind not in NAMES or (isa and kind != "cpu"):
@@ -86,7 +87,9 @@ def choose_backend(
             raise InputError(f"backend '{name}' runs on the CPU, not on {device}. Use --backend reference.")
         options = CpuOptions(options.threads, options.pin, isa or options.isa, options.accuracy)
     elif torch.device(device).type != "cpu":
-        return _reference(f"torch operations on {device}; no faster backend for it is built into this version")
+        return _reference(
+            f"torch operations on {device}; no faster backend for it is built into this version"
+        )
     try:
         return _cpu(options, "asked for by name" if name else "the best this processor runs")
     except OSError as e:

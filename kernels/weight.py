@@ -163,7 +163,9 @@ def empty_planes(shape: tuple[int, int, int]) -> Tensor:
     end = (planes.data_ptr() + planes.numel() * 4) // page * page
     if sys.platform == "linux" and end > start:
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE; may be refused
+        libc.madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14
+        )  # MADV_HUGEPAGE; may be refused
     return planes
 
 

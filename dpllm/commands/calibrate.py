@@ -14,11 +14,11 @@ from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.profile import PROFILE_NAME
 from dpllm.commands.common import (
     check_device,
+    cpu_options,
     default_text,
     note,
     parse_targets,
     print_json,
-    set_threads,
     stage_bars,
 )
 from dpllm.kernels.errors import InputError
@@ -36,7 +36,7 @@ def run(
         raise InputError(f"--granularity {granularity} is unknown. Use 'fused' or 'linear'.")
     if samples < 1 or sequence_length < 16:
         raise InputError("at least one sample of at least 16 tokens is needed to calibrate.")
-    set_threads(threads)
+    cpu = cpu_options(threads)
     path = Path(overlay).expanduser()
     opened = Overlay.open(path)
     if opened.bits[0] == opened.bits[1]:
@@ -62,7 +62,7 @@ def run(
     sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(
         check_device(device)
     )
-    decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device))
+    decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device, cpu=cpu))
     origin = {
         "documents_sha256": documents_sha256(documents), "seed": seed, "samples": len(sequences),
         "sequence_length": sequence_length, "device": device,

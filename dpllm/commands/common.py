@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.errors import InputError
 
 stderr = Console(stderr=True, highlight=False)
@@ -60,13 +61,15 @@ def stage_bars() -> Iterator[Any]:
             progress.stop()
 
 
-def set_threads(threads: int | None) -> None:
-    """Limits torch's CPU threads; None leaves them."""
+def cpu_options(threads: int | None, accuracy: str = "balanced", pin: bool = False) -> CpuOptions:
+    """What the CPU kernels run with; torch is held to the same number of threads (None leaves both free)."""
     if threads is None:
-        return
+        return CpuOptions(accuracy=accuracy, pin=pin)
     if threads < 1:
         raise InputError(f"--threads {threads} is not possible; at least 1 is needed.")
+    options = CpuOptions(threads=threads, accuracy=accuracy, pin=pin)
     torch.set_num_threads(threads)
+    return options
 
 
 def check_device(device: str) -> str:

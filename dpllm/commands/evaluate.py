@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dpllm import reference
-from dpllm.commands.common import note, parse_targets, print_json, set_threads, stage_bars, stdout
+from dpllm.commands.common import cpu_options, note, parse_targets, print_json, stage_bars, stdout
 from dpllm.engine import Engine, load
 from dpllm.evaluate import EvalResult, evaluate
 from dpllm.kernels.errors import InputError
@@ -36,16 +36,15 @@ def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 
 
 def run(
     text_file: str | None, overlay: str | None, policy: str, target_bits: str, context: int, max_tokens: int,
-    threads: int | None, backend: str | None, seed: int, as_json: bool,
+    threads: int | None, backend: str | None, accuracy: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Scores every policy at every target and prints a table or JSON."""
     targets, names = parse_targets(target_bits), [p.strip() for p in policy.split(",")]
     for name in names:
         if name not in POLICIES:
             raise InputError(f"unknown policy '{name}'. Choose from: {', '.join(POLICIES)}.")
-    set_threads(threads)
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
-    engine = load(overlay, options=LoadOptions(backend=backend))
+    engine = load(overlay, options=LoadOptions(backend=backend, cpu=cpu_options(threads, accuracy)))
     if not engine.quantized:
         raise InputError(
             f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpllm import reference
-from dpllm.commands.common import note, parse_size, print_json, set_threads
+from dpllm.commands.common import cpu_options, note, parse_size, print_json
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, is_overlay
@@ -31,6 +31,7 @@ class GenerateArguments:
     max_memory: str | None
     threads: int | None
     backend: str | None
+    accuracy: str
     json: bool
 
 
@@ -65,7 +66,8 @@ def open_engine(args: GenerateArguments) -> Engine:
             raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
         if args.max_memory is not None:
             resident = resident_bits_within(path, parse_size(args.max_memory))
-    options = LoadOptions(resident_bits=resident, backend=args.backend)
+    cpu = cpu_options(args.threads, args.accuracy)
+    options = LoadOptions(resident_bits=resident, backend=args.backend, cpu=cpu)
     if args.bits is not None:
         return load(args.overlay, target_bits=float(args.bits), policy="uniform", options=options)
     return load(args.overlay, target_bits=args.target_bits, policy=args.policy, options=options)
@@ -76,7 +78,6 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     prompt = read_prompt(args.prompt)
     if not prompt:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-    set_threads(args.threads)
     engine = open_engine(args)
     if args.resident_bits is not None or args.max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kernels.cpu.library import Handle, Matrix
-from dpllm.kernels.weight import MAX_TABLE_BITS, Int8Weight, QuantizedWeight
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
 BASE = 255  # of the digits; kernels.h
 LARGEST = 127 * BASE + 127
-BLOCK_BYTES = 8 << 20  # of dequantised weights at a time in `matmul`: stays in the cache until it is used
+BLOCK_BYTES = 16 << 20  # of dequantised weights at a time in `matmul`
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ class PreparedWeight:
     def nbytes(self, bits: int) -> int:
         """Bytes one pass reads at this width: planes, the width's table and scales."""
         read = [self.planes[:bits], self.tables[bits], self.scales[bits]]
-        return sum(t.numel() * t.element_size() for t in read) + (0 if self.row_scale is None else 4 * self.out_features)
+        scales = 0 if self.row_scale is None else 4 * self.out_features
+        return sum(t.numel() * t.element_size() for t in read) + scales
 
     @property
     def held_bytes(self) -> int:
@@ -86,6 +87,7 @@ class CpuKernels:
 
     def __init__(self, handle: Handle):
         self.handle, self.lib, self.context = handle, handle.lib, handle.context
+        self._block = torch.empty(0)
 
     def gemv(self, x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) -> Tensor:
         """y = x W_b^T, each row of x at its own width. See kernels/reference.py.
@@ -105,7 +107,12 @@ class CpuKernels:
                     f"bits {low}..{high} are not resident: {w.seed_bits}..{w.resident_bits} are."
                 )
             self.lib.dpllm_gemm(
-                self.context, ctypes.byref(w.matrix), values.data_ptr(), widths.data_ptr(), len(x), y.data_ptr()
+                self.context,
+                ctypes.byref(w.matrix),
+                values.data_ptr(),
+                widths.data_ptr(),
+                len(x),
+                y.data_ptr(),
             )
         return y.to(x.dtype) if out is None else out.copy_(y)
 
@@ -121,20 +128,30 @@ class CpuKernels:
         xs, y = x.to(dtype), x.new_empty(len(x), w.out_features)
         for first in range(0, w.out_features, rows):
             last = min(first + rows, w.out_features)
-            y[:, first:last] = xs @ self._dense(w, w.resident_bits, dtype, first, last).T
+            block = self._scratch(dtype, (last - first) * w.in_features).view(last - first, -1)
+            self._dequantize_into(block, w, w.resident_bits, first)
+            y[:, first:last] = xs @ block.T
         return y
+
+    def _scratch(self, dtype: torch.dtype, size: int) -> Tensor:
+        """Memory for one block: fresh pages for each would cost as much as filling them."""
+        if self._block.dtype != dtype or self._block.numel() < size:
+            self._block = torch.empty(max(size, BLOCK_BYTES // dtype.itemsize), dtype=dtype)
+        return self._block[:size]
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The b-bit matrix [N, K]."""
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return self._dense(w, bits, exact, 0, w.out_features).to(dtype)
+        out = torch.empty(w.out_features, w.in_features, dtype=exact)
+        self._dequantize_into(out, w, bits, 0)
+        return out.to(dtype)
 
-    def _dense(self, w: PreparedWeight, bits: int, dtype: torch.dtype, first: int, last: int) -> Tensor:
-        out = torch.empty(last - first, w.in_features, dtype=dtype)
+    def _dequantize_into(self, out: Tensor, w: PreparedWeight, bits: int, first: int) -> None:
+        """Rows first, first + 1, ... to out [rows, K], float32 or bfloat16."""
         self.lib.dpllm_dequantize(
-            self.context, ctypes.byref(w.matrix), bits, int(dtype == torch.bfloat16), out.data_ptr(), first, last
-        )
-        return out
+            self.context, ctypes.byref(w.matrix), bits, int(out.dtype == torch.bfloat16), out.data_ptr(),
+            first, first + len(out),
+        )  # fmt: skip
 
     def int8_linear(self, x: Tensor, w: Int8Weight) -> Tensor:
         """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
@@ -152,7 +169,12 @@ class CpuKernels:
         values, weights = _floats(signal), diagonal.to(torch.float16).contiguous()
         error = torch.empty(len(signal))
         self.lib.dpllm_weighted_square(
-            self.context, values.data_ptr(), weights.data_ptr(), len(signal), signal.shape[1], error.data_ptr()
+            self.context,
+            values.data_ptr(),
+            weights.data_ptr(),
+            len(signal),
+            signal.shape[1],
+            error.data_ptr(),
         )
         return seed_bits + (error[:, None] > thresholds).sum(1, dtype=torch.int32)
 
@@ -171,14 +193,11 @@ class CpuKernels:
         )  # fmt: skip
         return y.to(q.dtype) if out is None else out.copy_(y)
 
-    def read_bandwidth(self, nbytes: int) -> float:
-        """Bytes per second of a plain parallel read, the best of five passes over `nbytes` of memory."""
-        memory = torch.ones(nbytes // 4, dtype=torch.int32)
-        passes = [
-            self.lib.dpllm_read_bandwidth(self.context, memory.data_ptr(), memory.numel() * 4)
-            for _ in range(6)
-        ]
-        return max(passes[1:])
+    def read_bandwidth(self, memory: Tensor) -> float:
+        """Bytes per second of one plain parallel read of all of `memory`, which should be larger than any cache."""
+        return self.lib.dpllm_read_bandwidth(
+            self.context, memory.data_ptr(), memory.numel() * memory.element_size()
+        )
 
 
 def _floats(x: Tensor) -> Tensor:
@@ -197,6 +216,3 @@ def _differentiable(kernels: CpuKernels, x: Tensor, w: PreparedWeight, bits: Ten
         rows = (bits == width).nonzero()[:, 0]
         y = y.index_add(0, rows, F.linear(x[rows], kernels.dequantize(w, width, x.dtype)))
     return y
-
-
-assert MAX_TABLE_BITS == 6  # wider tables are derived, see weight.derived_table

@@ -59,7 +59,7 @@ class CpuOptions:
         if self.threads < 0 or self.threads > cores:
             raise InputError(
                 f"{self.threads} threads are not possible: this process may use {cores} "
-                f"core{'s' * (cores > 1)}. Choose 1..{cores}, or 0 for all."
+                f"core{'s' * (cores > 1)}. Choose 1..{cores}."
             )
         if self.accuracy not in ACCURACIES:
             raise InputError(
@@ -113,7 +113,8 @@ class InstructionSet:
 
 def instruction_sets() -> list[InstructionSet]:
     """Every variant in the library, best first."""
-    lib, found = load_library(), []
+    lib = load_library()
+    found: list[InstructionSet] = []
     while (name := lib.dpllm_isa_name(len(found))) is not None:
         i = len(found)
         found.append(

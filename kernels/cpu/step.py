@@ -29,7 +29,13 @@ class Layer(ctypes.Structure):
 class Table(ctypes.Structure):
     """Embedding or head: int8 with scales, or float32, or planes."""
 
-    _fields_ = (("int8", Pointer), ("scale", Pointer), ("dense", Pointer), ("planes", Matrix), ("planes_bits", Int))
+    _fields_ = (
+        ("int8", Pointer),
+        ("scale", Pointer),
+        ("dense", Pointer),
+        ("planes", Matrix),
+        ("planes_bits", Int),
+    )
 
 
 class Model(ctypes.Structure):
@@ -54,7 +60,14 @@ class Selection(ctypes.Structure):
 class Cache(ctypes.Structure):
     """Per-head runs of a flat cache."""
 
-    _fields_ = (("k", Pointer), ("v", Pointer), ("slots", Long), ("start", Pointer), ("length", Pointer), ("half", Int))
+    _fields_ = (
+        ("k", Pointer),
+        ("v", Pointer),
+        ("slots", Long),
+        ("start", Pointer),
+        ("length", Pointer),
+        ("half", Int),
+    )
 
 
 class Request(ctypes.Structure):

@@ -310,7 +310,7 @@ def test_step_fields(engine):
     decoder, prompt = engine.decoder, len(engine.prompt_ids(PROMPT))
     assert len(steps) == 12
     per_token = steps[1].kv_bytes - steps[0].kv_bytes
-    assert per_token == 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, head size, fp32
+    assert per_token == 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, float16
     assert [s.kv_bytes for s in steps] == [per_token * (prompt + n) for n in range(12)]
     assert [s.tpot_ms for s in steps] == [2000.0] * 12
     first, rest = steps[0], steps[1:]

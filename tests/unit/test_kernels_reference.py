@@ -301,8 +301,9 @@ def test_fuse_refuses_what_has_no_common_input():
 
 def test_prepare_keeps_the_meaning():
     case = Case(6, 45, 2)
-    prepared = choose_backend("reference").prepare(case.weight(), "cpu")
-    assert (choose_backend().dequantize(prepared, 5).double().numpy() == case.dense(5)).all()
+    backend = choose_backend("reference")
+    prepared = backend.prepare(case.weight(), "cpu")
+    assert (backend.dequantize(prepared, 5).double().numpy() == case.dense(5)).all()
     with pytest.raises(InputError, match="unknown kernel backend 'abacus'"):
         choose_backend("abacus")
 

@@ -254,5 +254,69 @@ struct Layout {
   }
 };
 
+// -- dequantisation ------------------------------------------------------------------------------------------------
+
+// The bfloat16 values of one row's codes, as their upper and lower bytes.
+template <int B>
+struct Bf16Table {
+  Table<B> upper, lower;
+
+  Bf16Table(const int8_t* digits, float scale) {
+    alignas(64) int8_t up[1 << B], low[1 << B];
+    for (int i = 0; i < 1 << B; i++) {
+      const float value = float(kBase * digits[i] + digits[i + (1 << B)]) * scale;
+      uint32_t u;
+      std::memcpy(&u, &value, 4);
+      u += 0x7fffu + (u >> 16 & 1);                         // finite, so that rounding to even is all there is to it
+      up[i] = int8_t(u >> 24 ^ 0x80), low[i] = int8_t(u >> 16 ^ 0x80);  // the table flips the top bit back
+    }
+    upper.load(up);
+    lower.load(low);
+  }
+
+  // 512 values to out, in the order of the columns.
+  DPLLM_INLINE void line(const Vec* planes, uint16_t* out) const {
+    const Codes<B> codes(planes);
+    for (int h = 0; h < 4; h++) {
+      Vec code[2];
+      codes(h, code);
+      for (int u = 0; u < 2; u++) {
+        const Vec a = lower[code[u]], b = upper[code[u]];
+        alignas(64) uint16_t even[32], odd[32];  // quadwords 0 and 1 of each lane
+        _mm512_store_si512(even, low8(a, b));
+        _mm512_store_si512(odd, high8(a, b));
+        for (int lane = 0; lane < 4; lane++) {
+          std::memcpy(out + 128 * lane + 32 * h + 8 * u, even + 8 * lane, 16);
+          std::memcpy(out + 128 * lane + 32 * h + 16 + 8 * u, odd + 8 * lane, 16);
+        }
+      }
+    }
+  }
+};
+
+template <int B>
+void dequantize_bf16(const Matrix& w, uint16_t* out, int n0, int n1) {
+  const int64_t whole = w.columns / kColumns * 64;
+  const int rest = w.columns % kColumns;
+  const auto words = __mmask16((1u << ((w.row_bytes - whole) / 4)) - 1);
+  Vec planes[B];
+  for (int n = n0; n < n1; n++, out += w.columns) {
+    const int table = n / w.rows_per_table;
+    const float scale = w.scales[B][table] * (w.row_scale ? w.row_scale[n] : 1.f);
+    const Bf16Table<B> values(w.tables[B] + (int64_t(table) * 2 << B), scale);
+    const Lines<B> lines{w.planes + n * w.row_bytes, w.plane_bytes};
+    for (int64_t at = 0; at < whole; at += 64) {
+      lines.load(at, planes);
+      values.line(planes, out + at * 8);
+    }
+    if (rest) {
+      uint16_t last[kColumns];
+      lines.load_tail(whole, words, planes);
+      values.line(planes, last);
+      std::memcpy(out + whole * 8, last, size_t(rest) * 2);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dpllm

@@ -12,8 +12,16 @@ bool supported() {
          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("gfni");
 }
+
+void dequantize_lines(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1) {
+  if (!bf16) return dequantize(w, bits, bf16, out, n0, n1);
+  with_width(bits, [&](auto width) {
+    dequantize_bf16<decltype(width)::value>(w, static_cast<uint16_t*>(out), n0, n1);
+  });
+}
 }  // namespace
 
-extern const Isa kAvx512 = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported);
+extern const Isa kAvx512 =
+    make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported, dequantize_lines);
 
 }  // namespace dpllm
