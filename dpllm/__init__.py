@@ -8,10 +8,15 @@ for step in engine.generate("import os\n"):
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torch's OpenMP threads spin for a while after each operation and would take the cores that the native kernels need:
+# 15% of the time of a prompt on two cores. Read when torch loads its OpenMP; a user's own setting stands.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In a checkout the sub-packages lie beside this folder, not in it.
 _root = Path(__file__).resolve().parent.parent

@@ -95,17 +95,16 @@ class CpuKernels:
         Row by row the numbers are those of a single row, whatever the other rows are. Where gradients are
         needed the product is computed by torch from dequantised weights instead.
         """
+        _check_input(x, w.in_features)
+        if bits.shape != (len(x),):
+            raise ValueError(f"{bits.numel()} widths do not match {len(x)} rows of activations.")
         if torch.is_grad_enabled() and x.requires_grad:
             return _differentiable(self, x, w, bits)
         values = _floats(x)
         y = torch.empty(len(x), w.out_features)
         if len(x):
             widths = bits.to(torch.int32).contiguous()
-            low, high = int(widths.min()), int(widths.max())
-            if low < w.seed_bits or high > w.resident_bits:
-                raise ValueError(
-                    f"bits {low}..{high} are not resident: {w.seed_bits}..{w.resident_bits} are."
-                )
+            _check_resident(w, int(widths.min()), int(widths.max()))
             self.lib.dpllm_gemm(
                 self.context,
                 ctypes.byref(w.matrix),
@@ -117,13 +116,24 @@ class CpuKernels:
         return y.to(x.dtype) if out is None else out.copy_(y)
 
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
-        """y = x W^T at every resident plane, for many rows: dequantised in blocks, multiplied by torch.
+        """y = x W^T at every resident plane, for the many rows of a prompt.
 
-        bfloat16 on processors that multiply it in hardware, float32 elsewhere and for accuracy 'exact'.
+        int8 on processors with VNNI but without AMX; else dequantised in blocks and multiplied by torch, in
+        bfloat16 where the processor multiplies it in hardware. float32 for accuracy 'exact'.
         """
-        dtype = torch.bfloat16 if self.handle.options.accuracy != "exact" and _fast_bf16() else torch.float32
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
+        exact = self.handle.options.accuracy == "exact"
+        if not exact and not _has("_is_amx_tile_supported"):
+            values, y = _floats(x), torch.empty(len(x), w.out_features)
+            if self.lib.dpllm_matmul(
+                self.context, ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), y.data_ptr()
+            ):
+                return y.to(x.dtype)
+        bf16 = not exact and _has("_is_avx512_bf16_supported")
+        return self._matmul_by_torch(x, w, torch.bfloat16 if bf16 else torch.float32)
+
+    def _matmul_by_torch(self, x: Tensor, w: PreparedWeight, dtype: torch.dtype) -> Tensor:
         rows = max(1, BLOCK_BYTES // (w.in_features * dtype.itemsize))
         xs, y = x.to(dtype), x.new_empty(len(x), w.out_features)
         for first in range(0, w.out_features, rows):
@@ -141,6 +151,7 @@ class CpuKernels:
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The b-bit matrix [N, K]."""
+        _check_resident(w, bits, bits)
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(w.out_features, w.in_features, dtype=exact)
         self._dequantize_into(out, w, bits, 0)
@@ -155,6 +166,7 @@ class CpuKernels:
 
     def int8_linear(self, x: Tensor, w: Int8Weight) -> Tensor:
         """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
+        _check_input(x, w.values.shape[1])
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
         values, y = _floats(x), torch.empty(len(x), w.out_features)
@@ -166,6 +178,7 @@ class CpuKernels:
 
     def select(self, signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int) -> Tensor:
         """Bits for each row: the seed width plus the number of thresholds its estimated error exceeds."""
+        _check_input(signal, len(diagonal))
         values, weights = _floats(signal), diagonal.to(torch.float16).contiguous()
         error = torch.empty(len(signal))
         self.lib.dpllm_weighted_square(
@@ -186,6 +199,7 @@ class CpuKernels:
         if k.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"the cache holds {k.dtype}; float16 and float32 are read.")
         queries, y = _floats(q), torch.empty(q.shape)
+        k, v = k.contiguous(), v.to(k.dtype).contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
         self.lib.dpllm_attention(
             self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), int(k.dtype == torch.float16),
@@ -204,9 +218,20 @@ def _floats(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).contiguous()
 
 
-def _fast_bf16() -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
-    return "AVX512" in capability and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+def _check_input(x: Tensor, columns: int) -> None:
+    """The library trusts its caller; what does not match would be read beyond its end."""
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ValueError(f"activations {list(x.shape)} do not match a matrix of {columns} columns.")
+
+
+def _check_resident(w: PreparedWeight, low: int, high: int) -> None:
+    if low < w.seed_bits or high > w.resident_bits:
+        raise ValueError(f"bits {low}..{high} are not resident: {w.seed_bits}..{w.resident_bits} are.")
+
+
+def _has(capability: str) -> bool:
+    """Whether torch says that this processor has it; not every version asks."""
+    return bool(getattr(torch.cpu, capability, lambda: False)())
 
 
 def _differentiable(kernels: CpuKernels, x: Tensor, w: PreparedWeight, bits: Tensor) -> Tensor:

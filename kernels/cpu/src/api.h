@@ -22,6 +22,10 @@ DPLLM_EXPORT void dpllm_close(Context* c);
 // y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
 DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
 
+// y [m, rows] = x [m, columns] times the matrix at `bits` planes, int8 times int8, for a prompt; 0 if this instruction
+// set has no kernel for it.
+DPLLM_EXPORT int dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, float* y);
+
 // Rows n0..n1 at `bits` planes to out [n1 - n0, columns], float32 or bfloat16.
 DPLLM_EXPORT void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1);
 

@@ -28,23 +28,18 @@ class ActivationBuffer {
     const size_t n = size_t(padded(columns));
     if (n > size_) {
       size_ = n;
-      bytes_.assign(2 * n + 64, 0);
-      scales_.assign(n / kGroup * 4 + 16, 0.f);
-      activation_.high = aligned(bytes_.data());
+      digits_ = AlignedBytes(2 * n);
+      scales_ = AlignedBytes(n / kGroup * 4 * sizeof(float));
+      activation_.high = reinterpret_cast<int8_t*>(digits_.data());
       activation_.low = activation_.high + n;
-      activation_.scale = aligned(scales_.data());
+      activation_.scale = reinterpret_cast<float*>(scales_.data());
     }
     return &activation_;
   }
 
  private:
-  template <class T>
-  static T* aligned(T* p) {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t(63));
-  }
   size_t size_ = 0;
-  std::vector<int8_t> bytes_;
-  std::vector<float> scales_;
+  AlignedBytes digits_, scales_;
   Activation activation_{};
 };
 

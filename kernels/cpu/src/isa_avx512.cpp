@@ -1,8 +1,7 @@
 // AVX-512 with VBMI, GFNI and VNNI: Intel Ice Lake and later, AMD Zen 4 and later.
 #include "simd_avx512.h"
 //
-#include "gemv_avx512.h"
-#include "ops.h"
+#include "gemm_avx512.h"
 
 namespace dpllm {
 namespace {
@@ -21,7 +20,12 @@ void dequantize_lines(const Matrix& w, int bits, bool bf16, void* out, int n0, i
 }
 }  // namespace
 
-extern const Isa kAvx512 =
-    make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported, dequantize_lines);
+extern const Isa kAvx512 = [] {
+  Isa isa = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported);
+  isa.dequantize = dequantize_lines;
+  isa.quantize_prompt = quantize_prompt;
+  isa.matmul = matmul;
+  return isa;
+}();
 
 }  // namespace dpllm

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace dpllm {
 
@@ -36,8 +37,29 @@ struct Activation {
   int32_t digits;    // 1: int8, 2: 16-bit
 };
 
+// A whole prompt, quantised to int8 for `Isa::matmul`.
+struct Prompt {
+  int8_t* digits;     // [rows, padded columns]
+  float* scale;       // [rows, padded columns / 32]
+  float* correction;  // [rows], as in Activation
+  int32_t rows;
+};
+
 // For what must become one loop body, whatever the compiler thinks of its size.
 #define DPLLM_INLINE inline __attribute__((always_inline))
+
+// Zeroed memory on a 64-byte boundary.
+class AlignedBytes {
+ public:
+  AlignedBytes() = default;
+  explicit AlignedBytes(size_t n) : bytes_(new uint8_t[n + 64]()) {}
+  uint8_t* data() const {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(bytes_.get()) + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> bytes_;
+};
 
 inline int padded(int columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
@@ -84,6 +106,11 @@ struct Isa {
 
   void (*to_half)(const float* x, uint16_t* y, int n);
   float (*from_half)(uint16_t h);
+
+  // Many rows at once, from high table digits and int8 activations; null where torch is as quick. Columns are padded
+  // to kBlock in the quantised prompt; y is [rows of the prompt, rows of the weights], rows n0..n1 of the weights.
+  void (*quantize_prompt)(const float* x, int columns, int row, Prompt* out);
+  void (*matmul)(const Matrix& w, int bits, const Prompt& x, float* y, int n0, int n1);
 };
 
 extern const Isa kAvx512, kAvx512Bw, kAvx2Vnni, kAvx2, kNeonDot, kNeon, kPortable;

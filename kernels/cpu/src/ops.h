@@ -4,6 +4,7 @@
 // the linker would otherwise merge same-named functions that were compiled for different processors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -333,11 +334,10 @@ void dequantize(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1)
 
 // The table of functions: what depends on the instruction set beyond vector types is passed in.
 template <class Layout, template <int, int, int, int> class Rows>
-constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)(),
-                       decltype(Isa::dequantize) values = dequantize) {
-  return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, values,
+constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
+  return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
-             weighted_square, attend, to_half, Simd::from_half};
+             weighted_square, attend, to_half, Simd::from_half, nullptr, nullptr};
 }
 
 }  // namespace
