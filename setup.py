@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,26 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCE = Path("kernels/cpu/src")
-COMMON = ["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-w"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-PLAIN = {name: ("", []) for name in ("api", "attention", "pool", "step")}
-# object -> (source, flags); the portable variant is for correctness, so it may compile fast
-X86 = {
-    "isa_avx512": ("", [*AVX512, "-mavx512vbmi", "-mavx512vnni", "-mgfni"]),
-    "isa_avx512bw": ("", AVX512),
-    "isa_avx2": ("", AVX2),
-    "isa_avx2vnni": ("isa_avx2", [*AVX2, "-mavxvnni"]),
-}
-ARM = {"isa_neon": ("", []), "isa_neondot": ("isa_neon", ["-march=armv8.2-a+dotprod"])}
-PORTABLE = {"isa_portable": ("", ["-O2"])}
-
-
-def units() -> dict[str, tuple[str, list[str]]]:
-    """What to compile on this machine."""
-    machine = platform.machine().lower()
-    isas = X86 if machine in ("x86_64", "amd64") else ARM if machine in ("aarch64", "arm64") else {}
-    return PLAIN | isas | PORTABLE
+units = runpy.run_path("kernels/cpu/build_flags.py")["units"]
 
 
 class BuildKernels(build_ext):
@@ -49,18 +31,14 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda item: self.compile_unit(*item), units().items()))
-        self.compiler.link_shared_object(
-            objects, str(target), target_lang="c++", extra_postargs=["-pthread"]
-        )
+            objects = list(pool.map(lambda item: self.compile_unit(*item), units(platform.machine()).items()))
+        self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
 
     def compile_unit(self, name: str, unit: tuple[str, list[str]]) -> str:
         """One source to one object file."""
         source, flags = unit
         folder = Path(self.build_temp) / name
-        return self.compiler.compile(
-            [str(SOURCE / f"{source or name}.cpp")], output_dir=str(folder), extra_postargs=[*COMMON, *flags]
-        )[0]
+        return self.compiler.compile([str(SOURCE / source)], output_dir=str(folder), extra_postargs=flags)[0]
 
     def get_ext_filename(self, fullname: str) -> str:
         """One name for every Python: nothing in the library depends on it."""
@@ -80,7 +58,7 @@ setup(
         Extension(
             "dpllm.kernels.cpu._native",
             sources=[str(p) for p in sorted(SOURCE.glob("*.cpp"))],
-            depends=[str(p) for p in sorted(SOURCE.glob("*.h"))],
+            depends=[str(p) for p in sorted([*SOURCE.glob("*.h"), Path("kernels/cpu/build_flags.py")])],
             language="c++",
             optional=True,
         )

@@ -28,10 +28,10 @@ from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
 class Group:
     """Matrices read together: one decision, one product. `weight` is dense [N, K] or prepared planes."""
 
-    index: int
     name: str
     weight: Any
     bias: Tensor | None
+    index: int = 0  # in the model, set by the decoder
     seed_bits: int = 0
     resident_bits: int = 0
     weights: int = 0  # N * K, the group's share in effective bits
@@ -74,6 +74,8 @@ class Decoder:
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = norm.device
         self.groups = [g for layer in layers for g in (*layer.qkv, layer.o, *layer.gate_up, layer.down)]
+        for index, group in enumerate(self.groups):
+            group.index = index
         self.inv_freq = config.inv_freq.to(self.device)
         self.bytes_read = 0  # from disk, to load it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 from dpllm.config import ModelConfig
 from dpllm.decoder import Decoder, Group, Layer
 from dpllm.kernels.backend import Backend, choose_backend
-from dpllm.kernels.cpu.library import CpuOptions
+from dpllm.kernels.cpu.library import CpuOptions, usable_cores
 from dpllm.kernels.errors import InputError
-from dpllm.kernels.weight import Int8Weight, QuantizedWeight, fuse
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -77,12 +78,12 @@ def check_checkpoint(source: ModelSource) -> None:
 
 
 def make_group(
-    index: int, name: str, weight: QuantizedWeight, bias: Tensor | None, backend: Backend, device: str
+    name: str, weight: QuantizedWeight, bias: Tensor | None, backend: Backend, device: str
 ) -> Group:
     """A quantised group, its weight prepared for the backend."""
     widths = range(weight.seed_bits, weight.resident_bits + 1)
     return Group(
-        index, name, backend.prepare(weight, device), bias,
+        name, backend.prepare(weight, device), bias,
         seed_bits=weight.seed_bits, resident_bits=weight.resident_bits,
         weights=weight.out_features * weight.in_features, bytes_at=tuple(weight.nbytes(b) for b in widths),
     )  # fmt: skip
@@ -108,11 +109,11 @@ class _Builder:
         self.config, self.source, self.backend, self.options = config, source, backend, options
         self.overlay = source if isinstance(source, Overlay) else None
         self.names = {name for name, _ in source.entries()} if self.overlay else set(source.names())
-        self.count = 0
 
     def build(self) -> Decoder:
         """Reads everything."""
-        layers = [self.layer(i) for i in range(self.config.num_layers)]
+        with ThreadPoolExecutor(usable_cores()) as pool:  # checksums and copies release the interpreter
+            layers = list(pool.map(self.layer, range(self.config.num_layers)))
         embedding, head = self.embedding_and_head()
         norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
         options = self.options
@@ -170,14 +171,15 @@ class _Builder:
             where: Any = {"dtype": self.options.dtype, "device": self.options.device}
             filled = [torch.zeros(r, **where) if b is None else b for b, r in zip(biases, rows, strict=True)]
             bias = torch.cat(filled)
-        index, self.count = self.count, self.count + 1
         if self.overlay is None:
             dense = [self.tensor(f"{p}.weight", (r, columns)) for p, r in zip(parts, rows, strict=True)]
-            return Group(index, name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
-        weight = fuse([self.quantized(p, (r, columns)) for p, r in zip(parts, rows, strict=True)])
-        return make_group(index, name, weight, bias, self.backend, self.options.device)
+            return Group(name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
+        for part, r in zip(parts, rows, strict=True):
+            self.check_shape(part, (r, columns))
+        weight = self.overlay.stacked(parts, self.options.resident_bits)
+        return make_group(name, weight, bias, self.backend, self.options.device)
 
-    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight:
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         assert self.overlay is not None
         layout = self.overlay.linears.get(name)
         if layout is None or layout.shape != shape:
@@ -185,7 +187,6 @@ class _Builder:
             raise InputError(
                 f"{self.overlay.path}: matrix '{name}' is {found}, config.json implies {list(shape)}."
             )
-        return self.overlay.linear(name, self.options.resident_bits)
 
     def embedding_and_head(self) -> tuple[Any, Any]:
         c = self.config

@@ -53,15 +53,16 @@ class NativeStep:
         """A native step, where the backend has one and the model is quantised; else None."""
         if decoder.backend.cpu is None or decoder.groups[0].dense or decoder.dtype != torch.float32:
             return None
-        return cls(decoder)
+        return cls(decoder) if decoder.kv_dtype in (torch.float32, torch.float16) else None
 
     def __call__(self, token: int, cache: DenseKVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
         """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.
 
         Both tensors are overwritten by the next call. Raises what the policy raises.
         """
-        if policy is not self._policy:
-            self._policy, self._selection = policy, self._select(policy)
+        if not 0 <= token < len(self._logits[0]):
+            raise IndexError(f"there is no token {token} in a vocabulary of {len(self._logits[0])}.")
+        self.follow(policy)
         starts, lengths = cache.runs(1)
         request = native.Request(
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
@@ -72,25 +73,35 @@ class NativeStep:
         )  # fmt: skip
         if not self._runner(self._selection, view, request):
             error, self._error = self._error, None
-            raise error or RuntimeError(f"policy '{policy.name}' chose fewer than one plane")
+            assert error is not None
+            raise error
         cache.advance(1)
         return self._logits, self._bits[None]
+
+    def follow(self, policy: PrecisionPolicy) -> None:
+        """Makes a policy the one that decides; what calling with it does, too, when it is another than before."""
+        if policy is not self._policy:
+            self._policy, self._selection = policy, self._select(policy)
 
     # -- who decides -------------------------------------------------------------------------------------
 
     def _select(self, policy: PrecisionPolicy) -> native.Selection:
-        seed = self.decoder.groups[0].seed_bits
+        groups = self.decoder.groups
+        seed = groups[0].seed_bits
         if isinstance(policy, StaticPolicy):
-            fixed = torch.tensor(policy.bits, dtype=torch.int32)
+            fixed = torch.tensor([_resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
             self._held = (fixed,)
             return native.Selection(fixed=fixed.data_ptr(), seed=seed)
         if isinstance(policy, ThresholdRule):
+            steps = policy.thresholds.shape[1]
+            assert policy.thresholds.dtype == torch.float32 and policy.thresholds.is_contiguous()
+            assert all(_resident(g, g.seed_bits + steps) for g in groups)
             diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
             pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
             self._held = (diagonals, pointers)
             return native.Selection(
                 diagonal=ctypes.addressof(pointers), thresholds=policy.thresholds.data_ptr(),
-                steps=policy.thresholds.shape[1], seed=seed,
+                steps=steps, seed=seed,
             )  # fmt: skip
         callback = native.Choose(self._callback(policy))
         self._held = (callback,)
@@ -103,8 +114,8 @@ class NativeStep:
             group = groups[index]
             values = (ctypes.c_float * group.weight.in_features).from_address(address)
             try:
-                bits = int(policy(group, torch.frombuffer(values, dtype=torch.float32)[None].clone())[0])
-                return bits if group.seed_bits <= bits <= group.resident_bits else 0
+                x = torch.frombuffer(values, dtype=torch.float32)[None].clone()
+                return _resident(group, int(policy(group, x)[0]))
             except BaseException as e:  # it must not unwind through the library
                 self._error = e
                 return 0
@@ -158,6 +169,15 @@ class NativeStep:
         whole = tensor.contiguous()
         self._alive.append(whole)
         return whole.data_ptr()
+
+
+def _resident(group: Group, bits: int) -> int:
+    """The width, if it can be read at this group: the library trusts its caller."""
+    if not group.seed_bits <= bits <= group.resident_bits:
+        raise ValueError(
+            f"bits {bits} are not resident at {group.name}: {group.seed_bits}..{group.resident_bits} are."
+        )
+    return bits
 
 
 def decode_one(

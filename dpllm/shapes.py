@@ -62,13 +62,10 @@ def random_decoder(
     rng = torch.Generator().manual_seed(seed)
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    count = 0
 
     def group(layer: int, name: str, rows: int, columns: int) -> Group:
-        nonlocal count
-        count += 1
         weight = _random_weight(rows, columns, bits, rng)
-        return make_group(count - 1, f"model.layers.{layer}.{name}", weight, None, backend, options.device)
+        return make_group(f"model.layers.{layer}.{name}", weight, None, backend, options.device)
 
     ones = torch.ones(hidden)
     layers = [

@@ -169,8 +169,11 @@ def empty_planes(shape: tuple[int, int, int]) -> Tensor:
     return planes
 
 
-def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
-    """Stacks matrices that share one input (q, k, v; gate, up) into one, row after row."""
+def fuse(weights: list[QuantizedWeight], planes: Tensor | None = None) -> QuantizedWeight:
+    """Stacks matrices that share one input (q, k, v; gate, up) into one, row after row.
+
+    planes: those of all of them, where they lie behind one another already.
+    """
     first = weights[0]
     if len(weights) == 1:
         return first
@@ -180,7 +183,7 @@ def fuse(weights: list[QuantizedWeight]) -> QuantizedWeight:
     luts = [w.lut.repeat_interleave(w.rows_per_table // share, dim=0) for w in weights]
     scales = [w.scale if w.scale is not None else w.lut.new_ones(w.out_features) for w in weights]
     return QuantizedWeight(
-        planes=torch.cat([w.planes for w in weights], dim=1),
+        planes=torch.cat([w.planes for w in weights], dim=1) if planes is None else planes,
         lut=torch.cat(luts),
         in_features=first.in_features,
         seed_bits=first.seed_bits,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from typing import Any
 import torch
 
 from dpllm.kernels.errors import InputError
-from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight
+from dpllm.kernels.weight import (
+    MAX_BITS,
+    MAX_TABLE_BITS,
+    MIN_BITS,
+    WORD,
+    Int8Weight,
+    QuantizedWeight,
+    empty_planes,
+    fuse,
+)
 from dpllm.quant.source import INDEX, TensorFile, read_json
 
 FORMAT_VERSION = 1
@@ -82,6 +92,7 @@ class Overlay:
         self.hash: str = manifest["sha256"]
         self._tensors: dict[str, dict[str, Any]] = manifest["tensors"]
         self._files: dict[str, TensorFile] = {}
+        self._lock = threading.Lock()
         quantization = config["quantization_config"]
         self.bits: tuple[int, int] = (quantization["bits"][0], quantization["bits"][1])
         self.linears = {n: LinearLayout.of(n, e) for n, e in quantization["linears"].items()}
@@ -129,14 +140,7 @@ class Overlay:
         if entry is None:
             raise InputError(f"{self.path} has no tensor '{name}'. Quantise the model again.")
         shard = entry["file"]
-        if shard not in self._files:
-            self._files[shard] = TensorFile(self.path / shard)
-            listed = {t for t, e in self._tensors.items() if e["file"] == shard}
-            if odd := listed.symmetric_difference(self._files[shard].names()):
-                raise InputError(
-                    f"{self.path / shard}: tensor {min(odd)!r} is not as listed. Copy the overlay again."
-                )
-        tensor = self._files[shard].read(name)
+        tensor = self._file(shard).read(name)
         if list(tensor.shape) != entry["shape"] or _dtype_name(tensor.dtype) != entry["dtype"]:
             raise InputError(
                 f"{self.path / shard}: tensor '{name}' has shape {list(tensor.shape)} {tensor.dtype}, "
@@ -148,24 +152,57 @@ class Overlay:
             )
         return tensor
 
-    def linear(self, name: str, resident_bits: int | None = None) -> QuantizedWeight:
-        """One quantised matrix with its top `resident_bits` planes (default: all)."""
+    def _file(self, shard: str) -> TensorFile:
+        with self._lock:  # several threads may load a model
+            if shard not in self._files:
+                self._files[shard] = TensorFile(self.path / shard)
+                listed = {t for t, e in self._tensors.items() if e["file"] == shard}
+                if odd := listed.symmetric_difference(self._files[shard].names()):
+                    raise InputError(
+                        f"{self.path / shard}: tensor {min(odd)!r} is not as listed. Copy the overlay again."
+                    )
+            return self._files[shard]
+
+    def linear(
+        self, name: str, resident_bits: int | None = None, planes: torch.Tensor | None = None
+    ) -> QuantizedWeight:
+        """One quantised matrix with its top `resident_bits` planes (default: all), in `planes` where given."""
         layout = self.linears[name]
-        lo, hi = layout.bits
-        keep = hi if resident_bits is None else min(hi, resident_bits)
-        if keep < lo:
-            raise InputError(f"{keep} resident bits are below the seed width: {self.path} stores {lo}..{hi}.")
+        keep = self._planes_to_read(name, resident_bits)
         for tensor, (shape, dtype) in layout.tensors(name).items():
             entry = self._tensors[tensor]
             if entry["shape"] != shape or entry["dtype"] != _dtype_name(dtype):
                 raise InputError(
                     f"{self.path}: tensor '{tensor}' has shape {entry['shape']}, not {shape} {dtype}."
                 )
-        planes = torch.stack([self.read(f"{name}.planes.{p}") for p in range(keep)])
-        widths = range(lo, min(keep, MAX_TABLE_BITS) + 1)
+        if planes is None:
+            planes = empty_planes((keep, layout.shape[0], -(-layout.shape[1] // WORD)))
+        for p in range(keep):
+            planes[p] = self.read(f"{name}.planes.{p}")
+        widths = range(layout.bits[0], min(keep, MAX_TABLE_BITS) + 1)
         lut = torch.cat([self.read(f"{name}.lut.{b}") for b in widths], dim=1)
         scale = self.read(f"{name}.scale") if layout.rows_per_table > 1 else None
-        return QuantizedWeight(planes, lut, layout.shape[1], lo, scale)
+        return QuantizedWeight(planes, lut, layout.shape[1], layout.bits[0], scale)
+
+    def stacked(self, names: Sequence[str], resident_bits: int | None = None) -> QuantizedWeight:
+        """Matrices that share an input as one, row after row; each plane is read to where it stays."""
+        if len(names) == 1:
+            return self.linear(names[0], resident_bits)
+        layouts = [self.linears[n] for n in names]
+        keep, columns = self._planes_to_read(names[0], resident_bits), layouts[0].shape[1]
+        if any(x.bits != layouts[0].bits or x.shape[1] != columns for x in layouts):
+            raise InputError(f"{self.path}: {', '.join(names)} differ in range or width. Quantise the model again.")
+        rows = [x.shape[0] for x in layouts]
+        planes = empty_planes((keep, sum(rows), -(-columns // WORD)))
+        pieces = planes.split(rows, dim=1)
+        return fuse([self.linear(n, keep, p) for n, p in zip(names, pieces, strict=True)], planes)
+
+    def _planes_to_read(self, name: str, resident_bits: int | None) -> int:
+        lo, hi = self.linears[name].bits
+        keep = hi if resident_bits is None else min(hi, resident_bits)
+        if keep < lo:
+            raise InputError(f"{keep} resident bits are below the seed width: {self.path} stores {lo}..{hi}.")
+        return keep
 
     def int8(self, name: str) -> Int8Weight:
         """One int8 matrix (the head)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path, self.bytes_read = path, 0
+        self._lock = threading.Lock()
         try:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError:
@@ -58,7 +60,8 @@ class TensorFile:
             raise InputError(
                 f"{self.path}: tensor '{name}' cannot be read ({e}). Copy the file again."
             ) from None
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        with self._lock:
+            self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def layout(self, name: str) -> tuple[list[int], str]:

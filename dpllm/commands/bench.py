@@ -73,6 +73,8 @@ def open_model(args: BenchArguments, widest: int) -> tuple[Decoder, str]:
 def run(args: BenchArguments) -> None:
     """Measures and prints a table or JSON."""
     widths = widths_of(args.bits)
+    if args.prompt < 0:
+        raise InputError(f"--prompt {args.prompt} is not possible; 0 leaves the prompt out.")
     decoder, kind = open_model(args, max(widths))
     first = decoder.groups[0]
     if outside := [b for b in widths if not first.seed_bits <= b <= first.resident_bits]:

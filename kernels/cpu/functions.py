@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels.cpu.library import Handle, Matrix
+from dpllm.kernels.cpu.library import Handle, Matrix, load_library
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
-BASE = 255  # of the digits; kernels.h
-LARGEST = 127 * BASE + 127
 BLOCK_BYTES = 16 << 20  # of dequantised weights at a time in `matmul`
 
 
@@ -56,12 +54,11 @@ class PreparedWeight:
 
 def digits_of(table: Tensor) -> tuple[Tensor, Tensor]:
     """table [T, E] -> (int8 [T, 2, E], float32 [T]): value = scale * (255 * high + low)."""
-    values = table.double()
-    scale = (values.abs().amax(1) / LARGEST).float()
-    steps = (values / scale.double()[:, None].clamp(min=torch.finfo(torch.float32).tiny)).round()
-    steps = steps.nan_to_num().clamp(-LARGEST, LARGEST)
-    high = (steps / BASE).round()
-    return torch.stack([high, steps - high * BASE], dim=1).to(torch.int8), scale
+    values = table.float().contiguous()
+    tables, entries = values.shape
+    digits, scale = torch.empty(tables, 2, entries, dtype=torch.int8), torch.empty(tables)
+    load_library().dpllm_digits(values.data_ptr(), tables, entries, digits.data_ptr(), scale.data_ptr())
+    return digits, scale
 
 
 def prepare(w: QuantizedWeight, device: torch.device | str = "cpu") -> PreparedWeight:
@@ -121,6 +118,7 @@ class CpuKernels:
         int8 on processors with VNNI but without AMX; else dequantised in blocks and multiplied by torch, in
         bfloat16 where the processor multiplies it in hardware. float32 for accuracy 'exact'.
         """
+        _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
         exact = self.handle.options.accuracy == "exact"

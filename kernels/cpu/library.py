@@ -82,6 +82,7 @@ def load_library() -> ctypes.CDLL:
         "dpllm_isa_supported": (Int, Int),
         "dpllm_open": (Pointer, Int, Int, Int, Pointer),
         "dpllm_close": (None, Pointer),
+        "dpllm_digits": (None, Pointer, Long, Int, Pointer, Pointer),
         "dpllm_gemm": (None, Pointer, Pointer, Pointer, Pointer, Int, Pointer),
         "dpllm_matmul": (Int, Pointer, Pointer, Pointer, Int, Int, Pointer),
         "dpllm_dequantize": (None, Pointer, Pointer, Int, Int, Pointer, Int, Int),
@@ -97,7 +98,9 @@ def load_library() -> ctypes.CDLL:
         "dpllm_step": (Int, Pointer, Pointer, Pointer, Pointer),
     }  # fmt: skip
     for name, (result, *arguments) in signatures.items():
-        function = getattr(lib, name)
+        function = getattr(lib, name, None)
+        if function is None:
+            raise OSError(f"{LIBRARY.name} is of another version: it has no {name}")
         function.restype, function.argtypes = result, arguments
     return lib
 

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 #include "attention.h"
@@ -40,6 +41,21 @@ Context* dpllm_open(int isa, int threads, int pin, const Accuracy* accuracy) {
 }
 
 void dpllm_close(Context* c) { delete c; }
+
+void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digits, float* scales) {
+  constexpr float kLargest = 127.f * kBase + 127.f, kRound = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
+  for (int64_t t = 0; t < tables; t++, values += entries, digits += 2 * entries) {
+    float top = 0;
+    for (int i = 0; i < entries; i++) top = std::max(top, std::fabs(values[i]));
+    const float inverse = top > 0 ? kLargest / top : 0.f;
+    scales[t] = top / kLargest;
+    for (int i = 0; i < entries; i++) {
+      const float v = (values[i] * inverse + kRound) - kRound, high = (v * (1.f / kBase) + kRound) - kRound;
+      digits[i] = int8_t(int(high));
+      digits[entries + i] = int8_t(int(v - high * kBase));
+    }
+  }
+}
 
 void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y) {
   static thread_local std::vector<ActivationBuffer> buffers;

@@ -19,6 +19,9 @@ DPLLM_EXPORT int dpllm_isa_supported(int index);
 DPLLM_EXPORT Context* dpllm_open(int isa, int threads, int pin, const dpllm::Accuracy* accuracy);
 DPLLM_EXPORT void dpllm_close(Context* c);
 
+// values [tables, entries] -> digits [tables][high, low][entries] and scales [tables]: value = scale * (255 high + low).
+DPLLM_EXPORT void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digits, float* scales);
+
 // y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
 DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
 

@@ -41,10 +41,7 @@ void AttentionBuffer::merge(const Attention& a, int head, size_t& part) const {
     float* out = a.out + (size_t(head) * group + g) * a.dim;
     std::memset(out, 0, sizeof(float) * a.dim);
     float top = -INFINITY, total = 0;
-    for (size_t p = first; p < part; p++) {
-      const float t = top_[p * group + g];
-      top = t > top || t != t ? t : top;
-    }
+    for (size_t p = first; p < part; p++) top = std::max(top, top_[p * group + g]);
     for (size_t p = first; p < part; p++) {
       const float weight = std::exp(top_[p * group + g] - top);
       total += weight * sum_[p * group + g];

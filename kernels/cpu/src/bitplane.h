@@ -44,87 +44,171 @@ struct Block {
   }
 };
 
-template <class V, int B, int T, int X, int M>
-struct BlockSums {
-  static constexpr int kOrders = T + X - 1;
-  typename V::Floats total[M][kOrders];
+// The tables of a row, and where its planes lie.
+template <class V, int B, int T>
+struct Row {
+  typename V::template Table<B> tables[T];
+  const uint8_t* planes;
+  int64_t plane_bytes;
 
-  DPLLM_INLINE BlockSums() {
-    for (auto& m : total)
-      for (auto& order : m) order = V::zero();
+  DPLLM_INLINE Row(const Matrix& w, int n) : planes(w.planes + n * w.row_bytes), plane_bytes(w.plane_bytes) {
+    const int8_t* digits = w.tables[B] + (int64_t(n / w.rows_per_table) * 2 << B);
+    for (int t = 0; t < T; t++) tables[t].load(digits + (t << B));
   }
 
-  DPLLM_INLINE void add(const Block<V, B>& block, const typename V::template Table<B>* tables, const Activation* const* x,
-           int64_t column) {
-    typename V::Sum sum[M][kOrders];
-    for (auto& m : sum)
-      for (auto& order : m) order = typename V::Sum();
-    step<0>(block, tables, x, column, sum);
-    for (int m = 0; m < M; m++) {
-      const auto scale = V::load_floats(x[m]->scale + column / kGroup);
-      for (int o = 0; o < kOrders; o++) total[m][o] = V::multiply_add(sum[m][o], scale, total[m][o]);
+  // Bytes `at`.. of each plane, of which those behind `end` count as zero.
+  DPLLM_INLINE Block<V, B> block(int64_t at, int64_t end) const {
+    constexpr int kPrefetch = 2048;
+    const bool part = end - at < V::kBytes, line = V::kBytes >= 64 || at % 64 == 0;
+    V plane[B];
+    for (int p = 0; p < B; p++) {
+      const uint8_t* from = planes + p * plane_bytes + at;
+      plane[p] = part ? V::load_part(from, int(end - at)) : V::load(from);
+      if (line) __builtin_prefetch(from + kPrefetch);
     }
+    return Block<V, B>(plane);
   }
 
-  // Bit t of every byte: codes, look-ups, products; then bit t + 1.
+  // The entries that bit t of every byte selects.
   template <int t>
-  DPLLM_INLINE static void step(const Block<V, B>& block, const typename V::template Table<B>* tables,
-                   const Activation* const* x, int64_t column, typename V::Sum (*sum)[kOrders]) {
-    if constexpr (t < 8) {
-      const V nibble = (t < 4 ? block.word[t % 4] : block.word[t % 4].template down<4>()).low_nibbles();
-      V value[T];
-      for (int i = 0; i < T; i++) value[i] = tables[i].template at<t>(nibble, block.above);
-      for (int m = 0; m < M; m++) {
-        const int8_t* digits[2] = {x[m]->high, x[m]->low};
-        for (int d = 0; d < X; d++) {
-          const V xs = V::load(reinterpret_cast<const uint8_t*>(digits[d]) + column + t * V::kBytes);
-          for (int i = 0; i < T; i++) sum[m][i + d].add(value[i], xs);
-        }
-      }
-      step<t + 1>(block, tables, x, column, sum);
+  DPLLM_INLINE void look_up(const Block<V, B>& block, V* entries) const {
+    const V nibble = (t < 4 ? block.word[t % 4] : block.word[t % 4].template down<4>()).low_nibbles();
+    for (int i = 0; i < T; i++) entries[i] = tables[i].template at<t>(nibble, block.above);
+  }
+};
+
+// Sums of products with one activation, kept apart by digit weight: 255^2, 255, 1.
+template <class V, int T, int X>
+struct Sums {
+  static constexpr int kOrders = T + X - 1;
+  typename V::Floats total[kOrders];
+
+  DPLLM_INLINE Sums() {
+    for (auto& order : total) order = V::zero();
+  }
+
+  // The entries of bit t times their activations.
+  DPLLM_INLINE static void multiply(const V* entries, const Activation& x, int64_t column, int t, typename V::Sum* sum) {
+    const int8_t* digits[2] = {x.high, x.low};
+    for (int d = 0; d < X; d++) {
+      const V xs = V::load(reinterpret_cast<const uint8_t*>(digits[d]) + column + t * V::kBytes);
+      for (int i = 0; i < T; i++) sum[i + d].add(entries[i], xs);
     }
   }
 
-  // The dot product, in units of the lowest order.
-  DPLLM_INLINE float value(int m) const {
-    float y = V::reduce(total[m][0]);
-    for (int o = 1; o < kOrders; o++) y = y * kBase + V::reduce(total[m][o]);
-    return y;
+  // The products of a block, at their scales.
+  DPLLM_INLINE void add(const typename V::Sum* sum, const Activation& x, int64_t column) {
+    const auto scale = V::load_floats(x.scale + column / kGroup);
+    for (int o = 0; o < kOrders; o++) total[o] = V::multiply_add(sum[o], scale, total[o]);
+  }
+
+  // The element of y.
+  template <int B>
+  DPLLM_INLINE float finish(const Matrix& w, int n, const Activation& x) const {
+    float y = V::reduce(total[0]);  // in units of the lowest order
+    for (int o = 1; o < kOrders; o++) y = y * kBase + V::reduce(total[o]);
+    float scale = w.scales[B][n / w.rows_per_table] * (T == 1 ? kBase : 1);
+    if (w.row_scale) scale *= w.row_scale[n];
+    const float offset = V::kUnsigned ? unsigned_correction<T>(x) : 0.f;
+    return (y - offset) * scale + (w.bias ? w.bias[n] : 0.f);
+  }
+};
+
+// One activation: looked up and multiplied bit by bit.
+template <class V, int B, int T, int X>
+struct Single {
+  template <int t = 0>
+  DPLLM_INLINE static void step(const Row<V, B, T>& row, const Block<V, B>& block, const Activation& x, int64_t column,
+                                typename V::Sum* sum) {
+    if constexpr (t < 8) {
+      V entries[T];
+      row.template look_up<t>(block, entries);
+      Sums<V, T, X>::multiply(entries, x, column, t, sum);
+      step<t + 1>(row, block, x, column, sum);
+    }
+  }
+
+  static void run(const Matrix& w, const Activation& x, float* y, int n0, int n1) {
+    for (int n = n0; n < n1; n++) {
+      const Row<V, B, T> row(w, n);
+      Sums<V, T, X> sums;
+      for (int64_t at = 0; at < w.row_bytes; at += V::kBytes) {
+        typename V::Sum sum[sums.kOrders];
+        step(row, row.block(at, w.row_bytes), x, at * 8, sum);
+        sums.add(sum, x, at * 8);
+      }
+      y[n] = sums.template finish<B>(w, n, x);
+    }
+  }
+};
+
+// Several activations: the entries of a stretch of a row are looked up once, and multiplied by each activation while
+// they are in the first-level cache. Few functions for few combinations: this is what keeps the library quick to build.
+template <class V, int T>
+struct Stretch {
+  static constexpr int kBytes = 256;  // of each plane
+  V entries[kBytes / V::kBytes][8][T];
+
+  template <int B, int t = 0>
+  DPLLM_INLINE static void step(const Row<V, B, T>& row, const Block<V, B>& block, V (*out)[T]) {
+    if constexpr (t < 8) {
+      row.template look_up<t>(block, out[t]);
+      step<B, t + 1>(row, block, out);
+    }
+  }
+
+  template <int B>
+  __attribute__((noinline)) void look_up(const Matrix& w, int n, int64_t from, int64_t to) {
+    const Row<V, B, T> row(w, n);
+    V(*out)[8][T] = entries;
+    for (int64_t at = from; at < to; at += V::kBytes) step(row, row.block(at, to), *out++);
+  }
+
+  template <int X>
+  __attribute__((noinline)) void multiply(const Activation& x, int64_t column, int blocks, Sums<V, T, X>& sums) const {
+    Sums<V, T, X> local = sums;
+    for (int b = 0; b < blocks; b++, column += 8 * V::kBytes) {
+      typename V::Sum sum[local.kOrders];
+#pragma GCC unroll 8
+      for (int t = 0; t < 8; t++) local.multiply(entries[b][t], x, column, t, sum);
+      local.add(sum, x, column);
+    }
+    sums = local;
+  }
+};
+
+template <class V, int B, int T, int X>
+struct Several {
+  static constexpr int kTogether = 16;
+
+  static void run(const Matrix& w, const Activation* const* x, int count, float* const* y, int n0, int n1) {
+    for (int i = 0; i < count; i += kTogether)
+      some(w, x + i, count - i < kTogether ? count - i : kTogether, y + i, n0, n1);
+  }
+
+  static void some(const Matrix& w, const Activation* const* x, int count, float* const* y, int n0, int n1) {
+    Stretch<V, T> stretch;
+    Sums<V, T, X> sums[kTogether];
+    for (int n = n0; n < n1; n++) {
+      for (int m = 0; m < count; m++) sums[m] = Sums<V, T, X>();
+      for (int64_t at = 0; at < w.row_bytes; at += stretch.kBytes) {
+        const int bytes = int(w.row_bytes - at < stretch.kBytes ? w.row_bytes - at : stretch.kBytes);
+        stretch.template look_up<B>(w, n, at, at + bytes);
+        for (int m = 0; m < count; m++) stretch.multiply(*x[m], at * 8, (bytes + V::kBytes - 1) / V::kBytes, sums[m]);
+      }
+      for (int m = 0; m < count; m++) y[m][n] = sums[m].template finish<B>(w, n, *x[m]);
+    }
   }
 };
 
 template <class V>
 struct Bitplane {
-  template <int B, int T, int X, int M>
+  template <int B, int T, int X>
   struct Rows {
-    static void run(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
-      constexpr int kPrefetch = 2048;
-      const int64_t whole = w.row_bytes / V::kBytes * V::kBytes, rest = w.row_bytes - whole;
-      for (int n = n0; n < n1; n++) {
-        const int table = n / w.rows_per_table;
-        typename V::template Table<B> tables[T];
-        for (int t = 0; t < T; t++) tables[t].load(w.tables[B] + ((int64_t(table) * 2 + t) << B));
-        const uint8_t* row = w.planes + n * w.row_bytes;
-        BlockSums<V, B, T, X, M> sums;
-        V plane[B];
-        for (int64_t at = 0; at < whole; at += V::kBytes) {
-          for (int p = 0; p < B; p++) {
-            plane[p] = V::load(row + p * w.plane_bytes + at);
-            if (at % 64 == 0) __builtin_prefetch(row + p * w.plane_bytes + at + kPrefetch);
-          }
-          sums.add(Block<V, B>(plane), tables, x, at * 8);
-        }
-        if (rest) {
-          for (int p = 0; p < B; p++) plane[p] = V::load_part(row + p * w.plane_bytes + whole, int(rest));
-          sums.add(Block<V, B>(plane), tables, x, whole * 8);
-        }
-        float scale = w.scales[B][table] * (T == 1 ? kBase : 1);
-        if (w.row_scale) scale *= w.row_scale[n];
-        for (int m = 0; m < M; m++) {
-          const float offset = V::kUnsigned ? unsigned_correction<T>(*x[m]) : 0.f;
-          y[m][n] = (sums.value(m) - offset) * scale + (w.bias ? w.bias[n] : 0.f);
-        }
-      }
+    static void run(const Matrix& w, const Activation* const* x, int count, float* const* y, int n0, int n1) {
+      if constexpr (V::kSingle)
+        if (count == 1) return Single<V, B, T, X>::run(w, *x[0], y[0], n0, n1);
+      Several<V, B, T, X>::run(w, x, count, y, n0, n1);
     }
   };
 

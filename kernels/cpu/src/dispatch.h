@@ -30,17 +30,14 @@ inline void with_width(int bits, F f) {
   }
 }
 
-// Rows<B, T, X, M>::run(w, x, y, n0, n1): width, table digits, activation digits, activations at once.
-template <template <int, int, int, int> class Rows>
+// Rows<B, T, X>::run(w, x, count, y, n0, n1): width, table digits, activation digits.
+template <template <int, int, int> class Rows>
 void gemv_by(const Matrix& w, int bits, int table_digits, const Activation* const* x, int count, float* const* y,
              int n0, int n1) {
   with_width(bits, [&](auto width) {
     constexpr int B = decltype(width)::value;
     const auto run = [&](auto t, auto d) {
-      constexpr int T = decltype(t)::value, X = decltype(d)::value;
-      int i = 0;
-      for (; i + 4 <= count; i += 4) Rows<B, T, X, 4>::run(w, x + i, y + i, n0, n1);
-      for (; i < count; i++) Rows<B, T, X, 1>::run(w, x + i, y + i, n0, n1);
+      Rows<B, decltype(t)::value, decltype(d)::value>::run(w, x, count, y, n0, n1);
     };
     if (x[0]->digits == 2) run(Constant<2>(), Constant<2>());
     else if (table_digits == 2) run(Constant<2>(), Constant<1>());

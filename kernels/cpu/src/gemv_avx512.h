@@ -193,7 +193,7 @@ DPLLM_INLINE void load_tables(const Matrix& w, int n, Table<B>* tables) {
 }
 
 template <int B, int T, int X, int M>
-struct Rows {
+struct RowsAtOnce {
   static void run(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
     if (w.row_bytes == 32) return pairs(w, x, y, n0, n1);
     const Finish<B, T> finish{w};
@@ -238,10 +238,19 @@ struct Rows {
   }
 };
 
+template <int B, int T, int X>
+struct Rows {
+  static void run(const Matrix& w, const Activation* const* x, int count, float* const* y, int n0, int n1) {
+    int i = 0;
+    for (; i + 4 <= count; i += 4) RowsAtOnce<B, T, X, 4>::run(w, x + i, y + i, n0, n1);
+    for (; i < count; i++) RowsAtOnce<B, T, X, 1>::run(w, x + i, y + i, n0, n1);
+  }
+};
+
 // Where a group's digits and scale go (see "Order" above).
 struct Layout {
   static constexpr bool kUnsigned = true;
-  static constexpr int kTwice = 256;  // rows of so many columns are there twice, see Rows::pairs
+  static constexpr int kTwice = 256;  // rows of so many columns are there twice, see RowsAtOnce::pairs
 
   static void place(int group, const int8_t* digits, int8_t* out) {
     int8_t* block = out + group / 16 * kColumns + group % 4 * 128 + group % 16 / 4 * 16;

@@ -2,7 +2,7 @@
 //
 // A translation unit defines `struct Simd : Lanes<n>` with
 //   widen(const int8_t*), from_half_vector(const uint16_t*) -> Floats, to_half_vector(const float*, uint16_t*),
-//   narrow(Ints, int8_t*): the low byte of each lane, from_half(uint16_t), to_half(float).
+//   narrow(Ints, int8_t*): the low byte of each lane, sum(Floats): of all lanes, from_half(uint16_t), to_half(float).
 #pragma once
 
 #include <cstdint>

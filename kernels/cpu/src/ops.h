@@ -32,13 +32,7 @@ inline void store(T* p, V v) {
 
 inline Floats all(float x) { return Floats{} + x; }
 
-inline float sum(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
+inline float sum(Floats v) { return Simd::sum(v); }
 
 // e^x to about 1 part in 10^7, saturating at the ends of the float range; NaN stays NaN.
 inline Floats exp(Floats x) {
@@ -168,7 +162,6 @@ void to_half(const float* x, uint16_t* y, int n) {
 inline const float* cache_row(const void* base, int64_t i, int dim, bool half, float* room) {
   if (!half) return static_cast<const float*>(base) + i * dim;
   const uint16_t* row = static_cast<const uint16_t*>(base) + i * dim;
-  __builtin_prefetch(row + 8 * dim);
   sweep(
       dim, [&](int d) { store(room + d, Simd::from_half_vector(row + d)); },
       [&](int d) { room[d] = Simd::from_half(row[d]); });
@@ -192,29 +185,113 @@ inline float soften(float* scores, int n, float top) {
 
 constexpr int kMaxHeadDim = 512;
 
-void attend(const Run& run, float* scratch, float* out, float* top, float* sums) {
+// out[g][d..d+kLanes*kVectors) = sum over positions of weight[g][i] * v[i][d..], for kHeads heads.
+template <int kHeads, int kVectors, bool kHalf>
+inline void mix(const Run& run, const float* weights, int d, float* out) {
+  Floats total[kHeads][kVectors] = {};
+  for (int i = 0; i < run.length; i++) {
+    for (int j = 0; j < kVectors; j++) {
+      const int64_t at = int64_t(i) * run.dim + d + j * kLanes;
+      Floats v;
+      if constexpr (kHalf) v = Simd::from_half_vector(static_cast<const uint16_t*>(run.v) + at);
+      else v = load<Floats>(static_cast<const float*>(run.v) + at);
+      for (int g = 0; g < kHeads; g++) total[g][j] += v * weights[g * run.length + i];
+    }
+  }
+  for (int g = 0; g < kHeads; g++)
+    for (int j = 0; j < kVectors; j++) store(out + g * run.dim + d + j * kLanes, total[g][j]);
+}
+
+// The same for one column of one head: what is left where the head size is no multiple of the vector.
+inline float mix_one(const Run& run, const float* weights, int d) {
+  float total = 0;
+  for (int i = 0; i < run.length; i++) {
+    const int64_t at = int64_t(i) * run.dim + d;
+    total += weights[i] * (run.half ? Simd::from_half(static_cast<const uint16_t*>(run.v)[at])
+                                    : static_cast<const float*>(run.v)[at]);
+  }
+  return total;
+}
+
+template <int kHeads, bool kHalf>
+inline void mix_heads(const Run& run, const float* weights, float* out) {
+  int d = 0;
+  for (; d + 2 * kLanes <= run.dim; d += 2 * kLanes) mix<kHeads, 2, kHalf>(run, weights, d, out);
+  for (; d + kLanes <= run.dim; d += kLanes) mix<kHeads, 1, kHalf>(run, weights, d, out);
+  for (; d < run.dim; d++)
+    for (int g = 0; g < kHeads; g++) out[g * run.dim + d] = mix_one(run, weights + g * run.length, d);
+}
+
+template <bool kHalf>
+inline void mix_all(const Run& run, const float* weights, float* out) {
+  int g = 0;
+  for (; g + 4 <= run.group; g += 4) mix_heads<4, kHalf>(run, weights + g * run.length, out + g * run.dim);
+  for (; g < run.group; g++) mix_heads<1, kHalf>(run, weights + g * run.length, out + g * run.dim);
+}
+
+// Scores of one position under kHeads heads, for head sizes that are a multiple of the vector.
+template <int kHeads, bool kHalf>
+inline void score(const Run& run, int i, const float* q, float* scores) {
+  Floats total[kHeads] = {};
+  for (int d = 0; d < run.dim; d += kLanes) {
+    const int64_t at = int64_t(i) * run.dim + d;
+    Floats k;
+    if constexpr (kHalf) k = Simd::from_half_vector(static_cast<const uint16_t*>(run.k) + at);
+    else k = load<Floats>(static_cast<const float*>(run.k) + at);
+    for (int g = 0; g < kHeads; g++) total[g] += k * load<Floats>(q + g * run.dim + d);
+  }
+  for (int g = 0; g < kHeads; g++) scores[g * run.length + i] = sum(total[g]) * run.scale;
+}
+
+template <bool kHalf>
+inline void score_all(const Run& run, float* scores) {
+  const char* keys = static_cast<const char*>(run.k);
+  const int64_t row = int64_t(run.dim) * (kHalf ? 2 : 4);
+  for (int i = 0; i < run.length; i++) {
+    for (int64_t at = 0; at < row; at += 64) __builtin_prefetch(keys + (i + 16) * row + at);
+    int g = 0;
+    for (; g + 4 <= run.group; g += 4) score<4, kHalf>(run, i, run.q + g * run.dim, scores + g * run.length);
+    for (; g < run.group; g++) score<1, kHalf>(run, i, run.q + g * run.dim, scores + g * run.length);
+  }
+}
+
+inline void score_odd(const Run& run, float* scores) {
   float room[kMaxHeadDim];
-  for (int g = 0; g < run.group; g++) top[g] = -INFINITY;
   for (int i = 0; i < run.length; i++) {
     const float* k = cache_row(run.k, i, run.dim, run.half, room);
-    for (int g = 0; g < run.group; g++) {
-      const float score = dot(run.q + g * run.dim, k, run.dim) * run.scale;
-      scratch[g * run.length + i] = score;
-      top[g] = score > top[g] || score != score ? score : top[g];
-    }
+    for (int g = 0; g < run.group; g++)
+      scores[g * run.length + i] = dot(run.q + g * run.dim, k, run.dim) * run.scale;
   }
-  for (int g = 0; g < run.group; g++) sums[g] = soften(scratch + g * run.length, run.length, top[g]);
-  std::memset(out, 0, sizeof(float) * run.group * run.dim);
-  for (int i = 0; i < run.length; i++) {
-    const float* v = cache_row(run.v, i, run.dim, run.half, room);
-    for (int g = 0; g < run.group; g++) {
-      const float weight = scratch[g * run.length + i];
-      float* o = out + g * run.dim;
-      sweep(
-          run.dim, [&](int d) { store(o + d, load<Floats>(o + d) + load<Floats>(v + d) * weight); },
-          [&](int d) { o[d] += v[d] * weight; });
-    }
+}
+
+// The largest that is a number: a NaN makes itself felt when scores become weights.
+inline float largest(const float* x, int n) {
+  Floats most = all(-INFINITY);
+  float top = -INFINITY;
+  sweep(
+      n,
+      [&](int i) {
+        const Floats v = load<Floats>(x + i);
+        most = v > most ? v : most;
+      },
+      [&](int i) { top = x[i] > top ? x[i] : top; });
+  float lanes[kLanes];
+  store(lanes, most);
+  for (float v : lanes) top = v > top ? v : top;
+  return top;
+}
+
+void attend(const Run& run, float* scratch, float* out, float* top, float* sums) {
+  if (run.dim % kLanes) score_odd(run, scratch);
+  else if (run.half) score_all<true>(run, scratch);
+  else score_all<false>(run, scratch);
+  for (int g = 0; g < run.group; g++) {
+    float* scores = scratch + g * run.length;
+    top[g] = largest(scores, run.length);
+    sums[g] = soften(scores, run.length, top[g]);
   }
+  if (run.half) mix_all<true>(run, scratch, out);
+  else mix_all<false>(run, scratch, out);
 }
 
 // -- activations ---------------------------------------------------------------------------------------------------
@@ -333,7 +410,7 @@ void dequantize(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1)
 }
 
 // The table of functions: what depends on the instruction set beyond vector types is passed in.
-template <class Layout, template <int, int, int, int> class Rows>
+template <class Layout, template <int, int, int> class Rows>
 constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,

@@ -18,6 +18,7 @@ struct Simd : Lanes<16> {
   static void to_half_vector(const float* x, uint16_t* y) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_cvtps_ph(_mm512_loadu_ps(x), 0));
   }
+  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
   static void narrow(Ints v, int8_t* y) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
   }

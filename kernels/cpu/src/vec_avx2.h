@@ -18,6 +18,7 @@ struct Vec {
 #else
   static constexpr bool kUnsigned = false;
 #endif
+  static constexpr bool kSingle = true;
   using Floats = __m256;
 
   static Vec load(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
@@ -105,6 +106,7 @@ struct Simd : Lanes<8> {
   static void to_half_vector(const float* x, uint16_t* y) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm256_cvtps_ph(_mm256_loadu_ps(x), 0));
   }
+  static float sum(Floats v) { return Vec::reduce(v); }
   static void narrow(Ints v, int8_t* y) {
     const __m256i first = _mm256_setr_epi32(0x0c080400, -1, -1, -1, 0x0c080400, -1, -1, -1);
     const __m256i bytes = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v), first);

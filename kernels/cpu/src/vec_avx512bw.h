@@ -13,6 +13,7 @@ struct Vec {
 
   static constexpr int kBytes = 64;
   static constexpr bool kUnsigned = false;
+  static constexpr bool kSingle = true;
   using Floats = __m512;
 
   static Vec load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }

@@ -14,6 +14,7 @@ struct Vec {
 
   static constexpr int kBytes = 16;
   static constexpr bool kUnsigned = false;
+  static constexpr bool kSingle = true;
   using Floats = float32x4_t;
 
   static Vec load(const uint8_t* p) { return {vld1q_u8(p)}; }
@@ -109,6 +110,7 @@ struct Simd : Lanes<4> {
   static void to_half_vector(const float* x, uint16_t* y) {
     vst1_u16(y, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(x))));
   }
+  static float sum(Floats v) { return vaddvq_f32(v); }
   static void narrow(Ints v, int8_t* y) {
     const uint8x16_t bytes = reinterpret_cast<uint8x16_t>(v);
     const uint8x16_t first = vreinterpretq_u8_u32(vdupq_n_u32(0x0c080400));

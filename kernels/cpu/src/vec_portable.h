@@ -10,37 +10,33 @@ namespace dpllm {
 namespace {
 
 struct Vec {
-  uint8_t v[16];
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef int8_t Signed __attribute__((vector_size(16)));
+  typedef int16_t Shorts __attribute__((vector_size(32)));
+  typedef int32_t Pairs __attribute__((vector_size(32)));
+  Bytes v;
 
   static constexpr int kBytes = 16;
-  static constexpr bool kUnsigned = false;
-  struct Floats {
-    float lane[4];
-  };
+  static constexpr bool kUnsigned = false, kSingle = false;
+  typedef float Floats __attribute__((vector_size(16)));
 
   static Vec load(const uint8_t* p) { return load_part(p, 16); }
   static Vec load_part(const uint8_t* p, int bytes) {
     Vec r{};
-    std::memcpy(r.v, p, size_t(bytes));
+    std::memcpy(&r.v, p, size_t(bytes));
     return r;
   }
-  static Vec repeat(int byte) {
-    return each([=](int) { return byte; });
-  }
-  static Vec select(Vec mask, Vec a, Vec b) {
-    return each([&](int i) { return (a.v[i] & mask.v[i]) | (b.v[i] & ~mask.v[i]); });
-  }
+  static Vec repeat(int byte) { return {Bytes{} + uint8_t(byte)}; }
+  static Vec select(Vec mask, Vec a, Vec b) { return {(a.v & mask.v) | (b.v & ~mask.v)}; }
   template <int n>
   Vec up() const {
-    return each([&](int i) { return v[i] << n; });
+    return {v << n};
   }
   template <int n>
   Vec down() const {
-    return each([&](int i) { return v[i] >> n; });
+    return {v >> n};
   }
-  Vec low_nibbles() const {
-    return each([&](int i) { return v[i] & 15; });
-  }
+  Vec low_nibbles() const { return {v & 15}; }
 
   template <int B>
   struct Table {
@@ -51,37 +47,33 @@ struct Vec {
     }
     template <int t>
     Vec at(Vec nibble, const Vec* above) const {
-      return each([&](int i) {
-        int high = 0;
-        for (int plane = 0; plane < B - 4; plane++) high = high << 1 | (above[plane].v[i] >> t & 1);
-        return entries[high << 4 | nibble.v[i]];
-      });
+      Bytes code = nibble.v;
+      for (int plane = 0; plane < B - 4; plane++) code |= (above[plane].v >> t & 1) << (B - 1 - plane);
+      uint8_t index[16], value[16];
+      std::memcpy(index, &code, 16);
+      for (int i = 0; i < 16; i++) value[i] = entries[index[i]];
+      return Vec::load(value);
     }
   };
 
   struct Sum {
-    int32_t lane[4] = {};
+    Pairs s{};  // two of them make a lane of Floats
 
     void add(const Vec& table, const Vec& x) {
-      for (int i = 0; i < 16; i++) lane[i / 4] += int8_t(table.v[i]) * int8_t(x.v[i]);
+      const Shorts products = widen(table) * widen(x);  // pairs stay within 16 bits, digits being within -127..127
+      const Pairs both = reinterpret_cast<Pairs>(products);
+      s += (both >> 16) + (both << 16 >> 16);
     }
+    static Shorts widen(const Vec& a) { return __builtin_convertvector(reinterpret_cast<Signed>(a.v), Shorts); }
   };
 
-  static Floats zero() { return {}; }
-  static Floats load_floats(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static Floats zero() { return Floats{}; }
+  static Floats load_floats(const float* p) { return Floats{p[0], p[1], p[2], p[3]}; }
   static Floats multiply_add(const Sum& a, Floats b, Floats c) {
-    for (int i = 0; i < 4; i++) c.lane[i] += float(a.lane[i]) * b.lane[i];
+    for (int i = 0; i < 4; i++) c[i] += float(a.s[2 * i] + a.s[2 * i + 1]) * b[i];
     return c;
   }
-  static float reduce(Floats f) { return (f.lane[0] + f.lane[2]) + (f.lane[1] + f.lane[3]); }
-
- private:
-  template <class F>
-  static Vec each(F f) {
-    Vec r;
-    for (int i = 0; i < 16; i++) r.v[i] = uint8_t(f(i));
-    return r;
-  }
+  static float reduce(Floats f) { return (f[0] + f[2]) + (f[1] + f[3]); }
 };
 
 struct Simd : Lanes<4> {
@@ -92,6 +84,7 @@ struct Simd : Lanes<4> {
   static void to_half_vector(const float* x, uint16_t* y) {
     for (int i = 0; i < 4; i++) y[i] = to_half(x[i]);
   }
+  static float sum(Floats v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static void narrow(Ints v, int8_t* y) {
     for (int i = 0; i < 4; i++) y[i] = int8_t(uint8_t(v[i]));
   }

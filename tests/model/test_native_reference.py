@@ -1,0 +1,68 @@
+"""The bundled model through the native kernels: the tokens and the perplexity that torch gives."""
+
+from __future__ import annotations
+
+import pytest
+from cpu_cases import needs_library
+
+from dpllm import reference
+from dpllm.commands.evaluate import token_documents
+from dpllm.engine import GenerateOptions, load
+from dpllm.evaluate import evaluate
+from dpllm.kernels.cpu.library import CpuOptions
+from dpllm.loading import LoadOptions
+from dpllm.policy import make_policy
+
+pytestmark = needs_library
+
+PROMPTS = ["import os\n", "def fibonacci(n):\n", "class Stack:\n    def __init__(self"]
+TARGETS = [2.5, 3.5]
+
+
+@pytest.fixture(scope="module")
+def torchs():
+    return load(options=LoadOptions(backend="reference"))
+
+
+@pytest.fixture(scope="module", params=["exact", "balanced"])
+def native(request):
+    return load(options=LoadOptions(cpu=CpuOptions(accuracy=request.param)))
+
+
+@pytest.fixture(scope="module")
+def expected_tokens(torchs):
+    return {t: [tokens(torchs, t, prompt) for prompt in PROMPTS] for t in TARGETS}
+
+
+@pytest.fixture(scope="module")
+def heldout(torchs):
+    return token_documents(torchs, reference.heldout_text(), context=256, max_tokens=1500)
+
+
+def tokens(engine, target: float, prompt: str) -> list[int]:
+    engine.set_policy("rate-distortion", target)
+    return [s.token for s in engine.generate(prompt, GenerateOptions(max_new_tokens=24))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("native", ["exact"], indirect=True)
+def test_greedy_generation_is_torchs(native, expected_tokens, target):
+    assert native.native is not None
+    assert native.decoder.backend.name.startswith("cpu:")
+    found = [tokens(native, target, prompt) for prompt in PROMPTS]
+    assert found == expected_tokens[target]
+    assert len({tuple(f) for f in found}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("policy", "target"), [("rate-distortion", 3.25), ("uniform", 3.0), ("uniform", 6.0)]
+)
+@pytest.mark.parametrize("native", ["balanced"], indirect=True)
+def test_perplexity_is_torchs(native, torchs, heldout, policy, target):
+    found, expected = (
+        evaluate(e.decoder, make_policy(policy, target, e.decoder, e.profile), target, heldout)
+        for e in (native, torchs)
+    )
+    assert found.tokens == expected.tokens > 1400
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-3)
+    assert found.effective_bits == pytest.approx(expected.effective_bits, abs=0.01)
