@@ -6,8 +6,8 @@ every round) that is, and the ratio to llama.cpp's better format of the same wid
 norms, rope, selection (thresholds evaluated for every group), attention over a 512-token context, the head, greedy
 sampling. Machines change speed from second to second, so contestants take turns in short stretches, in another order
 every round, and figures are medians over all rounds; ours alternates between two copies of the model so that no cache
-flatters it. llama.cpp runs in a process of its own, asleep while it is not measured (bench/peers/worker.py), in its best
-configuration: formats that it can repack at load run both ways and the better one counts.
+flatters it. llama.cpp runs in a process of its own, asleep while it is not measured (bench/peers/worker.py), in its
+best configuration: formats that it can repack at load run both ways and the better one counts.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf
     python bench/cpu_vs_llama_cpp.py [--shape 1.1B] [--python OTHER_ENV/bin/python] [--threads 2] [--rounds 6]
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ import torch
 from peers.gguf_random import CACHE, random_model
 from peers.llama_cpp_peer import REPACKED, LlamaCppPeer
 from peers.shapes import SHAPES as PEER_SHAPES
+from peers.torch_peers import KINDS, LinearsPeer
+from peers.worker import PeerError
 from report import report
 
 from dpllm.commands.bench import read_prompt
@@ -98,10 +101,10 @@ class Contestant:
 
 
 class Ours:
-    """Two copies of a random model, used in turn."""
+    """Copies of a random model, used in turn."""
 
-    def __init__(self, name: str, planes: int, options: LoadOptions):
-        self.copies = [random_decoder(shape(name), planes, options, seed) for seed in (0, 1)]
+    def __init__(self, name: str, planes: int, options: LoadOptions, copies: int = 2):
+        self.copies = [random_decoder(shape(name), planes, options, seed) for seed in range(copies)]
         self.steps = [NativeStep(d) for d in self.copies]
         self.caches = [d.new_cache(CONTEXT + 64) for d in self.copies]
         for d, cache in zip(self.copies, self.caches, strict=True):
@@ -114,7 +117,7 @@ class Ours:
         for cache in self.caches:
             cache.rewind(CONTEXT)
         for i in range(tokens + 2):
-            which = i % 2
+            which = i % len(self.copies)
             self.steps[which].follow(policies[which])
             began = time.perf_counter()
             logits, _ = self.steps[which](token, self.caches[which], policies[which])
@@ -228,6 +231,19 @@ def compete(args: argparse.Namespace, widths: list[int]) -> tuple[list[dict], di
     return rows, facts
 
 
+def linears_only(args: argparse.Namespace) -> dict[str, float | str]:
+    """Milliseconds for all matrices and the head alone, one row, in torch, torchao and onnxruntime; or why not."""
+    found: dict[str, float | str] = {}
+    for kind in KINDS:
+        try:
+            with LinearsPeer(kind, PEER_SHAPES[args.shape.lower()], args.threads, args.python) as peer:
+                found[kind] = round(statistics.median(peer.decode(STRETCH, 0)), 2)
+        except PeerError as e:
+            found[kind] = str(e)
+        print(kind, found[kind], flush=True)
+    return found
+
+
 def row(entry: Contestant, entries: list[Contestant], ours: Ours, stream: float) -> dict:
     """One width against the better of its rivals."""
     names = tuple(n for kind in RIVALS[entry.bits] for n in (kind, f"{kind} as stored"))
@@ -238,7 +254,8 @@ def row(entry: Contestant, entries: list[Contestant], ours: Ours, stream: float)
         "bits": entry.bits, "bits_per_weight": round(entry.bits_per_weight, 3), "ms_p50": mine["p50"],
         "ms_p90": mine["p90"], "tokens_per_s": round(1e3 / mine["p50"], 1), "gb_per_s": round(rate, 2),
         "stream_fraction": round(rate / stream, 3), "llama_cpp": against.name,
-        "its_bits_per_weight": round(against.bits_per_weight, 3), "its_ms_p50": other["p50"], "its_ms_p90": other["p90"],
+        "its_bits_per_weight": round(against.bits_per_weight, 3), "its_ms_p50": other["p50"],
+        "its_ms_p90": other["p90"],
         "ratio": round(other["p50"] / mine["p50"], 3), "bar": BARS.get(entry.bits),
     }  # fmt: skip
 
@@ -253,12 +270,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the GGUF files are kept")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--only-llama-cpp", action="store_true", help="leave out torch, torchao, onnxruntime")
     args = parser.parse_args()
-    if args.python is None:
-        import sys
-
-        args.python = sys.executable
+    args.python = args.python or sys.executable
     rows, facts = compete(args, [int(b) for b in args.bits.split(",")])
+    if not args.only_llama_cpp:
+        facts["other_runtimes_linears_only_ms"] = linears_only(args)
     name = "cpu_vs_llama_cpp" + ("" if args.shape == "1.1B" else f"_{args.shape.lower()}")
     report(name, rows, measured_on=f"random weights at the {args.shape} shape", threads=args.threads, **facts)
 

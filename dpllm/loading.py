@@ -16,6 +16,7 @@ from dpllm.kernels.backend import Backend, choose_backend
 from dpllm.kernels.cpu.library import CpuOptions, usable_cores
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.memory import check_memory, resident_bytes
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -67,6 +68,9 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
             raise InputError(
                 f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}."
             )
+    if isinstance(source, Overlay) and options.device == "cpu":
+        widest = options.resident_bits or source.bits[1]
+        check_memory(path, {b: resident_bytes(source, b) for b in range(source.bits[0], widest + 1)})
     return _Builder(config, source, backend, options).build()
 
 

@@ -8,6 +8,7 @@ back for each group.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from dpllm.decoder import Decoder, Group
 from dpllm.decoder import Layer as DecoderLayer
 from dpllm.kernels.cpu import step as native
+from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy
@@ -47,6 +49,7 @@ class NativeStep:
         self._selection = native.Selection()
         self._held: Any = None  # what the selection points to
         self._error: BaseException | None = None
+        self.call_ms = 0.0  # of the last native call, without the Python around it
 
     @classmethod
     def of(cls, decoder: Decoder) -> NativeStep | None:
@@ -69,9 +72,12 @@ class NativeStep:
         )
         view = native.Cache(
             k=cache.k.data_ptr(), v=cache.v.data_ptr(), slots=cache.k[0].numel() // cache.k.shape[-1],
-            start=starts.data_ptr(), length=lengths.data_ptr(), half=cache.k.dtype == torch.float16,
+            start=starts.data_ptr(), length=lengths.data_ptr(), storage=STORAGE[cache.k.dtype],
         )  # fmt: skip
-        if not self._runner(self._selection, view, request):
+        began = time.perf_counter()
+        done = self._runner(self._selection, view, request)
+        self.call_ms = (time.perf_counter() - began) * 1e3
+        if not done:
             error, self._error = self._error, None
             assert error is not None
             raise error

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels.cpu.library import Handle, Matrix, load_library
+from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
 BLOCK_BYTES = 16 << 20  # of dequantised weights at a time in `matmul`
@@ -193,14 +193,14 @@ class CpuKernels:
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention of one token over per-head runs of a flat cache (float32 or float16)."""
-        if k.dtype not in (torch.float16, torch.float32):
-            raise ValueError(f"the cache holds {k.dtype}; float16 and float32 are read.")
+        """Attention of one token over per-head runs of a flat cache (float32, float16 or bfloat16)."""
+        if k.dtype not in STORAGE or v.dtype != k.dtype:
+            raise ValueError(f"the cache holds {k.dtype}; float32, float16 and bfloat16 are read.")
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.to(k.dtype).contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
         self.lib.dpllm_attention(
-            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), int(k.dtype == torch.float16),
+            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
             starts.data_ptr(), lengths.data_ptr(), q.shape[0], len(start), q.shape[1], scale, y.data_ptr(),
         )  # fmt: skip
         return y.to(q.dtype) if out is None else out.copy_(y)

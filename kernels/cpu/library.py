@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
 WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
+
+STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: Storage
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32

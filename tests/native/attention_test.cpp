@@ -6,7 +6,7 @@ namespace {
 
 struct Scene {
   int kv_heads, group, dim;
-  bool half;
+  Storage storage;
   std::vector<int32_t> length;  // [kv_heads]
 };
 
@@ -21,14 +21,17 @@ class Cache {
       single_[which] = Buffer<float>(values_[which].size());
       half_[which] = Buffer<uint16_t>(values_[which].size());
       for (size_t i = 0; i < values_[which].size(); i++) {
-        const float x = single_[which][i] = random.normal();
-        half_[which][i] = half_of(x);
-        values_[which][i] = s.half ? half_value(half_of(x)) : x;
+        const float x = random.normal();
+        if (s.storage == Storage::kFloat32) values_[which][i] = single_[which][i] = x;
+        if (s.storage == Storage::kFloat16) values_[which][i] = half_value(half_[which][i] = half_of(x));
+        if (s.storage == Storage::kBfloat16)  // below 2
+          values_[which][i] = brain_value(half_[which][i] = uint16_t(random.word() & 0xbfff));
       }
     }
   }
   const void* data(int which) const {
-    return scene.half ? static_cast<const void*>(half_[which].data()) : single_[which].data();
+    if (scene.storage == Storage::kFloat32) return single_[which].data();
+    return half_[which].data();
   }
   const double* row(int which, int head, int i) const {
     return &values_[which][size_t(start[head] + i) * scene.dim];
@@ -67,13 +70,13 @@ Buffer<float> attend(const Variant& v, int threads, const Cache& cache, const Bu
   const Scene& s = cache.scene;
   Buffer<float> out(q.size());
   for (size_t i = 0; i < out.size(); i++) out[i] = 7;  // what was there before must not matter
-  dpllm_attention(h, q.data(), cache.data(0), cache.data(1), s.half, cache.start.data(), s.length.data(),
+  dpllm_attention(h, q.data(), cache.data(0), cache.data(1), int(s.storage), cache.start.data(), s.length.data(),
                   s.kv_heads * s.group, s.kv_heads, s.dim, scale, out.data());
   return out;
 }
 
 void check_scene(const Variant& v, const Scene& s, Random& random) {
-  where = text("%s, %d heads of %d, group %d, %s", v.name, s.kv_heads, s.dim, s.group, s.half ? "float16" : "float32");
+  where = text("%s, %d heads of %d, group %d, %s", v.name, s.kv_heads, s.dim, s.group, kStorageNames[int(s.storage)]);
   const Cache cache(s, random);
   Buffer<float> q = normals(size_t(s.kv_heads) * s.group * s.dim, random);
   const float scale = 1 / std::sqrt(float(s.dim));
@@ -95,12 +98,12 @@ void check_scene(const Variant& v, const Scene& s, Random& random) {
 void test_attention(const Options& o) {
   Random random(3);
   for (const Variant& v : supported_variants())
-    for (bool half : {false, true}) {
-      check_scene(v, {3, 1, 64, half, {1, 0, 257}}, random);
-      check_scene(v, {2, 2, 80, half, {256, 17}}, random);
-      check_scene(v, {1, 4, 128, half, {o.quick ? 300 : 1100}}, random);
-      check_scene(v, {2, 8, 32, half, {0, 33}}, random);
-      check_scene(v, {2, 1, 6, half, {5, 2}}, random);
+    for (const Storage storage : kStorages) {
+      check_scene(v, {3, 1, 64, storage, {1, 0, 257}}, random);
+      check_scene(v, {2, 2, 80, storage, {256, 17}}, random);
+      check_scene(v, {1, 4, 128, storage, {o.quick ? 300 : 1100}}, random);
+      check_scene(v, {2, 8, 32, storage, {0, 33}}, random);
+      check_scene(v, {2, 1, 6, storage, {5, 2}}, random);
     }
 }
 

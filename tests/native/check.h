@@ -103,6 +103,13 @@ inline uint16_t half_of(float x) {
   return uint16_t((x < 0 ? 0x8000 : 0) | (exponent + 14) << 10 | (int(fraction * 2048) - 1024));
 }
 
+inline float brain_value(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 struct Variant {
   int index;
   const char* name;
@@ -132,6 +139,11 @@ class Handle {
  private:
   Context* context_;
 };
+
+using dpllm::Storage;
+
+constexpr Storage kStorages[] = {Storage::kFloat32, Storage::kFloat16, Storage::kBfloat16};
+constexpr const char* kStorageNames[] = {"float32", "float16", "bfloat16"};
 
 constexpr int kThreads[] = {1, 2, 3, 8};
 

@@ -69,27 +69,40 @@ void check_half(const dpllm::Isa& isa) {
     Buffer<uint16_t> halves(values.size());
     const float steps[] = {0, 0.25f, 0.5f, 0.75f};
     for (size_t i = 0; i < values.size(); i++) values[i] = x0 + (next - x0) * steps[i % 4];
-    isa.to_half(values.data(), halves.data(), int(values.size()));
+    isa.store(values.data(), Storage::kFloat16, halves.data(), int(values.size()));
     const uint32_t rounded[] = {h, h, h + h % 2, h + 1};
     for (size_t i = 0; i < values.size(); i++)
       CHECK(halves[i] == rounded[i % 4], text("%.9g becomes half %04x, not %04x", values[i], halves[i], rounded[i % 4]));
   }
-  const float odd[] = {65519.f, 65520.f, 1e30f, -INFINITY, 1e-30f, -1e-8f};
-  const uint16_t right[] = {0x7bff, 0x7c00, 0x7c00, 0xfc00, 0, 0x8000};
-  uint16_t y[6], nan;
-  isa.to_half(odd, y, 6);
-  for (int i = 0; i < 6; i++) CHECK(y[i] == right[i], text("%g becomes half %04x", odd[i], y[i]));
-  isa.to_half(&(const float&)NAN, &nan, 1);
-  CHECK(std::isnan(half_value(nan)), text("NaN becomes half %04x", nan));
+}
+
+// Ends of the ranges, and NaN.
+void check_storage(const dpllm::Isa& isa) {
+  const float odd[] = {65519.f, 65520.f, 1e30f, -INFINITY, 1e-30f, -1e-8f, 1.00390625f, 1.01171875f, NAN};
+  constexpr int kCount = int(sizeof odd / sizeof odd[0]);
+  const uint16_t half[] = {0x7bff, 0x7c00, 0x7c00, 0xfc00, 0, 0x8000, 0x3c04, 0x3c0c};
+  const uint16_t brain[] = {0x4780, 0x4780, 0x714a, 0xff80, 0x0da2, 0xb22c, 0x3f80, 0x3f82};
+  uint16_t y[2][kCount];
+  isa.store(odd, Storage::kFloat16, y[0], kCount);
+  isa.store(odd, Storage::kBfloat16, y[1], kCount);
+  for (int i = 0; i + 1 < kCount; i++) {
+    CHECK(y[0][i] == half[i], text("%g becomes half %04x", odd[i], y[0][i]));
+    CHECK(y[1][i] == brain[i], text("%g becomes bfloat16 %04x", odd[i], y[1][i]));
+  }
+  CHECK(std::isnan(half_value(y[0][kCount - 1])), text("NaN becomes half %04x", y[0][kCount - 1]));
+  CHECK(std::isnan(brain_value(y[1][kCount - 1])), text("NaN becomes bfloat16 %04x", y[1][kCount - 1]));
 }
 
 void check_norm_and_sum(const dpllm::Isa& isa, int n, Random& random) {
   const Buffer<float> x = normals(size_t(n), random), weight = normals(size_t(n), random);
-  Buffer<float> y(size_t(n)), total = normals(size_t(n), random);
+  Buffer<float> y{size_t(n)}, total = normals(size_t(n), random);
   double squares = 0;
   for (int i = 0; i < n; i++) squares += double(x[i]) * x[i];
   std::vector<double> norm, sum;
-  for (int i = 0; i < n; i++) norm.push_back(x[i] / std::sqrt(squares / n + 1e-5) * weight[i]), sum.push_back(double(total[i]) + x[i]);
+  for (int i = 0; i < n; i++) {
+    norm.push_back(x[i] / std::sqrt(squares / n + 1e-5) * weight[i]);
+    sum.push_back(double(total[i]) + x[i]);
+  }
   isa.rms_norm(x.data(), weight.data(), 1e-5f, n, y.data());
   CHECK(largest_error(y, norm) < 1e-6, text("norm of %d: error %g", n, largest_error(y, norm)));
   isa.add(x.data(), n, total.data());
@@ -146,6 +159,7 @@ void test_dense(const Options& o) {
     check_int8(v, random);
     check_weighted_square(h, random);
     if (!o.quick || v.index % 2) check_half(h.isa());
+    check_storage(h.isa());
     for (int n : kLengths) check_norm_and_sum(h.isa(), n, random), check_silu_and_rope(h.isa(), n, random);
   }
 }

@@ -82,11 +82,8 @@ void check_dequantize(const Handle& h, const RandomMatrix& w) {
     double worst = 0, worst_brain = 0;
     for (size_t i = 0; i < n; i++) {
       const double right = dense[size_t(first) * columns + i], size = std::fabs(right) + 1e-30;
-      const uint32_t bits = uint32_t(brain[i]) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
       worst = std::fmax(worst, std::fabs(single[i] - right) / size);
-      worst_brain = std::fmax(worst_brain, std::fabs(value - right) / size);
+      worst_brain = std::fmax(worst_brain, std::fabs(brain_value(brain[i]) - right) / size);
     }
     CHECK(worst < 1e-6, text("%d bits: error %g", b, worst));
     CHECK(worst_brain < 0x1.01p-8, text("%d bits in bfloat16: error %g", b, worst_brain));

@@ -112,11 +112,11 @@ void dpllm_weighted_square(Context* c, const float* x, const uint16_t* diagonal,
   for (int i = 0; i < m; i++) out[i] = c->isa.weighted_square(x + int64_t(i) * columns, diagonal, columns);
 }
 
-void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int half, const int64_t* start,
+void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int storage, const int64_t* start,
                      const int32_t* length, int heads, int kv_heads, int dim, float scale, float* out) {
   static thread_local AttentionBuffer buffer;
   buffer.run(*c, Attention{q, static_cast<const char*>(k), static_cast<const char*>(v), start, length, heads,
-                           kv_heads, dim, scale, half != 0, out});
+                           kv_heads, dim, scale, Storage(storage), out});
 }
 
 double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes) {

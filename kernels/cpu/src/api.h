@@ -41,8 +41,8 @@ DPLLM_EXPORT void dpllm_weighted_square(Context* c, const float* x, const uint16
                                         float* out);
 
 // Attention of one token over per-head runs of a flat cache [slots, dim]: KV head h owns length[h] slots from start[h].
-// q, out: [heads, dim].
-DPLLM_EXPORT void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int half,
+// q, out: [heads, dim]; storage: dpllm::Storage.
+DPLLM_EXPORT void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int storage,
                                   const int64_t* start, const int32_t* length, int heads, int kv_heads, int dim,
                                   float scale, float* out);
 

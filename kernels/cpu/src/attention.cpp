@@ -17,7 +17,7 @@ void AttentionBuffer::split(const Attention& a) {
 void AttentionBuffer::run(Context& c, const Attention& a) {
   split(a);
   const int group = a.heads / a.kv_heads;
-  const size_t bytes = a.half ? 2 : 4;
+  const size_t bytes = size_t(storage_bytes(a.storage));
   scratch_.resize(parts_.size() * size_t(group) * kStretch);
   out_.resize(parts_.size() * size_t(group) * a.dim);
   top_.resize(parts_.size() * size_t(group));
@@ -25,7 +25,8 @@ void AttentionBuffer::run(Context& c, const Attention& a) {
   c.pool.run(int(parts_.size()), [&](int i) {
     const Part& p = parts_[size_t(i)];
     const size_t at = size_t(p.first) * a.dim * bytes, row = size_t(i) * group;
-    const Run run{a.k + at, a.v + at, a.q + size_t(p.head) * group * a.dim, p.length, group, a.dim, a.scale, a.half};
+    const Run run{a.k + at, a.v + at, a.q + size_t(p.head) * group * a.dim, p.length, group, a.dim, a.scale,
+                  a.storage};
     c.isa.attend(run, &scratch_[row * kStretch], &out_[row * a.dim], &top_[row], &sum_[row]);
   });
   size_t part = 0;

@@ -14,7 +14,7 @@ struct Attention {
   const int32_t* length;
   int heads, kv_heads, dim;
   float scale;
-  bool half;
+  Storage storage;
   float* out;  // [heads, dim]
 };
 

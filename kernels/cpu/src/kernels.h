@@ -63,13 +63,18 @@ class AlignedBytes {
 
 inline int padded(int columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
+// How keys and values are stored.
+enum class Storage : int32_t { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+inline int storage_bytes(Storage s) { return s == Storage::kFloat32 ? 4 : 2; }
+
 // A stretch of one KV head's pairs and the query heads that read it.
 struct Run {
   const void *k, *v;  // [length, dim]
   const float* q;     // [group, dim]
   int32_t length, group, dim;
   float scale;
-  bool half;  // stored as float16, else float32
+  Storage storage;
 };
 
 struct Isa {
@@ -104,7 +109,7 @@ struct Isa {
   // exp(score - top). scratch: group * length floats.
   void (*attend)(const Run& run, float* scratch, float* out, float* top, float* sum);
 
-  void (*to_half)(const float* x, uint16_t* y, int n);
+  void (*store)(const float* x, Storage storage, void* y, int n);  // n values to a cache
   float (*from_half)(uint16_t h);
 
   // Many rows at once, from high table digits and int8 activations; null where torch is as quick. Columns are padded

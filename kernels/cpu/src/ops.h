@@ -153,19 +153,49 @@ float weighted_square(const float* x, const uint16_t* diagonal, int n) {
   return sum(s) + rest;
 }
 
-void to_half(const float* x, uint16_t* y, int n) {
-  sweep(
-      n, [&](int i) { Simd::to_half_vector(x + i, y + i); }, [&](int i) { y[i] = Simd::to_half(x[i]); });
+inline uint16_t to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16 | 0x40);
+  return uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
 
-// Row `i` of a cache as floats; float32 rows are returned where they lie.
-inline const float* cache_row(const void* base, int64_t i, int dim, bool half, float* room) {
-  if (!half) return static_cast<const float*>(base) + i * dim;
-  const uint16_t* row = static_cast<const uint16_t*>(base) + i * dim;
-  sweep(
-      dim, [&](int d) { store(room + d, Simd::from_half_vector(row + d)); },
-      [&](int d) { room[d] = Simd::from_half(row[d]); });
-  return room;
+inline float from_bf16(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+void store_pair(const float* x, Storage storage, void* out, int n) {
+  uint16_t* y = static_cast<uint16_t*>(out);
+  if (storage == Storage::kFloat32) std::memcpy(out, x, sizeof(float) * n);
+  else if (storage == Storage::kBfloat16)
+    for (int i = 0; i < n; i++) y[i] = to_bf16(x[i]);
+  else
+    sweep(
+        n, [&](int i) { Simd::to_half_vector(x + i, y + i); }, [&](int i) { y[i] = Simd::to_half(x[i]); });
+}
+
+// A vector, or one value, of a cache from element `at` on.
+template <Storage kStorage>
+DPLLM_INLINE Floats cached(const void* base, int64_t at) {
+  if constexpr (kStorage == Storage::kFloat32) return load<Floats>(static_cast<const float*>(base) + at);
+  const uint16_t* p = static_cast<const uint16_t*>(base) + at;
+  if constexpr (kStorage == Storage::kFloat16) return Simd::from_half_vector(p);
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  Floats out;
+  uint32_t wide[kLanes];
+  const Halves narrow = load<Halves>(p);
+  for (int i = 0; i < kLanes; i++) wide[i] = uint32_t(narrow[i]) << 16;
+  std::memcpy(&out, wide, sizeof out);
+  return out;
+}
+
+inline float cached_one(const void* base, int64_t at, Storage storage) {
+  if (storage == Storage::kFloat32) return static_cast<const float*>(base)[at];
+  const uint16_t value = static_cast<const uint16_t*>(base)[at];
+  return storage == Storage::kFloat16 ? Simd::from_half(value) : from_bf16(value);
 }
 
 // Scores to weights exp(score - top) in place; returns their sum.
@@ -186,15 +216,13 @@ inline float soften(float* scores, int n, float top) {
 constexpr int kMaxHeadDim = 512;
 
 // out[g][d..d+kLanes*kVectors) = sum over positions of weight[g][i] * v[i][d..], for kHeads heads.
-template <int kHeads, int kVectors, bool kHalf>
+template <int kHeads, int kVectors, Storage kStorage>
 inline void mix(const Run& run, const float* weights, int d, float* out) {
   Floats total[kHeads][kVectors] = {};
   for (int i = 0; i < run.length; i++) {
     for (int j = 0; j < kVectors; j++) {
       const int64_t at = int64_t(i) * run.dim + d + j * kLanes;
-      Floats v;
-      if constexpr (kHalf) v = Simd::from_half_vector(static_cast<const uint16_t*>(run.v) + at);
-      else v = load<Floats>(static_cast<const float*>(run.v) + at);
+      const Floats v = cached<kStorage>(run.v, at);
       for (int g = 0; g < kHeads; g++) total[g][j] += v * weights[g * run.length + i];
     }
   }
@@ -206,59 +234,56 @@ inline void mix(const Run& run, const float* weights, int d, float* out) {
 inline float mix_one(const Run& run, const float* weights, int d) {
   float total = 0;
   for (int i = 0; i < run.length; i++) {
-    const int64_t at = int64_t(i) * run.dim + d;
-    total += weights[i] * (run.half ? Simd::from_half(static_cast<const uint16_t*>(run.v)[at])
-                                    : static_cast<const float*>(run.v)[at]);
+    total += weights[i] * cached_one(run.v, int64_t(i) * run.dim + d, run.storage);
   }
   return total;
 }
 
-template <int kHeads, bool kHalf>
+template <int kHeads, Storage kStorage>
 inline void mix_heads(const Run& run, const float* weights, float* out) {
   int d = 0;
-  for (; d + 2 * kLanes <= run.dim; d += 2 * kLanes) mix<kHeads, 2, kHalf>(run, weights, d, out);
-  for (; d + kLanes <= run.dim; d += kLanes) mix<kHeads, 1, kHalf>(run, weights, d, out);
+  for (; d + 2 * kLanes <= run.dim; d += 2 * kLanes) mix<kHeads, 2, kStorage>(run, weights, d, out);
+  for (; d + kLanes <= run.dim; d += kLanes) mix<kHeads, 1, kStorage>(run, weights, d, out);
   for (; d < run.dim; d++)
     for (int g = 0; g < kHeads; g++) out[g * run.dim + d] = mix_one(run, weights + g * run.length, d);
 }
 
-template <bool kHalf>
+template <Storage kStorage>
 inline void mix_all(const Run& run, const float* weights, float* out) {
   int g = 0;
-  for (; g + 4 <= run.group; g += 4) mix_heads<4, kHalf>(run, weights + g * run.length, out + g * run.dim);
-  for (; g < run.group; g++) mix_heads<1, kHalf>(run, weights + g * run.length, out + g * run.dim);
+  for (; g + 4 <= run.group; g += 4) mix_heads<4, kStorage>(run, weights + g * run.length, out + g * run.dim);
+  for (; g < run.group; g++) mix_heads<1, kStorage>(run, weights + g * run.length, out + g * run.dim);
 }
 
 // Scores of one position under kHeads heads, for head sizes that are a multiple of the vector.
-template <int kHeads, bool kHalf>
+template <int kHeads, Storage kStorage>
 inline void score(const Run& run, int i, const float* q, float* scores) {
   Floats total[kHeads] = {};
   for (int d = 0; d < run.dim; d += kLanes) {
     const int64_t at = int64_t(i) * run.dim + d;
-    Floats k;
-    if constexpr (kHalf) k = Simd::from_half_vector(static_cast<const uint16_t*>(run.k) + at);
-    else k = load<Floats>(static_cast<const float*>(run.k) + at);
+    const Floats k = cached<kStorage>(run.k, at);
     for (int g = 0; g < kHeads; g++) total[g] += k * load<Floats>(q + g * run.dim + d);
   }
   for (int g = 0; g < kHeads; g++) scores[g * run.length + i] = sum(total[g]) * run.scale;
 }
 
-template <bool kHalf>
+template <Storage kStorage>
 inline void score_all(const Run& run, float* scores) {
   const char* keys = static_cast<const char*>(run.k);
-  const int64_t row = int64_t(run.dim) * (kHalf ? 2 : 4);
+  const int64_t row = int64_t(run.dim) * storage_bytes(kStorage);
   for (int i = 0; i < run.length; i++) {
     for (int64_t at = 0; at < row; at += 64) __builtin_prefetch(keys + (i + 16) * row + at);
     int g = 0;
-    for (; g + 4 <= run.group; g += 4) score<4, kHalf>(run, i, run.q + g * run.dim, scores + g * run.length);
-    for (; g < run.group; g++) score<1, kHalf>(run, i, run.q + g * run.dim, scores + g * run.length);
+    for (; g + 4 <= run.group; g += 4) score<4, kStorage>(run, i, run.q + g * run.dim, scores + g * run.length);
+    for (; g < run.group; g++) score<1, kStorage>(run, i, run.q + g * run.dim, scores + g * run.length);
   }
 }
 
+// Head sizes that are no multiple of the vector.
 inline void score_odd(const Run& run, float* scores) {
-  float room[kMaxHeadDim];
+  float k[kMaxHeadDim];
   for (int i = 0; i < run.length; i++) {
-    const float* k = cache_row(run.k, i, run.dim, run.half, room);
+    for (int d = 0; d < run.dim; d++) k[d] = cached_one(run.k, int64_t(i) * run.dim + d, run.storage);
     for (int g = 0; g < run.group; g++)
       scores[g * run.length + i] = dot(run.q + g * run.dim, k, run.dim) * run.scale;
   }
@@ -281,17 +306,24 @@ inline float largest(const float* x, int n) {
   return top;
 }
 
-void attend(const Run& run, float* scratch, float* out, float* top, float* sums) {
+template <Storage kStorage>
+void attend_stored(const Run& run, float* scratch, float* out, float* top, float* sums) {
   if (run.dim % kLanes) score_odd(run, scratch);
-  else if (run.half) score_all<true>(run, scratch);
-  else score_all<false>(run, scratch);
+  else score_all<kStorage>(run, scratch);
   for (int g = 0; g < run.group; g++) {
     float* scores = scratch + g * run.length;
     top[g] = largest(scores, run.length);
     sums[g] = soften(scores, run.length, top[g]);
   }
-  if (run.half) mix_all<true>(run, scratch, out);
-  else mix_all<false>(run, scratch, out);
+  mix_all<kStorage>(run, scratch, out);
+}
+
+void attend(const Run& run, float* scratch, float* out, float* top, float* sums) {
+  switch (run.storage) {
+    case Storage::kFloat32: return attend_stored<Storage::kFloat32>(run, scratch, out, top, sums);
+    case Storage::kFloat16: return attend_stored<Storage::kFloat16>(run, scratch, out, top, sums);
+    case Storage::kBfloat16: return attend_stored<Storage::kBfloat16>(run, scratch, out, top, sums);
+  }
 }
 
 // -- activations ---------------------------------------------------------------------------------------------------
@@ -365,13 +397,6 @@ void quantize_as(const float* x, int columns, int digits, Activation* out) {
 
 // -- dequantisation ------------------------------------------------------------------------------------------------
 
-inline uint16_t to_bf16(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16 | 0x40);
-  return uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16);
-}
-
 template <int B, class Out>
 void dequantize_rows(const Matrix& w, Out* out, int n0, int n1) {
   for (int n = n0; n < n1; n++) {
@@ -414,7 +439,7 @@ template <class Layout, template <int, int, int> class Rows>
 constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
-             weighted_square, attend, to_half, Simd::from_half, nullptr, nullptr};
+             weighted_square, attend, store_pair, Simd::from_half, nullptr, nullptr};
 }
 
 }  // namespace

@@ -117,10 +117,8 @@ void Step::store_pair(const Layer& l, int layer, Cache& cache) {
     const int i = layer * m_.kv_heads + h;
     const size_t at = (size_t(layer) * cache.slots + cache.start[i] + cache.length[i]) * d;
     for (int which = 0; which < 2; which++) {
-      const float* pair = (which ? v : k) + h * d;
-      void* flat = which ? cache.v : cache.k;
-      if (cache.half) c_.isa.to_half(pair, static_cast<uint16_t*>(flat) + at, d);
-      else std::memcpy(static_cast<float*>(flat) + at, pair, sizeof(float) * d);
+      char* flat = static_cast<char*>(which ? cache.v : cache.k);
+      c_.isa.store((which ? v : k) + h * d, cache.storage, flat + at * size_t(storage_bytes(cache.storage)), d);
     }
     cache.length[i]++;
   }
@@ -139,11 +137,11 @@ bool Step::attention(const Layer& l, int index, Cache& cache) {
     start_[size_t(h)] = cache.start[i] + skip;
     length_[size_t(h)] = cache.length[i] - skip;
   }
-  const size_t layer_bytes = size_t(cache.slots) * m_.head_dim * (cache.half ? 2 : 4);
+  const size_t layer_bytes = size_t(cache.slots) * m_.head_dim * size_t(storage_bytes(cache.storage));
   attention_.run(c_, Attention{qkv_.data(), static_cast<char*>(cache.k) + index * layer_bytes,
                                static_cast<char*>(cache.v) + index * layer_bytes, start_.data(),
                                length_.data(), m_.heads, m_.kv_heads, m_.head_dim,
-                               1.f / std::sqrt(float(m_.head_dim)), cache.half != 0,
+                               1.f / std::sqrt(float(m_.head_dim)), cache.storage,
                                mixed_.data()});
   if (!decide(&l.o, 1, mixed_.data(), m_.heads * m_.head_dim, input)) return false;
   project(&l.o, 1, input, h_.data());

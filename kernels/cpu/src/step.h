@@ -58,7 +58,7 @@ struct Cache {
   int64_t slots;        // per layer
   const int64_t* start;
   int32_t* length;      // advanced by the step
-  int32_t half;
+  Storage storage;
 };
 
 struct Request {

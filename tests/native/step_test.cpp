@@ -1,0 +1,144 @@
+// A whole decode step: against double precision, for every way to decide the widths, and for any number of threads.
+#include "tiny_model.h"
+
+namespace test {
+namespace {
+
+constexpr int kGroups = TinyModel::groups();
+constexpr int kTokens[] = {3, 17, 0, 49, 8, 8};
+constexpr int kCount = int(sizeof kTokens / sizeof kTokens[0]);
+
+int32_t width_of(int group) { return 2 + group % 7; }
+
+int32_t choose_width(int32_t group, const float* x) { return x[0] == x[0] ? width_of(group) : 0; }
+int32_t refuse_last(int32_t group, const float*) { return group == kGroups - 1 ? 0 : 4; }
+
+// The three ways to say the same widths.
+class Deciders {
+ public:
+  Deciders() : diagonal_(TinyModel::inner) {
+    for (size_t k = 0; k < diagonal_.size(); k++) diagonal_[k] = half_of(0.5f);
+    for (int g = 0; g < kGroups; g++) {
+      fixed_[g] = width_of(g), diagonals_[g] = diagonal_.data();
+      for (int i = 0; i < 6; i++) thresholds_[g * 6 + i] = i < g % 7 ? -1.f + 0.1f * float(i) : INFINITY;
+    }
+  }
+  dpllm::Selection fixed() const { return {fixed_, nullptr, nullptr, 0, 0, nullptr}; }
+  dpllm::Selection thresholds() const { return {nullptr, diagonals_, thresholds_, 6, 2, nullptr}; }
+  static dpllm::Selection callback(int32_t (*choose)(int32_t, const float*)) {
+    return {nullptr, nullptr, nullptr, 0, 0, choose};
+  }
+  const int32_t* widths() const { return fixed_; }
+
+ private:
+  Buffer<uint16_t> diagonal_;
+  const uint16_t* diagonals_[kGroups];
+  int32_t fixed_[kGroups];
+  float thresholds_[kGroups * 6];
+};
+
+// The memory of one sequence, its heads' runs with gaps between them.
+class Memory : public Sizes {
+ public:
+  explicit Memory(Storage storage) {
+    const size_t n = size_t(layers) * slots * dim * dpllm::storage_bytes(storage) / 2;  // in units of two bytes
+    k_ = Buffer<float>((n + 1) / 2), v_ = Buffer<float>((n + 1) / 2);
+    for (int i = 0; i < layers * kv_heads; i++) start_[i] = i % kv_heads * (slots / kv_heads) + 1, length_[i] = 0;
+    cache = {k_.data(), v_.data(), slots, start_, length_, storage};
+  }
+  Memory(const Memory&) = delete;
+  const int32_t* length() const { return length_; }
+  dpllm::Cache cache;
+
+ private:
+  Buffer<float> k_, v_;
+  int64_t start_[layers * kv_heads];
+  int32_t length_[layers * kv_heads];
+};
+
+struct Trace {
+  std::vector<float> logits;  // of all tokens
+  std::vector<int32_t> bits;
+};
+
+Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Selection& s, Storage storage) {
+  const Handle h(v.index, threads);
+  Memory memory(storage);
+  dpllm::Step* step = dpllm_step_open(h, &m.model);
+  Trace trace;
+  for (int i = 0; i < kCount; i++) {
+    Buffer<float> logits(TinyModel::vocab);
+    int32_t bits[kGroups];
+    dpllm::Request request{kTokens[i], i, logits.data(), bits, -1};
+    const int code = dpllm_step(step, &s, &memory.cache, &request);
+    CHECK(code == 0, text("token %d: code %d", i, code));
+    for (int j = 0; j < TinyModel::vocab; j++)
+      CHECK(logits[j] <= logits[request.greedy], text("token %d: %d is not the best", i, request.greedy));
+    trace.logits.insert(trace.logits.end(), logits.data(), logits.data() + logits.size());
+    trace.bits.insert(trace.bits.end(), bits, bits + kGroups);
+  }
+  for (int i = 0; i < TinyModel::layers * TinyModel::kv_heads; i++)
+    CHECK(memory.length()[i] == kCount, text("run %d holds %d pairs", i, memory.length()[i]));
+  dpllm_step_close(step);
+  return trace;
+}
+
+double error_of(const Trace& trace, const Numbers& right) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < right.size(); i++) error += std::pow(trace.logits[i] - right[i], 2), size += right[i] * right[i];
+  return std::sqrt(error / size);
+}
+
+bool same(const Trace& a, const Trace& b) {
+  return a.bits == b.bits && std::memcmp(a.logits.data(), b.logits.data(), a.logits.size() * sizeof(float)) == 0;
+}
+
+// A callback that refuses ends the step with code 1; the memory can be used again once the lengths are put back.
+void check_refusal(const Variant& v, const TinyModel& m) {
+  const Handle h(v.index, 2);
+  Memory memory(Storage::kFloat32);
+  dpllm::Step* step = dpllm_step_open(h, &m.model);
+  Buffer<float> logits(TinyModel::vocab);
+  int32_t bits[kGroups];
+  dpllm::Request request{5, 0, logits.data(), bits, -1};
+  const dpllm::Selection selection = Deciders::callback(refuse_last);
+  const int code = dpllm_step(step, &selection, &memory.cache, &request);
+  CHECK(code == 1, text("code %d", code));
+  dpllm_step_close(step);
+}
+
+void check_model(const Variant& v, TinyModel& m, const Numbers& right) {
+  constexpr double kBounds[] = {5e-4, 3e-3, 3e-2};
+  const Deciders deciders;
+  for (const Storage storage : kStorages) {
+    const Trace first = decode(v, 1, m, deciders.fixed(), storage);
+    const double error = error_of(first, right);
+    CHECK(error < (kBounds[int(storage)]), text("%s cache: error %g", kStorageNames[int(storage)], error));
+    for (const int threads : kThreads)
+      CHECK(same(first, decode(v, threads, m, deciders.fixed(), storage)), text("%d threads differ", threads));
+    CHECK(same(first, decode(v, 2, m, deciders.thresholds(), storage)), "thresholds differ from fixed widths");
+    CHECK(same(first, decode(v, 2, m, Deciders::callback(choose_width), storage)), "a callback differs from fixed widths");
+  }
+  check_refusal(v, m);
+}
+
+}  // namespace
+
+void test_step(const Options&) {
+  Random random(5);
+  for (const bool planes_head : {false, true}) {
+    TinyModel m(planes_head, random);
+    Numbers right;
+    const Deciders deciders;
+    for (int i = 0; i < kCount; i++) {
+      const Numbers logits = m.forward(kTokens[i], i, deciders.widths());
+      right.insert(right.end(), logits.begin(), logits.end());
+    }
+    for (const Variant& v : supported_variants()) {
+      where = text("%s, head of %s", v.name, planes_head ? "planes" : "int8");
+      check_model(v, m, right);
+    }
+  }
+}
+
+}  // namespace test
