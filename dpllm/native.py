@@ -56,7 +56,7 @@ class NativeStep:
         """A native step, where the backend has one and the model is quantised; else None."""
         if decoder.backend.cpu is None or decoder.groups[0].dense or decoder.dtype != torch.float32:
             return None
-        return cls(decoder) if decoder.kv_dtype in (torch.float32, torch.float16) else None
+        return cls(decoder) if decoder.kv_dtype in STORAGE else None
 
     def __call__(self, token: int, cache: DenseKVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
         """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dpllm.kernels.backend import Backend
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.errors import InputError
 
@@ -59,6 +60,12 @@ def stage_bars() -> Iterator[Any]:
     finally:
         if tasks:  # stopping bars that never showed would print an empty line
             progress.stop()
+
+
+def note_slow_backend(backend: Backend, asked_for: str | None) -> None:
+    """Says what would make it faster, where the native kernels are missing."""
+    if asked_for is None and backend.name == "reference":
+        note(f"backend {backend.name}: {backend.reason}")
 
 
 def cpu_options(threads: int | None, accuracy: str = "balanced", pin: bool = False) -> CpuOptions:

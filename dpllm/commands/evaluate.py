@@ -7,7 +7,15 @@ from pathlib import Path
 from rich.table import Table
 
 from dpllm import reference
-from dpllm.commands.common import cpu_options, note, parse_targets, print_json, stage_bars, stdout
+from dpllm.commands.common import (
+    cpu_options,
+    note,
+    note_slow_backend,
+    parse_targets,
+    print_json,
+    stage_bars,
+    stdout,
+)
 from dpllm.engine import Engine, load
 from dpllm.evaluate import EvalResult, evaluate
 from dpllm.kernels.errors import InputError
@@ -45,6 +53,7 @@ def run(
             raise InputError(f"unknown policy '{name}'. Choose from: {', '.join(POLICIES)}.")
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
     engine = load(overlay, options=LoadOptions(backend=backend, cpu=cpu_options(threads, accuracy)))
+    note_slow_backend(engine.decoder.backend, backend)
     if not engine.quantized:
         raise InputError(
             f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpllm import reference
-from dpllm.commands.common import cpu_options, note, parse_size, print_json
+from dpllm.commands.common import cpu_options, note, note_slow_backend, parse_size, print_json
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, is_overlay
@@ -79,6 +79,7 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     if not prompt:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
     engine = open_engine(args)
+    note_slow_backend(engine.decoder.backend, args.backend)
     if args.resident_bits is not None or args.max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")

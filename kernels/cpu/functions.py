@@ -197,7 +197,7 @@ class CpuKernels:
         if k.dtype not in STORAGE or v.dtype != k.dtype:
             raise ValueError(f"the cache holds {k.dtype}; float32, float16 and bfloat16 are read.")
         queries, y = _floats(q), torch.empty(q.shape)
-        k, v = k.contiguous(), v.to(k.dtype).contiguous()
+        k, v = k.contiguous(), v.contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
         self.lib.dpllm_attention(
             self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],

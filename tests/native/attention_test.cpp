@@ -83,7 +83,8 @@ void check_scene(const Variant& v, const Scene& s, Random& random) {
   const Buffer<float> out = attend(v, 1, cache, q, scale);
   const std::vector<double> right = expected(cache, q, scale);
   double worst = 0;
-  for (size_t i = 0; i < right.size(); i++) worst = std::isnan(out[i]) ? INFINITY : std::fmax(worst, std::fabs(out[i] - right[i]));
+  for (size_t i = 0; i < right.size(); i++)
+    worst = std::fmax(worst, std::isnan(out[i]) ? INFINITY : std::fabs(out[i] - right[i]));
   CHECK(worst < 1e-5, text("error %g", worst));
   for (int threads : kThreads) CHECK(attend(v, threads, cache, q, scale) == out, text("%d threads differ", threads));
 

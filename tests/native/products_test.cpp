@@ -120,7 +120,8 @@ void check_values(const Handle& h, const Digits& digits, const RandomMatrix& w, 
       if (!finite) row[random.below(2) ? columns - 1 : random.below(columns)] = value;
       gemm(h, w, changed, {b, b, b}, y);
       const float* result = &y[size_t(rows)];
-      for (int n = 0; n < rows && !finite; n++) CHECK(std::isnan(result[n]), text("%g at %d bits: %g", value, b, result[n]));
+      for (int n = 0; n < rows && !finite; n++)
+        CHECK(std::isnan(result[n]), text("%g at %d bits: %g", value, b, result[n]));
       if (finite) {
         const double error = product_error(w, w.dense(b), row, result);
         CHECK(error < digits.bound, text("times %g at %d bits: error %g", value, b, error));

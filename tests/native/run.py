@@ -30,7 +30,12 @@ units = runpy.run_path(str(ROOT / "kernels/cpu/build_flags.py"))["units"]
 
 # The optimiser looks through the checks at -O3 and takes minutes; warnings count in code that is ours to test.
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-PACKAGES = {"g++": "g++", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user", "nm": "binutils"}
+PACKAGES = {
+    "g++": "g++",
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "qemu-aarch64": "qemu-user",
+    "nm": "binutils",
+}
 
 
 def fail(message: str) -> NoReturn:
@@ -45,7 +50,9 @@ def tool(name: str) -> str:
 
 def run(command: list[str], label: str) -> str:
     """Runs a command and returns what it printed; ends the run if it fails."""
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if result.returncode:
         print(result.stdout[-8000:], file=sys.stderr)
         fail(f"{label} failed (exit code {result.returncode}): {shlex.join(command)}")
@@ -77,7 +84,10 @@ class Build:
             order = sorted(wanted, key=lambda name: not name.startswith("isa_"))
             made = list(pool.map(lambda name: self.compile_one(name, wanted[name]), order))
         if sum(made):
-            print(f"{self.folder.name}: compiled {sum(made)} files in {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"{self.folder.name}: compiled {sum(made)} files in {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
         return [self.folder / f"{name}.o" for name in wanted]
 
     def compile_one(self, name: str, arguments: list[str]) -> bool:
@@ -154,9 +164,13 @@ def check_symbols(build: Build) -> None:
 
 def main() -> None:
     """See the head of the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--sanitize", default="address,undefined", metavar="KINDS", help="as in -fsanitize=KINDS")
+    mode.add_argument(
+        "--sanitize", default="address,undefined", metavar="KINDS", help="as in -fsanitize=KINDS"
+    )
     mode.add_argument("--cross", choices=["aarch64"], help="cross-compile and run under qemu")
     mode.add_argument("--symbols", action="store_true", help="check the objects of an ordinary build")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")

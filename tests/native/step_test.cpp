@@ -85,7 +85,10 @@ Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Sel
 
 double error_of(const Trace& trace, const Numbers& right) {
   double error = 0, size = 0;
-  for (size_t i = 0; i < right.size(); i++) error += std::pow(trace.logits[i] - right[i], 2), size += right[i] * right[i];
+  for (size_t i = 0; i < right.size(); i++) {
+    error += std::pow(trace.logits[i] - right[i], 2);
+    size += right[i] * right[i];
+  }
   return std::sqrt(error / size);
 }
 
@@ -116,8 +119,8 @@ void check_model(const Variant& v, TinyModel& m, const Numbers& right) {
     CHECK(error < (kBounds[int(storage)]), text("%s cache: error %g", kStorageNames[int(storage)], error));
     for (const int threads : kThreads)
       CHECK(same(first, decode(v, threads, m, deciders.fixed(), storage)), text("%d threads differ", threads));
-    CHECK(same(first, decode(v, 2, m, deciders.thresholds(), storage)), "thresholds differ from fixed widths");
-    CHECK(same(first, decode(v, 2, m, Deciders::callback(choose_width), storage)), "a callback differs from fixed widths");
+    CHECK(same(first, decode(v, 2, m, deciders.thresholds(), storage)), "thresholds differ");
+    CHECK(same(first, decode(v, 2, m, Deciders::callback(choose_width), storage)), "a callback differs");
   }
   check_refusal(v, m);
 }

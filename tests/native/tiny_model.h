@@ -12,8 +12,8 @@ struct Sizes {
   static constexpr int layers = 2, hidden = 64, heads = 4, kv_heads = 2, dim = 16, inner = 96, vocab = 50, slots = 40;
 };
 
-// Layer 0 decides once for q, k, v and once for gate and up; layer 1 for each of them, normalises q and k, and looks back
-// three positions. Group indices count through both.
+// Layer 0 decides once for q, k, v and once for gate and up; layer 1 for each of them, normalises q and k, and looks
+// back three positions. Group indices count through both.
 class TinyModel : public Sizes {
  public:
   // planes_head: embedding in int8 and a head of planes, instead of float32 and int8.
@@ -93,7 +93,8 @@ class TinyModel : public Sizes {
   Numbers logits(const Numbers& h) const {
     if (planes_head_) return product(head_[0], head_bits(), h);
     Numbers y(vocab);
-    for (size_t i = 0; i < int8_.size(); i++) y[i / hidden] += int8_[i] * half_value(scale_[i / hidden]) * h[i % hidden];
+    for (size_t i = 0; i < int8_.size(); i++)
+      y[i / hidden] += int8_[i] * half_value(scale_[i / hidden]) * h[i % hidden];
     return y;
   }
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels import reference
+from dpllm.kernels.cpu.library import STORAGE
 
 pytestmark = needs_library
 
-CACHES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+CACHES = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 
 # -- selection ----------------------------------------------------------------------------------------------
@@ -164,6 +165,9 @@ def test_queries_of_another_dtype_and_caches_that_are_not_read():
     y = cache.attend(kernels_of())
     assert y.dtype == torch.float16
     assert np.abs(y.double().numpy() - cache.expected()).max() < 2e-3
-    cache.k, cache.v = cache.k.bfloat16(), cache.v.bfloat16()
-    with pytest.raises(ValueError, match="bfloat16"):
+    cache.v = cache.v.double()
+    with pytest.raises(ValueError, match="the cache holds"):
+        cache.attend(kernels_of())
+    cache.k = cache.k.double()
+    with pytest.raises(ValueError, match=r"the cache holds torch\.float64"):
         cache.attend(kernels_of())

@@ -7,7 +7,9 @@ from cpu_cases import needs_library
 
 from dpllm import memory
 from dpllm.kernels.errors import InputError
+from dpllm.loading import LoadOptions, load_decoder
 from dpllm.memory import available_bytes, check_memory
+from dpllm.quant.overlay import Overlay
 from dpllm.shapes import SHAPES, random_decoder, resident_bytes, shape
 
 SIZES = {2: 2_000_000_000, 3: 3_000_000_000, 4: 4_000_000_000}
@@ -47,6 +49,15 @@ def test_a_system_that_does_not_say(monkeypatch):
 def test_available_bytes():
     free = available_bytes()
     assert free is None or 1 << 20 < free < 1 << 50
+
+
+def test_loading_checks_the_planes_it_is_asked_to_hold(quantized, monkeypatch):
+    enough = memory.resident_bytes(Overlay.open(quantized), 4)
+    monkeypatch.setattr(memory, "available_bytes", lambda: enough)
+    with pytest.raises(InputError, match=r"with 6 planes.*4 planes would fit: use --resident-bits 4"):
+        load_decoder(quantized)
+    decoder = load_decoder(quantized, LoadOptions(resident_bits=4))
+    assert decoder.groups[0].resident_bits == 4
 
 
 def test_known_shapes():

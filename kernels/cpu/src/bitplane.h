@@ -102,15 +102,16 @@ struct Sums {
     for (int o = 0; o < kOrders; o++) total[o] = V::multiply_add(sum[o], scale, total[o]);
   }
 
-  // The element of y.
+  // The element of y. Products are exact in double precision, so that it does not matter to the result which of them
+  // the compiler fuses with an addition: it is the same in every function this is part of.
   template <int B>
   DPLLM_INLINE float finish(const Matrix& w, int n, const Activation& x) const {
     float y = V::reduce(total[0]);  // in units of the lowest order
-    for (int o = 1; o < kOrders; o++) y = y * kBase + V::reduce(total[o]);
+    for (int o = 1; o < kOrders; o++) y = float(double(y) * kBase + V::reduce(total[o]));
     float scale = w.scales[B][n / w.rows_per_table] * (T == 1 ? kBase : 1);
     if (w.row_scale) scale *= w.row_scale[n];
-    const float offset = V::kUnsigned ? unsigned_correction<T>(x) : 0.f;
-    return (y - offset) * scale + (w.bias ? w.bias[n] : 0.f);
+    if (V::kUnsigned) y -= unsigned_correction<T>(x);
+    return float(double(y) * scale + (w.bias ? w.bias[n] : 0.f));
   }
 };
 
