@@ -107,7 +107,7 @@ class NativeStep:
             self._held = (diagonals, pointers)
             return native.Selection(
                 diagonal=ctypes.addressof(pointers), thresholds=policy.thresholds.data_ptr(),
-                steps=steps, seed=seed,
+                steps=steps, seed=seed, multiplier=1.0,
             )  # fmt: skip
         callback = native.Choose(self._callback(policy))
         self._held = (callback,)

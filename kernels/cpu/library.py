@@ -1,4 +1,7 @@
-"""The C interface (src/api.h, src/step.h) as ctypes sees it, and the handle every call goes through."""
+"""The C interface (src/api.h, src/step.h) as ctypes sees it, and the handle every call goes through.
+
+Structures have empty `__slots__`: without them a misspelt field would be an attribute of Python's, and zero in C.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ Long = ctypes.c_int64
 class Matrix(ctypes.Structure):
     """kernels.h: Matrix."""
 
+    __slots__ = ()
     _fields_ = (
         ("planes", Pointer), ("plane_bytes", Long), ("row_bytes", Long), ("tables", Pointer * WIDTHS),
         ("scales", Pointer * WIDTHS), ("row_scale", Pointer), ("bias", Pointer),
@@ -36,6 +40,7 @@ class Matrix(ctypes.Structure):
 class Accuracy(ctypes.Structure):
     """context.h: Accuracy."""
 
+    __slots__ = ()
     _fields_ = (("table_digits", Int * WIDTHS), ("x_digits", Int * WIDTHS))
 
 

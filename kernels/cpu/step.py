@@ -13,12 +13,14 @@ Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes
 class Group(ctypes.Structure):
     """Matrices stacked under one decision."""
 
+    __slots__ = ()
     _fields_ = (("weight", Matrix), ("index", Int))
 
 
 class Layer(ctypes.Structure):
     """One decoder block."""
 
+    __slots__ = ()
     _fields_ = (
         ("input_norm", Pointer), ("post_norm", Pointer), ("q_norm", Pointer), ("k_norm", Pointer),
         ("qkv", Group * 3), ("gate_up", Group * 2), ("o", Group), ("down", Group),
@@ -29,6 +31,7 @@ class Layer(ctypes.Structure):
 class Table(ctypes.Structure):
     """Embedding or head: int8 with scales, or float32, or planes."""
 
+    __slots__ = ()
     _fields_ = (
         ("int8", Pointer),
         ("scale", Pointer),
@@ -41,6 +44,7 @@ class Table(ctypes.Structure):
 class Model(ctypes.Structure):
     """Everything a step reads."""
 
+    __slots__ = ()
     _fields_ = (
         ("layers", Int), ("hidden", Int), ("intermediate", Int), ("heads", Int), ("kv_heads", Int),
         ("head_dim", Int), ("vocab", Int), ("groups", Int), ("eps", Float), ("rope_scale", Float),
@@ -51,28 +55,31 @@ class Model(ctypes.Structure):
 class Selection(ctypes.Structure):
     """Fixed widths, or thresholds on a weighted square of the input, or a callback."""
 
+    __slots__ = ()
     _fields_ = (
         ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer), ("steps", Int), ("seed", Int),
-        ("choose", Choose),
+        ("multiplier", Float), ("choose", Choose),
     )  # fmt: skip
 
 
 class Cache(ctypes.Structure):
     """Per-head runs of a flat cache."""
 
+    __slots__ = ()
     _fields_ = (
         ("k", Pointer),
         ("v", Pointer),
         ("slots", Long),
         ("start", Pointer),
         ("length", Pointer),
-        ("half", Int),
+        ("storage", Int),
     )
 
 
 class Request(ctypes.Structure):
     """One token in, logits and chosen widths out."""
 
+    __slots__ = ()
     _fields_ = (("token", Int), ("position", Int), ("logits", Pointer), ("bits", Pointer), ("greedy", Int))
 
 

@@ -142,7 +142,7 @@ def test_a_cache_of_half_precision(overlay, dtype, last_bit):
     assert caches[1].k.dtype == dtype
     for one, other in zip((caches[0].k, caches[0].v), (caches[1].k, caches[1].v), strict=True):
         assert (one.float() - other.float()).abs().max() < 2 * last_bit * one.float().abs().max()
-        assert (one == other).double().mean() > 0.95
+        assert (one == other).double().mean() > 0.75, "rounded to the nearest"
 
 
 @pytest.mark.parametrize("accuracy", ["balanced", "fast"])
@@ -165,6 +165,14 @@ def test_threads_change_nothing(overlay, accuracy):
     for logits, bits in results[1:]:
         assert torch.equal(logits, results[0][0])
         assert torch.equal(bits, results[0][1])
+
+
+def test_caches_are_halved_unless_exactness_is_asked_for(overlay):
+    kinds = {}
+    for accuracy in ("exact", "balanced", "fast"):
+        decoder = load_decoder(overlay("llama"), LoadOptions(cpu=options_of(accuracy=accuracy)))
+        kinds[accuracy] = decoder.new_cache(4).k.dtype
+    assert kinds == {"exact": torch.float32, "balanced": torch.float16, "fast": torch.float16}
 
 
 def test_where_there_is_no_native_step(overlay, checkpoints):

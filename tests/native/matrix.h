@@ -67,18 +67,18 @@ class RandomMatrix {
   Buffer<float> scales_[kMaxBits + 1], row_scale_, bias_;
 };
 
-// The error of y = x W^T + bias for one row x, relative to the size of its terms (that of the result, but for
-// cancellation). NaN if any element is.
+// The error of y = x W^T + bias for one row x, relative to what the result would be if the signs of its terms were
+// random: cancellation in a single element does not count. NaN if any element is.
 inline double product_error(const RandomMatrix& w, const std::vector<double>& dense, const float* x, const float* y) {
-  double error = 0, size = 0, x2 = 0;
-  for (int k = 0; k < w.shape.columns; k++) x2 += double(x[k]) * x[k];
+  double error = 0, size = 0;
   for (int n = 0; n < w.shape.rows; n++) {
-    double sum = w.bias(n), w2 = 0;
+    double sum = w.bias(n);
+    size += sum * sum;
     for (int k = 0; k < w.shape.columns; k++) {
-      const double weight = dense[size_t(n) * w.shape.columns + k];
-      sum += weight * x[k], w2 += weight * weight;
+      const double term = dense[size_t(n) * w.shape.columns + k] * x[k];
+      sum += term, size += term * term;
     }
-    error += (y[n] - sum) * (y[n] - sum), size += w2 * x2 + w.bias(n) * w.bias(n);
+    error += (y[n] - sum) * (y[n] - sum);
   }
   return size > 0 ? std::sqrt(error / size) : std::sqrt(error);
 }

@@ -6,9 +6,9 @@ namespace {
 
 struct Digits {
   int table, x;
-  double bound;  // of the relative error
+  double bound;  // of the relative error of several elements
 };
-constexpr Digits kDigits[] = {{1, 1, 2e-2}, {2, 1, 1e-2}, {2, 2, 1e-4}};
+constexpr Digits kDigits[] = {{1, 1, 2e-2}, {2, 1, 2e-2}, {2, 2, 1e-4}};
 
 std::vector<Shape> shapes(bool quick) {
   std::vector<Shape> all;
@@ -33,13 +33,14 @@ bool same(const float* a, const float* b, int n) { return std::memcmp(a, b, size
 void check_shape(const Handle& h, const Digits& digits, const RandomMatrix& w, Random& random) {
   const int rows = w.shape.rows, columns = w.shape.columns;
   const Buffer<float> x = normals(size_t(6) * columns, random);
+  const double bound = digits.bound * (rows < 4 ? 2 : 1);  // a single element may be one of the worst
   Buffer<float> single[kMaxBits + 1], y;
   for (int b = 2; b <= kMaxBits; b++) {
     gemm(h, w, x, std::vector<int32_t>(6, b), single[b]);
     const std::vector<double> dense = w.dense(b);
     for (int i = 0; i < 6; i++) {
       const double error = product_error(w, dense, &x[size_t(i) * columns], &single[b][size_t(i) * rows]);
-      CHECK(error < digits.bound, text("row %d of 6 at %d bits: error %g", i, b, error));
+      CHECK(error < bound, text("row %d of 6 at %d bits: error %g", i, b, error));
     }
     gemm(h, w, x, {b}, y);
     CHECK(same(y.data(), single[b].data(), rows), text("%d bits: alone and among six differ", b));
@@ -65,7 +66,7 @@ void check_prompt(const Handle& h, const RandomMatrix& w, Random& random) {
     for (int i = 0; i < kRows; i++) {
       const double error =
           product_error(w, dense, &x[size_t(i) * w.shape.columns], &y[size_t(i) * w.shape.rows]);
-      CHECK(error < 2e-2, text("prompt row %d at %d bits: error %g", i, b, error));
+      CHECK(error < kDigits[0].bound * (w.shape.rows < 4 ? 2 : 1), text("prompt row %d at %d bits: error %g", i, b, error));
     }
   }
 }
@@ -122,7 +123,9 @@ void check_values(const Handle& h, const Digits& digits, const RandomMatrix& w, 
       const float* result = &y[size_t(rows)];
       for (int n = 0; n < rows && !finite; n++)
         CHECK(std::isnan(result[n]), text("%g at %d bits: %g", value, b, result[n]));
-      if (finite) {
+      if (value == 1e-40f) {  // as good as zero
+        for (int n = 0; n < rows; n++) CHECK(std::fabs(result[n]) < 1e-30f, text("denormal at %d bits", b));
+      } else if (finite) {
         const double error = product_error(w, w.dense(b), row, result);
         CHECK(error < digits.bound, text("times %g at %d bits: error %g", value, b, error));
       }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from cpu_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpllm.kernels.cpu import library, step
 from dpllm.kernels.cpu.functions import prepare
 
 pytestmark = needs_library
@@ -241,3 +244,21 @@ def test_shapes_that_do_not_match(rows, columns, widths):
 def test_weights_stay_on_the_cpu():
     with pytest.raises(ValueError, match="meta"):
         prepare(Weights(5, 40).stored, "meta")
+
+
+# -- the C interface ----------------------------------------------------------------------------------------
+
+
+def structures(module) -> list[type[ctypes.Structure]]:
+    """The C structures that a module declares."""
+    return [
+        s for s in vars(module).values() if isinstance(s, type) and issubclass(s, ctypes.Structure)
+        and s.__module__ == module.__name__
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("structure", [*structures(library), *structures(step)], ids=lambda s: s.__name__)
+def test_structures_refuse_fields_that_they_lack(structure):
+    """Else a field renamed on one side is zero on the other: a cache of half precision read as float32."""
+    with pytest.raises(AttributeError):
+        structure(not_there=1)

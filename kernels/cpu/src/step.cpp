@@ -47,7 +47,7 @@ int Step::choose(const Group& g, const float* x, int columns) const {
   if (s.fixed) return s.fixed[g.index];
   if (s.choose) return s.choose(g.index, x);
   int bits = s.seed;
-  const float error = c_.isa.weighted_square(x, s.diagonal[g.index], columns);
+  const float error = s.multiplier * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
   const float* threshold = s.thresholds + int64_t(g.index) * s.steps;
   for (int i = 0; i < s.steps; i++) bits += error > threshold[i];
   return bits;

@@ -41,13 +41,14 @@ struct Model {
   const Layer* layer;
 };
 
-// Who decides how many planes a group reads. One of three: fixed widths; thresholds on a weighted square of the
-// group's input (seed plus the number of thresholds exceeded); or a call back.
+// Who decides how many planes a group reads. One of three: fixed widths; thresholds on the token's multiplier times a
+// weighted square of the group's input (seed plus the number of thresholds exceeded); or a call back.
 struct Selection {
   const int32_t* fixed;               // [groups], or null
   const uint16_t* const* diagonal;    // [groups] of float16 [columns], or null
   const float* thresholds;            // [groups, steps], ascending: rewriting them retargets
   int32_t steps, seed;
+  float multiplier;                   // of this token
   int32_t (*choose)(int32_t group, const float* x);  // or null
 };
 
