@@ -47,8 +47,14 @@ void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digi
   for (int64_t t = 0; t < tables; t++, values += entries, digits += 2 * entries) {
     float top = 0;
     for (int i = 0; i < entries; i++) top = std::max(top, std::fabs(values[i]));
-    const float inverse = top > 0 ? kLargest / top : 0.f;
-    scales[t] = top / kLargest;
+    bool finite = top < INFINITY;  // fmax-style comparisons pass NaN over
+    for (int i = 0; i < entries; i++) finite = finite && values[i] == values[i];
+    const float inverse = finite && top > 0 ? kLargest / top : 0.f;
+    scales[t] = finite ? top / kLargest : NAN;  // a table that is not finite makes every product NaN
+    if (!finite) {
+      std::memset(digits, 0, size_t(2) * size_t(entries));
+      continue;
+    }
     for (int i = 0; i < entries; i++) {
       const float v = (values[i] * inverse + kRound) - kRound, high = (v * (1.f / kBase) + kRound) - kRound;
       digits[i] = int8_t(int(high));

@@ -213,8 +213,6 @@ inline float soften(float* scores, int n, float top) {
   return sum(s) + rest;
 }
 
-constexpr int kMaxHeadDim = 512;
-
 // out[g][d..d+kLanes*kVectors) = sum over positions of weight[g][i] * v[i][d..], for kHeads heads.
 template <int kHeads, int kVectors, Storage kStorage>
 inline void mix(const Run& run, const float* weights, int d, float* out) {
@@ -281,12 +279,13 @@ inline void score_all(const Run& run, float* scores) {
 
 // Head sizes that are no multiple of the vector.
 inline void score_odd(const Run& run, float* scores) {
-  float k[kMaxHeadDim];
-  for (int i = 0; i < run.length; i++) {
-    for (int d = 0; d < run.dim; d++) k[d] = cached_one(run.k, int64_t(i) * run.dim + d, run.storage);
-    for (int g = 0; g < run.group; g++)
-      scores[g * run.length + i] = dot(run.q + g * run.dim, k, run.dim) * run.scale;
-  }
+  for (int i = 0; i < run.length; i++)
+    for (int g = 0; g < run.group; g++) {
+      const float* q = run.q + g * run.dim;
+      float total = 0;
+      for (int d = 0; d < run.dim; d++) total += q[d] * cached_one(run.k, int64_t(i) * run.dim + d, run.storage);
+      scores[g * run.length + i] = total * run.scale;
+    }
 }
 
 // The largest that is a number: a NaN makes itself felt when scores become weights.
