@@ -21,7 +21,7 @@ from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy, make_policy
+from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy, begin_text, make_policy, observe
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import encode, load_tokenizer
 from dpllm.sampling import sample
@@ -125,6 +125,7 @@ class Engine:
         cache = self.decoder.new_cache(len(ids) + budget)
         pending = _Pending(self.tokenizer, options.stop)
         recorder = Recorder(self.policy, self.decoder.groups) if self.policy is not None else None
+        begin_text(self.policy)
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
@@ -138,6 +139,7 @@ class Engine:
             began = clock()
             if recorder is not None and self.policy is not None:
                 recorder.policy = self.policy  # set_policy may have been called since the last token
+                observe(self.policy, logits, torch.tensor([token], device=logits.device))
             logits = self._decode(token, cache, recorder)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ DOWN = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """resident_bits: planes to read and hold (default: all). granularity: 'fused' decides once for q/k/v
-    and once for gate/up, 'linear' once per matrix."""
+    """resident_bits: planes to read and hold, of every matrix or by group name (default: all).
+    granularity: 'fused' decides once for q/k/v and once for gate/up, 'linear' once per matrix."""
 
-    resident_bits: int | None = None
+    resident_bits: int | Mapping[str, int] | None = None
     granularity: str = "fused"
     backend: str | None = None
     device: str = "cpu"
@@ -53,10 +54,10 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
     if isinstance(source, Overlay) and options.resident_bits is not None:
         lo, hi = source.bits
-        if not lo <= options.resident_bits <= hi:
-            raise InputError(
-                f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}."
-            )
+        asked = options.resident_bits
+        for bits in asked.values() if isinstance(asked, Mapping) else [asked]:
+            if not lo <= bits <= hi:
+                raise InputError(f"{bits} resident bits are not to be had: {path} stores {lo}..{hi}.")
     return _Builder(config, source, backend, options).build()
 
 
@@ -149,7 +150,9 @@ class _Builder:
         if self.overlay is None:
             dense = [self.tensor(f"{p}.weight", (r, columns)) for p, r in zip(parts, rows, strict=True)]
             return Group(index, name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
-        weight = fuse([self.quantized(p, (r, columns)) for p, r in zip(parts, rows, strict=True)])
+        held = self.options.resident_bits
+        planes = held[name] if isinstance(held, Mapping) else held
+        weight = fuse([self.quantized(p, (r, columns), planes) for p, r in zip(parts, rows, strict=True)])
         widths = range(weight.seed_bits, weight.resident_bits + 1)
         return Group(
             index, name, self.backend.prepare(weight, self.options.device), bias,
@@ -157,7 +160,7 @@ class _Builder:
             weights=sum(rows) * columns, bytes_at=tuple(weight.nbytes(b) for b in widths),
         )  # fmt: skip
 
-    def quantized(self, name: str, shape: tuple[int, int]) -> QuantizedWeight:
+    def quantized(self, name: str, shape: tuple[int, int], planes: int | None) -> QuantizedWeight:
         assert self.overlay is not None
         layout = self.overlay.linears.get(name)
         if layout is None or layout.shape != shape:
@@ -165,7 +168,7 @@ class _Builder:
             raise InputError(
                 f"{self.overlay.path}: matrix '{name}' is {found}, config.json implies {list(shape)}."
             )
-        return self.overlay.linear(name, self.options.resident_bits)
+        return self.overlay.linear(name, planes)
 
     def embedding_and_head(self) -> tuple[Any, Any]:
         c = self.config
