@@ -213,8 +213,8 @@ def tuned_projection(delta: Tensor, read: Tensor, exact: Tensor, options: DPLLMO
     best, found = float("inf"), g.detach().clone()
     for _ in range(options.tune_steps):
         loss = ((read @ g.T).norm(dim=1) - exact).square().mean()
-        if float(loss) < best:
-            best, found = float(loss), g.detach().clone()
+        if float(loss.detach()) < best:
+            best, found = float(loss.detach()), g.detach().clone()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -222,17 +222,17 @@ def tuned_projection(delta: Tensor, read: Tensor, exact: Tensor, options: DPLLMO
 
 
 def calibrate_dp_llm(
-    decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: list[float], options: DPLLMOptions,
-    progress: Progress = lambda stage, done, total: None,
+    decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
+    options: DPLLMOptions, progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Arrays "dp-llm.*" for a profile: averages of every target under every budget, and the estimators they need.
+    """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and the estimators they need.
 
-    caps: maximum widths [G] per budget ("6", "5"). Targets above a budget are left out.
+    caps: maximum widths [G] per budget ("6", "5"). targets: of each budget; those above it are left out.
     """
     seed = decoder.groups[0].seed_bits
     rows: list[tuple[float, float, np.ndarray]] = []
     with dense(decoder):
-        jobs = [(b, t) for b in caps for t in sorted(targets) if t <= float(b)]
+        jobs = [(b, t) for b in caps for t in sorted(targets[b]) if t <= float(b)]
         start: np.ndarray | None = None
         for i, (budget, target) in enumerate(jobs):
             if i and jobs[i - 1][0] != budget:

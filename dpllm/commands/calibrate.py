@@ -128,7 +128,9 @@ def _with_dp_llm(
     high = profile.bits[1]
     caps = {f"{high}": profile.planes(None)}
     caps |= {b: profile.resident[row] for b, row in profile.origin["budgets"].items() if float(b) < high}
-    found = calibrate_dp_llm(decoder, sequences, caps, targets, DPLLMOptions(seed=seed), progress)
+    found = calibrate_dp_llm(
+        decoder, sequences, caps, dict.fromkeys(caps, targets), DPLLMOptions(seed=seed), progress
+    )
     return replace(profile, extra=dict(profile.extra) | found)
 
 
