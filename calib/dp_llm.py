@@ -192,14 +192,14 @@ def fit_estimator(
     else:
         projection = tuned_projection(delta if ratio is None else delta * ratio, read, exact, options)
         estimate = (read @ projection.float().T).norm(dim=1)
-    share = torch.linspace(0, 1, QUANTILES)
+    share = torch.linspace(0, 1, QUANTILES, device=exact.device)
     return Estimator(
         LINE if projection is None else PROJECTION,
-        line.float().numpy(),
+        line.float().cpu().numpy(),
         None if projection is None else projection.numpy(),
         explained,
-        torch.quantile(estimate, share).numpy(),
-        torch.quantile(exact, share).numpy(),
+        torch.quantile(estimate, share).cpu().numpy(),
+        torch.quantile(exact, share).cpu().numpy(),
     )
 
 

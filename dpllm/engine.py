@@ -124,8 +124,8 @@ class Engine:
         generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         cache = self.decoder.new_cache(len(ids) + budget)
         pending = _Pending(self.tokenizer, options.stop)
-        recorder = Recorder(self.policy, self.decoder.groups) if self.policy is not None else None
-        begin_text(self.policy)
+        chosen = self.policy
+        recorder = None if chosen is None else Recorder(begin_text(chosen), self.decoder.groups)
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
@@ -138,8 +138,10 @@ class Engine:
                 return
             began = clock()
             if recorder is not None and self.policy is not None:
-                recorder.policy = self.policy  # set_policy may have been called since the last token
-                observe(self.policy, logits, torch.tensor([token], device=logits.device))
+                if self.policy is not chosen:  # set_policy has been called since the last token
+                    chosen = self.policy
+                    recorder.policy = begin_text(chosen)
+                observe(recorder.policy, logits, torch.tensor([token], device=logits.device))
             logits = self._decode(token, cache, recorder)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.decoder import Decoder
-from dpllm.policy import PrecisionPolicy, Recorder, begin_text, observe
+from dpllm.policy import PrecisionPolicy, Recorder, observe
 
 
 class _Rows:
@@ -54,7 +54,8 @@ def steps(
         lengths = [len(documents[i]) - 1 for i in numbers]
         cache: Any = _Rows(decoder, len(numbers), lengths[0])
         recorder = Recorder(policy, decoder.groups)
-        begin_text(policy)
+        if hasattr(policy, "reset"):
+            policy.reset()
         for t in range(lengths[0]):
             live = sum(n > t for n in lengths)  # sorted by length: the last ones end first
             ids = torch.stack([documents[i][t] for i in numbers[:live]]).to(decoder.device)

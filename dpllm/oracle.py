@@ -48,8 +48,9 @@ class OracleRateDistortion:
         self._multiplier = torch.ones(1)
 
     def reset(self) -> None:
-        """A new text: no previous step."""
+        """A new text: no previous step, no correction."""
         self.context = None
+        self.controller, self.correction = Correction(self.controller.target_bits), 0.0
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Bits int32 [T] of each row of x [T, K]."""

@@ -7,6 +7,7 @@ learns from each finished step (`observe`), and only decoding step by step is th
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import numpy as np
@@ -39,10 +40,13 @@ class PrecisionPolicy(Protocol):
         ...
 
 
-def begin_text(policy: object) -> None:
-    """Tells a policy that learns from finished steps that a new text begins."""
-    if getattr(policy, "stepwise", False):
-        policy.reset()  # type: ignore[attr-defined]
+def begin_text(policy: PrecisionPolicy) -> PrecisionPolicy:
+    """The policy to decode one text with: its tables are shared, what it learns from finished steps is not."""
+    if not getattr(policy, "stepwise", False):
+        return policy
+    own = copy.copy(policy)
+    own.reset()  # type: ignore[attr-defined]
+    return own
 
 
 def observe(policy: object, logits: Tensor, tokens: Tensor) -> None:
@@ -117,8 +121,9 @@ class RateDistortionPolicy(RateDistortionRule):
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
     def reset(self) -> None:
-        """A new text: no previous step. The correction stays, it belongs to the stream."""
-        self.context = None
+        """A new text: no previous step, no correction (the same text is to get the same widths)."""
+        self.context, self._inputs = None, {}
+        self.controller, self.correction = Correction(self.controller.target_bits), 0.0
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
