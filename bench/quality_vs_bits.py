@@ -78,7 +78,7 @@ def calibrate(work: Path, name: str) -> None:
     if name == THEIRS:
         caps = {"6": profile.planes(None), "5": profile.budget(5)}
         targets = {"6": list(TARGETS), "5": list(BUDGETED)}
-        found = calibrate_dp_llm(decoder, sequences, caps, targets, DPLLMOptions(steps=16), _quiet)
+        found = calibrate_dp_llm(decoder, sequences, caps, targets, DPLLMOptions(), _quiet)
         profile = replace(profile, extra=dict(profile.extra) | found)
     profile.save(out)
     print(f"{out}: {profile.origin['seconds']} s", flush=True)

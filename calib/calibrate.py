@@ -172,7 +172,7 @@ class Calibrator:
     def residencies(self, mean_loss: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """(planes held int64 [R, G], row of each budget): every equal number of planes, then the budgets."""
         rows = [np.full(len(self.groups), w) for w in self.widths[1:]]
-        stored = np.asarray([[g.weight.nbytes(w) for w in self.widths] for g in self.groups])
+        stored = np.asarray([g.bytes_at for g in self.groups])
         tables = stored - weights[:, None] * np.asarray(self.widths)[None] / 8
         held = weights[:, None] * np.asarray(self.widths)[None] / 8 + np.cumsum(tables, axis=1)
         budgets = {}

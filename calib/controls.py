@@ -27,8 +27,8 @@ class WeightGradients:
 def weight_gradients(decoder: Any, sequences: Tensor, seed: int, progress: Progress) -> WeightGradients:
     """Gradients of every group's matrix. sequences: int64 [S, T]."""
     groups = decoder.groups
-    zeros = [torch.zeros(g.weight.out_features, g.weight.in_features, device=decoder.device) for g in groups]
-    mean, square = zeros, [z.clone() for z in zeros]
+    mean = [torch.zeros_like(decoder.backend.dequantize(g.weight, g.seed_bits)) for g in groups]
+    square = [torch.zeros_like(m) for m in mean]
     into: list[Tensor] = square
 
     def observe(group: Any, x: Tensor, y: Tensor) -> None:

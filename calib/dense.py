@@ -27,7 +27,7 @@ def dense(decoder: Any, limit: int = CACHE_BYTES) -> Iterator[Any]:
         return
     backend = decoder.backend
     store: dict[tuple[int, int], Tensor] = {}
-    planes = {id(g.weight): g for g in groups}
+    planes = {id(g.weight) for g in groups}
 
     def matrix(w: Any, bits: int) -> Tensor:
         if (id(w), bits) not in store:
@@ -44,7 +44,7 @@ def dense(decoder: Any, limit: int = CACHE_BYTES) -> Iterator[Any]:
         if len(widths) == 1:
             y = x @ matrix(w, widths[0]).T
             return y if out is None else out.copy_(y)
-        y = x.new_empty(len(x), planes[id(w)].weight.out_features) if out is None else out
+        y = x.new_empty(len(x), len(matrix(w, widths[0]))) if out is None else out
         for width in widths:
             rows = (bits == width).nonzero()[:, 0]
             y[rows] = x[rows] @ matrix(w, width).T

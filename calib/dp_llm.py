@@ -36,12 +36,14 @@ LINE, PROJECTION = 0, 1
 @dataclass(frozen=True)
 class DPLLMOptions:
     """k: rows of a projection; explained: R^2 from which a line serves; steps, learning_rate: fine-tuning of
-    averages, one sequence of `length` tokens each; alpha: weight of the bit penalty; tokens: inputs kept for
+    averages, one sequence of `length` tokens each; continued: steps of a target that goes on from its
+    neighbour's averages; alpha: weight of the bit penalty; tokens: inputs kept for
     the estimators; tune_steps: descent on G; asynchronous: estimates read inputs one sub-block old."""
 
     k: int = 64
     explained: float = 0.9
-    steps: int = 32
+    steps: int = 160
+    continued: int = 32
     length: int = 256
     learning_rate: float = 0.1
     alpha: float = 1.0
@@ -237,7 +239,8 @@ def calibrate_dp_llm(
         for i, (budget, target) in enumerate(jobs):
             if i and jobs[i - 1][0] != budget:
                 start = None
-            p = tune_averages(decoder, sequences, caps[budget], target, options, start)
+            steps = options.steps if start is None else min(options.continued, options.steps)
+            p = tune_averages(decoder, sequences, caps[budget], target, replace(options, steps=steps), start)
             span = np.maximum(caps[budget] - seed, 1e-9)
             share = np.clip((p - seed) / span, 1e-3, 1 - 1e-3)
             start = np.log(share / (1 - share))  # the next target continues from here
