@@ -117,6 +117,20 @@ class Bench:
             print(f"{cell.key}: {bits:.3f} bits, {nll:.5f} nats", flush=True)
         return self.cells[cell.key]
 
+    @torch.no_grad()
+    def full_precision(self) -> dict:
+        """nll [W] and tokens [W] of the unquantised checkpoint."""
+        key = f"full precision|{len(self.windows.ids)}"
+        if key not in self.cells:
+            decoder, nll = load_decoder(reference.model_path()), []
+            for window in self.windows.ids:
+                ids = torch.tensor(window)
+                logits = decoder.forward(ids[:-1])
+                nll.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item())
+            self.cells[key] = {"nll": nll, "tokens": [len(w) - 1 for w in self.windows.ids]}
+            self.path.write_text(json.dumps(self.cells))
+        return self.cells[key]
+
     def policy(self, cell: Cell, decoder: Decoder) -> PrecisionPolicy:
         """By name: those of the package, the other systems' allocations, and ablations of ours."""
         profile = self.profile(cell.variant)

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from quality_cells import Bench, Cell, heldout_windows, means, paired_interval
 from quality_plot import plot_curves, plot_widths
 from report import report
@@ -29,7 +28,6 @@ from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.controls import WeightGradients, weight_gradients
 from dpllm.calib.dense import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
-from dpllm.engine import load
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
@@ -89,17 +87,6 @@ def calibrate(work: Path, name: str) -> None:
 def _quiet(stage: str, done: int, total: int) -> None:
     if done == total:
         print(f"  {stage}", flush=True)
-
-
-@torch.no_grad()
-def full_precision(windows: list[list[int]]) -> float:
-    """Nats per token of the unquantised checkpoint."""
-    decoder, total, count = load(reference.model_path()).decoder, 0.0, 0
-    for window in windows:
-        ids = torch.tensor(window)
-        total += torch.nn.functional.cross_entropy(decoder.forward(ids[:-1]), ids[1:], reduction="sum").item()
-        count += len(ids) - 1
-    return total / count
 
 
 def slopes(bench: Bench, few: int) -> dict[float, float]:
@@ -197,13 +184,14 @@ def main() -> None:
     counts = np.cumsum([len(w) - 1 for w in windows.ids])
     few = min(int(np.searchsorted(counts, args.few)) + 1, len(windows.ids))
     rows = all_rows(bench, len(windows.ids), few, args.available)
-    plain = full_precision(windows.ids)
+    full = bench.full_precision()
+    plain, plain_few = (sum(full["nll"][:n]) / sum(full["tokens"][:n]) for n in (len(windows.ids), few))
     if args.plot:
         plot_curves(rows, plain, args.plot)
         plot_widths(bench, args.plot.with_name(args.plot.stem + "_widths.png"))
     report(
         "quality_vs_bits", rows, measured_on="reference model", full_precision_perplexity=round(math.exp(plain), 4),
-        full_precision_perplexity_few=round(math.exp(full_precision(windows.ids[:few])), 4),
+        full_precision_perplexity_few=round(math.exp(plain_few), 4),
         windows=len(windows.ids), files=len(set(windows.files)),
     )  # fmt: skip
 
