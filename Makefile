@@ -27,7 +27,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/reference_quality.py
-	$(BIN)/python bench/quality_vs_target.py --plot docs/quality_vs_bits.png
+	$(BIN)/python bench/quality_vs_bits.py --plot docs/quality_vs_bits.png
 	$(BIN)/python bench/quantize_speed.py
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,13 +1,13 @@
-"""`dpllm calibrate`: what each group's next bit is worth, as a function of its own input.
+"""`dpllm calibrate`: what each group's next bit is worth, as a function of its own input and of the token.
 
-Three passes over calibration text through the very decoder that will run:
+Passes over calibration text through the very decoder that will run:
 
-1. saliency: the mean squared gradient at every output of every group, with targets drawn from the model
-   itself (the true Fisher information, no peeking at the text);
-2. gains: widths drawn at random, so that inputs look as they do under quantised decoding. For each token
-   and group, loss(b) = sum_n saliency_n * ((W_max - W_b) x)_n^2 for every width b, beside the signal the
-   runtime will compute, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2. Averages per
-   signal bin, made monotone, are E[gain | signal]: bias and cross terms of the estimate are absorbed.
+1. saliency: the mean squared gradient at every output of every group (calib/measure.py);
+2. gains: at random widths, each token's own expected loss of every width, beside the signal the runtime will
+   compute, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2, of the input it will be computed
+   from. A probe learns to foretell how much a token cares (calib/sensitivity.py) and multiplies the signal;
+   averages per bin of the product, made monotone, are E[gain | signal]: bias, staleness and cross terms of
+   the estimate are absorbed;
 3. curve: decoding with the policy itself at a range of lambdas; the effective bits it really used are
    stored, so a target is looked up, not hoped for.
 """
@@ -15,8 +15,9 @@ Three passes over calibration text through the very decoder that will run:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,220 +25,248 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.allocation import memory_allocation
+from dpllm.calib.curve import dense_curve, oracle_curve, solve, stored_bits
+from dpllm.calib.dense import dense
+from dpllm.calib.measure import LABEL_STREAM, Measurements, Meter, Progress, output_saliency
+from dpllm.calib.profile import CalibrationProfile, Resident
+from dpllm.calib.resume import Partial
+from dpllm.calib.rule import RateDistortionRule, stale_sources
+from dpllm.calib.sensitivity import TokenProbe, fit_probe, sequence_context
 
-GRID = 192  # points of the stored lambda curve
 TILT = 0.1  # relative slope over the bins of a flat gain
-
-Progress = Callable[[str, int, int], None]
+EVERY = 8  # sequences between two writes of the partial result
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Sample sizes. bins: how finely E[gain | signal] is resolved; points: lambdas checked by decoding."""
+    """bins: how finely E[gain | signal] is resolved; points: lambdas checked by decoding; budgets: mean
+    resident bits to allot planes for; asynchronous: estimate from inputs one sub-block old where there are
+    any; token_sensitivity: foretell each token's multiplier; weighted: saliency inside the signal."""
 
-    samples: int = 32
-    sequence_length: int = 512
     bins: int = 48
-    points: int = 12
+    points: int = 8
     seed: int = 0
+    budgets: tuple[float, ...] = (5.0,)
+    asynchronous: bool = False
+    token_sensitivity: bool = True
+    weighted: bool = True
 
 
 class Calibrator:
-    """One calibration of one decoder. The decoder is passed in: this package does not import it."""
+    """One calibration of one decoder. The decoder is passed in: this package does not import it.
 
-    def __init__(self, decoder: Any, sequences: Tensor, options: CalibrateOptions):
+    sequences: int64 [S, T]. partial: where unfinished work is kept (None: nowhere).
+    """
+
+    def __init__(
+        self, decoder: Any, sequences: Tensor, options: CalibrateOptions, partial: Path | None = None
+    ):
         self.decoder, self.sequences, self.options = decoder, sequences, options
         self.groups = decoder.groups
         self.backend = decoder.backend
         self.widths = list(range(self.groups[0].seed_bits, self.groups[0].resident_bits + 1))
+        self.source: list[int] = list(range(len(self.groups)))
+        self.ratio: list[Tensor | None] = [None] * len(self.groups)
+        if options.asynchronous:
+            self.source, self.ratio = stale_sources(decoder.layers)
+        self.partial = Partial(partial)
 
     def run(
         self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress
     ) -> CalibrationProfile:
-        """All three passes."""
+        """All passes. `origin` is stored, and identifies unfinished work together with the options."""
         began = time.perf_counter()
-        saliency = self.saliency(progress)
-        diagonals = [self.diagonal(g, s) for g, s in zip(self.groups, saliency, strict=True)]
-        signal, loss = self.signals_and_losses(saliency, diagonals, progress)
-        knots, gain = fit_gains(signal, loss, self.options.bins)
-        profile = CalibrationProfile(
-            overlay_hash=overlay_hash,
-            granularity=granularity,
-            bits=(self.widths[0], self.widths[-1]),
-            group_names=tuple(g.name for g in self.groups),
-            diagonals=tuple(d.to(torch.float16).numpy() for d in diagonals),
-            knots=knots,
-            gain=gain,
-            mean_loss=loss.mean(axis=1),
-            weights=np.asarray([g.weights for g in self.groups]),
-            cost=np.asarray([g.bytes_at for g in self.groups]),
-            curve_log2_lambda=np.zeros((0, 0)),
-            curve_bits=np.zeros((0, 0)),
-            origin=origin,
-        )
-        lambdas, bits = self.curves(profile, signal, progress)
+        key = [
+            overlay_hash,
+            granularity,
+            {k: v for k, v in origin.items() if k != "versions"},
+            repr(self.options),
+        ]
+        self.partial.open(key)
+        with dense(self.decoder):
+            saliency = self.saliency(progress)
+            diagonals = [self.diagonal(g, s) for g, s in zip(self.groups, saliency, strict=True)]
+            measured = self.measure(saliency, diagonals, progress)
+            profile = self.profile(overlay_hash, granularity, origin, diagonals, measured)
+            profile = self.with_curves(profile, measured, progress)
+            profile = replace(profile, extra=self.oracle(profile, saliency, measured))
         took = {"seconds": round(time.perf_counter() - began, 1), "tokens": int(self.sequences.numel())}
-        fields = profile.__dict__ | {
-            "curve_log2_lambda": lambdas,
-            "curve_bits": bits,
-            "origin": origin | took,
-        }
-        return CalibrationProfile(**fields)
-
-    # -- pass 1 ------------------------------------------------------------------------------------------
+        self.partial.remove()
+        return replace(profile, origin=dict(profile.origin) | took)
 
     def saliency(self, progress: Progress) -> list[Tensor]:
-        """float32 [N] per group: mean over tokens of (dLoss/dy_n)^2, labels sampled from the model."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        total = [torch.zeros(0)] * len(self.groups)
-
-        def observe(group: Any, x: Tensor, y: Tensor) -> None:
-            def add(grad: Tensor) -> None:
-                squares = (grad.float() ** 2).sum(0)
-                total[group.index] = (
-                    squares if total[group.index].numel() == 0 else total[group.index] + squares
-                )
-
-            y.register_hook(add)
-
-        anchor = torch.zeros((), requires_grad=True)  # the weights are constants; gradients need a leaf
-        embed = self.decoder._embed
-        self.decoder._embed = lambda ids: embed(ids) + anchor
-        try:
-            for i, ids in enumerate(self.sequences):
-                logits = self.decoder.forward(ids, observe=observe)
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(
-                    logits, labels.to(logits.device), reduction="sum"
-                ).backward()
-                progress("saliency", i + 1, len(self.sequences))
-        finally:
-            self.decoder._embed = embed
-        return [t / self.sequences.numel() for t in total]
-
-    # -- pass 2 ------------------------------------------------------------------------------------------
+        """float32 [N] per group: mean over tokens of (dLoss/dy_n)^2."""
+        names = [f"saliency.{g.index}" for g in self.groups]
+        if not self.partial.has(names):
+            found = output_saliency(self.decoder, self.sequences, self.options.seed, progress)
+            self.partial.add({n: s.cpu().numpy() for n, s in zip(names, found, strict=True)})
+        return [torch.from_numpy(self.partial[n]).to(self.decoder.device) for n in names]
 
     def diagonal(self, group: Any, saliency: Tensor) -> Tensor:
         """[K]: expected loss of reading too few planes, per squared input, at the middle step."""
         middle = self.widths[len(self.widths) // 2 - 1]
-        delta = self.backend.dequantize(group.weight, self.widths[-1]) - self.backend.dequantize(
-            group.weight, middle
-        )
-        d = saliency @ (delta**2)
+        dequantize = self.decoder.backend.dequantize
+        delta = dequantize(group.weight, self.widths[-1]) - dequantize(group.weight, middle)
+        d = (saliency if self.options.weighted else torch.ones_like(saliency)) @ (delta**2)
+        if (ratio := self.ratio[group.index]) is not None:
+            d = d * ratio.to(d.device) ** 2
         # The estimator is stored in float16; only ratios matter, the bins carry the scale.
         return (d / d.mean().clamp(min=1e-30)).to(torch.float16).float()
 
-    def signals_and_losses(
-        self, saliency: list[Tensor], diagonals: list[Tensor], progress: Progress
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(signal float64 [G, T], loss float64 [G, T, B]) under decoding at random widths."""
-        rng = np.random.default_rng(self.options.seed)
-        signals: list[list[np.ndarray]] = [[] for _ in self.groups]
-        losses: list[list[np.ndarray]] = [[] for _ in self.groups]
+    def measure(self, saliency: list[Tensor], diagonals: list[Tensor], progress: Progress) -> Measurements:
+        """Pass 2 over every sequence."""
+        meter = Meter(self.decoder, self.widths, saliency, diagonals, self.source)
+        parts: list[Measurements] = []
+        fresh: dict[str, np.ndarray] = {}
+        for i, ids in enumerate(self.sequences):
+            names = {f: f"measured.{i}.{f}" for f in Measurements.__dataclass_fields__}
+            if self.partial.has(list(names.values())):
+                parts.append(Measurements(**{f: self.partial[n] for f, n in names.items()}))
+            else:
+                parts.append(meter.sequence(ids, self.options.seed * LABEL_STREAM + i))
+                fresh |= {n: getattr(parts[-1], f) for f, n in names.items()}
+            if len(fresh) >= EVERY * len(names):
+                self.partial.add(fresh)
+                fresh = {}
+            progress("gains", i + 1, len(self.sequences))
+        return Measurements.join(parts)
 
-        def observe(group: Any, x: Tensor, y: Tensor) -> None:
-            g = group.index
-            signals[g].append(((x.float() ** 2) @ diagonals[g]).double().cpu().numpy())
-            losses[g].append(self._losses(group, x, saliency[g]).double().cpu().numpy())
+    def profile(
+        self,
+        overlay_hash: str,
+        granularity: str,
+        origin: Mapping[str, Any],
+        diagonals: list[Tensor],
+        m: Measurements,
+    ) -> CalibrationProfile:
+        """Everything but the curves."""
+        probe, context, explained = fit_probe(m.inputs, m.context, m.sensitivity)
+        if not self.options.token_sensitivity:
+            probe, context, explained = np.zeros_like(probe), np.zeros_like(context), 0.0
+        signal = m.signal * _multipliers(probe, context, m)
+        knots, gain = fit_gains(signal, m.loss, self.options.bins)
+        mean_loss = m.loss.mean(axis=1, dtype=np.float64)
+        weights = np.asarray([g.weights for g in self.groups])
+        resident, budgets = self.residencies(mean_loss, weights)
+        return CalibrationProfile(
+            overlay_hash=overlay_hash,
+            granularity=granularity,
+            bits=(self.widths[0], self.widths[-1]),
+            group_names=tuple(g.name for g in self.groups),
+            diagonals=tuple(d.to(torch.float16).cpu().numpy() for d in diagonals),
+            source=np.asarray(self.source, np.int64),
+            probe=probe,
+            context=context,
+            knots=knots,
+            gain=gain,
+            mean_loss=mean_loss,
+            weights=weights,
+            cost=np.asarray([g.bytes_at for g in self.groups]),
+            resident=resident,
+            curve_log2_lambda=np.zeros((0, 0)),
+            curve_bits=np.zeros((0, 0)),
+            origin=dict(origin) | {"budgets": budgets, "probe_explains": round(explained, 4)},
+        )
 
-        def select(group: Any, x: Tensor) -> Tensor:
-            drawn = rng.choice(self.widths, size=len(x))
-            return torch.as_tensor(drawn, dtype=torch.int32, device=x.device)
-
-        with torch.no_grad():
-            for i, ids in enumerate(self.sequences):
-                self.decoder.forward(ids, select=select, observe=observe)
-                progress("gains", i + 1, len(self.sequences))
-        return np.stack([np.concatenate(s) for s in signals]), np.stack([np.concatenate(e) for e in losses])
-
-    def _losses(self, group: Any, x: Tensor, saliency: Tensor) -> Tensor:
-        """[T, B]: saliency-weighted squared output error of each width against the widest."""
-        full = x @ self.backend.dequantize(group.weight, self.widths[-1], x.dtype).T
-        out = x.new_zeros(len(x), len(self.widths))
-        for i, width in enumerate(self.widths[:-1]):
-            error = full - x @ self.backend.dequantize(group.weight, width, x.dtype).T
-            out[:, i] = (error**2) @ saliency
-        return out
+    def residencies(self, mean_loss: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """(planes held int64 [R, G], row of each budget): every equal number of planes, then the budgets."""
+        rows = [np.full(len(self.groups), w) for w in self.widths[1:]]
+        stored = np.asarray([g.bytes_at for g in self.groups])
+        tables = stored - weights[:, None] * np.asarray(self.widths)[None] / 8
+        held = weights[:, None] * np.asarray(self.widths)[None] / 8 + np.cumsum(tables, axis=1)
+        budgets = {}
+        for bits in self.options.budgets:
+            # What equal planes of this mean would hold, tables of every width that stays usable included.
+            allowed = float(sum(np.interp(bits, self.widths, h) for h in held))
+            budgets[f"{bits:g}"] = len(rows)
+            rows.append(self.widths[0] + memory_allocation(mean_loss, held, allowed))
+        return np.stack(rows).astype(np.int64), budgets
 
     # -- pass 3 ------------------------------------------------------------------------------------------
 
-    def curves(
-        self, profile: CalibrationProfile, signal: np.ndarray, progress: Progress
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(log2 lambda, effective bits), float64 [B-1, C] each, a row per number of resident planes.
-
-        Dense curves from the stored signals, shifted by what real decoding at a few points used instead.
-        """
-        ranked, low, high = np.sort(signal, axis=1), float(self.widths[0]), float(self.widths[-1])
+    def with_curves(
+        self, profile: CalibrationProfile, m: Measurements, progress: Progress
+    ) -> CalibrationProfile:
+        """Dense lambda -> bits curves from the stored signals, shifted by what real decoding used instead."""
+        ranked = np.sort(m.signal * _multipliers(profile.probe, profile.context, m), axis=1)
+        low, high = float(self.widths[0]), float(self.widths[-1])
         half = self.sequences[: max(1, len(self.sequences) // 2)]
+        contexts = list(torch.from_numpy(m.context).split(self.sequences.shape[1])[: len(half)])
         probes = np.linspace(low, high, self.options.points + 2)[1:-1]
         shift = [0.0]
         for i, target in enumerate(probes):
-            lam = 2.0 ** _solve(profile, ranked, target)
-            shift.append(self.bits_used(profile, lam, half) - _bits_at(profile, ranked, lam))
+            lam = 2.0 ** solve(profile, ranked, target)
+            shift.append(
+                self.bits_used(profile, lam, half, contexts=contexts) - stored_bits(profile, ranked, lam)
+            )
             progress("curve", i + 1, len(probes))
         at, by = np.asarray([low, *probes, high]), np.asarray([*shift, 0.0])
-        rows = [_dense_curve(profile, ranked, cap, at, by) for cap in self.widths[1:]]
-        return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
+        rows = [dense_curve(profile, ranked, planes, at, by) for planes in profile.resident]
+        return replace(
+            profile,
+            curve_log2_lambda=np.stack([r[0] for r in rows]),
+            curve_bits=np.stack([r[1] for r in rows]),
+        )
+
+    def oracle(
+        self, profile: CalibrationProfile, saliency: list[Tensor], m: Measurements
+    ) -> dict[str, np.ndarray]:
+        """What the exact-error oracle needs: float16 saliency of every output, and its lambda -> bits curve."""
+        scale = max(float(s.max()) for s in saliency) / 1024  # into float16's range; lambda absorbs it
+        arrays = {
+            f"oracle.saliency.{i}": (s / scale).to(torch.float16).cpu().numpy()
+            for i, s in enumerate(saliency)
+        }
+        factor = _multipliers(profile.probe, profile.context, m)
+        loss = m.exact[:, ::7] * factor[None, ::7, None] / np.float32(scale)
+        log2_lambda, bits = oracle_curve(loss, profile.cost, profile.weights, self.widths[0])
+        return arrays | {"oracle.log2_lambda": log2_lambda, "oracle.bits": bits}
 
     def bits_used(
-        self, profile: CalibrationProfile, lam: float, sequences: Tensor, max_bits: int | None = None
+        self,
+        profile: CalibrationProfile,
+        lam: float,
+        sequences: Tensor,
+        resident: Resident = None,
+        contexts: list[Tensor] | None = None,
     ) -> float:
-        """Effective bits of decoding these sequences with the policy at this lambda."""
-        device = self.decoder.device
-        thresholds = torch.from_numpy(profile.thresholds(lam, max_bits)).to(device)
-        diagonals = [torch.from_numpy(d).to(device) for d in profile.diagonals]
+        """Effective bits of decoding these sequences with the policy at this lambda.
+
+        contexts: per sequence float32 [T, 3], the previous steps' features; replaced by what this pass gives,
+        so that passes at neighbouring lambdas see nearly the contexts they would produce themselves. Without,
+        a first pass makes them.
+        """
+        rule = RateDistortionRule(profile, self.decoder.backend.select, self.decoder.device, resident)
+        rule.set_lambda(lam)
+        passes = 1 if contexts is not None or not profile.context.any() else 2
+        contexts = (
+            [torch.full((sequences.shape[1], 3), float("nan"))] * len(sequences)
+            if contexts is None
+            else contexts
+        )
         used = 0.0
 
         def select(group: Any, x: Tensor) -> Tensor:
             nonlocal used
-            bits = self.backend.select(x, diagonals[group.index], thresholds[group.index], self.widths[0])
+            bits = rule(group, x)
             used += bits.sum().item() * group.weights
             return bits
 
         with torch.no_grad():
-            for ids in sequences:
-                self.decoder.forward(ids, select=select, last_only=True)
+            for _ in range(passes):
+                used = 0.0
+                for i, ids in enumerate(sequences):
+                    rule.context = contexts[i]
+                    logits = self.decoder.forward(ids, select=select)
+                    contexts[i] = sequence_context(logits, ids)
         return float(used / (profile.weights.sum() * sequences.numel()))
 
 
-def _bits_at(
-    profile: CalibrationProfile, ranked: np.ndarray, lam: float, max_bits: int | None = None
-) -> float:
-    """Effective bits that the stored signals (sorted, [G, T]) would get at this lambda."""
-    thresholds = profile.thresholds(lam, max_bits)
-    tokens = ranked.shape[1]
-    above = [tokens - np.searchsorted(r, t, side="right") for r, t in zip(ranked, thresholds, strict=True)]
-    steps = np.asarray(above).sum(axis=1) / tokens
-    return float(profile.bits[0] + (steps * profile.weights).sum() / profile.weights.sum())
-
-
-def _solve(
-    profile: CalibrationProfile, ranked: np.ndarray, target: float, max_bits: int | None = None
-) -> float:
-    """log2 lambda at which the stored signals would get these bits (bisection; bits fall with lambda)."""
-    low, high = -200.0, 100.0
-    for _ in range(48):
-        middle = (low + high) / 2
-        above = _bits_at(profile, ranked, 2.0**middle, max_bits) > target
-        low, high = (middle, high) if above else (low, middle)
-    return (low + high) / 2
-
-
-def _dense_curve(
-    profile: CalibrationProfile, ranked: np.ndarray, max_bits: int, at: np.ndarray, shift: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(log2 lambda [C], bits [C]) for a number of resident planes; `shift` is added at bits `at`."""
-    low, high = float(profile.bits[0]), float(max_bits)
-    ends = [_solve(profile, ranked, t, max_bits) for t in (low + 0.01, high - 0.01)]
-    grid = np.linspace(ends[0], ends[1], GRID)
-    stored = np.asarray([_bits_at(profile, ranked, 2.0**g, max_bits) for g in grid])
-    fade = np.minimum(1.0, (high - stored) * 4)  # a cap leaves nothing to shift near itself
-    bits = np.clip(stored + np.interp(stored, at, shift) * fade, low, high)
-    # Beyond the ends every bin takes the seed, or the maximum.
-    grid = np.concatenate([[ends[0] + 60], grid, [ends[1] - 90]])
-    return grid, np.maximum.accumulate(np.concatenate([[low], bits, [high]]))
+def _multipliers(probe: np.ndarray, context: np.ndarray, m: Measurements) -> np.ndarray:
+    """float32 [T]: each token's multiplier, as the policy will compute it."""
+    token_probe = TokenProbe.of(probe, context)
+    return token_probe.multiplier(torch.from_numpy(m.inputs), torch.from_numpy(m.context)).numpy()
 
 
 def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +277,7 @@ def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarr
     groups, tokens = signal.shape
     bins = max(2, min(bins, tokens // 8))
     quantiles = np.arange(1, bins) / bins
-    edges = np.quantile(signal, quantiles, axis=1).T  # [G, M-1]
+    edges = np.quantile(signal.astype(np.float64), quantiles, axis=1).T  # [G, M-1]
     steps = loss.shape[2] - 1
     gain = np.zeros((groups, steps, bins))
     for g in range(groups):

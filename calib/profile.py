@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,31 @@ from safetensors import SafetensorError, safe_open
 from dpllm.kernels.errors import InputError
 from dpllm.quant.files import write_tensors
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 PROFILE_NAME = "profile.safetensors"
-_VECTORS = ("knots", "gain", "mean_loss", "weights", "cost", "curve_bits", "curve_log2_lambda")
+_VECTORS = (
+    "knots", "gain", "mean_loss", "weights", "cost", "source", "probe", "context", "resident",
+    "curve_bits", "curve_log2_lambda",
+)  # fmt: skip
+Resident = int | np.ndarray | None  # planes held: of every group alike, of each group, or all
 
 
 @dataclass(frozen=True)
 class CalibrationProfile:
-    """One calibration. G groups, B widths, M bins of the signal, C points of a lambda curve.
+    """One calibration. G groups, B widths, M bins of the signal, R residencies, C points of a lambda curve.
 
-    diagonals: per group float16 [K], expected loss per squared input; the estimator's only table.
+    A group's signal is m_t * sum_k d_k x_k^2, with x the input of group `source` and m_t the token's
+    multiplier (calib/sensitivity.py), one number a token.
+
+    diagonals: per group float16 [K], expected loss per squared input. source: int64 [G], the group whose
+    input is read; an earlier one where the estimate is asynchronous. probe: float16 [K] over group 0's
+    input, context: float64 [2C+1] (weights and means of the context features, bias): the multiplier.
     knots: float64 [G, M-1] ascending, bin edges of the signal. gain: float64 [G, B-1, M], expected loss
     saved by one more bit in each bin, non-decreasing in the signal. mean_loss: float64 [G, B].
     weights: int64 [G], matrix elements. cost: int64 [G, B], bytes read at each width.
-    curve_log2_lambda, curve_bits: float64 [B-1, C], effective bits that decoding uses at each lambda when
-    seed_bits + 1 + row planes are resident; lambda falls, bits rise along C.
+    resident: int64 [R, G], planes held of each group; curve_log2_lambda, curve_bits: float64 [R, C],
+    effective bits that decoding uses at each lambda with those planes; lambda falls, bits rise along C.
+    extra: arrays of other policies ("dp-llm.*"), empty unless they were calibrated.
     """
 
     overlay_hash: str
@@ -42,50 +52,84 @@ class CalibrationProfile:
     bits: tuple[int, int]
     group_names: tuple[str, ...]
     diagonals: tuple[np.ndarray, ...]
+    source: np.ndarray
+    probe: np.ndarray
+    context: np.ndarray
     knots: np.ndarray
     gain: np.ndarray
     mean_loss: np.ndarray
     weights: np.ndarray
     cost: np.ndarray
+    resident: np.ndarray
     curve_log2_lambda: np.ndarray
     curve_bits: np.ndarray
     origin: Mapping[str, Any]
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def estimator_bytes(self) -> int:
         """Bytes the selector itself reads for every token."""
-        return sum(d.nbytes for d in self.diagonals)
+        return sum(d.nbytes for d in self.diagonals) + self.probe.nbytes
 
-    def _curve(self, max_bits: int | None) -> tuple[np.ndarray, np.ndarray]:
-        row = (max_bits or self.bits[1]) - self.bits[0] - 1
-        return self.curve_log2_lambda[row], self.curve_bits[row]
+    def planes(self, resident: Resident) -> np.ndarray:
+        """int64 [G]: planes held of each group."""
+        high = self.bits[1] if resident is None else resident
+        return np.minimum(np.broadcast_to(np.asarray(high, np.int64), len(self.gain)), self.bits[1])
 
-    def target_range(self, max_bits: int | None = None) -> tuple[float, float]:
-        """Effective bits that can be asked for when max_bits planes are resident (default: all)."""
-        _, bits = self._curve(max_bits)
+    def _curve(self, resident: Resident) -> tuple[np.ndarray, np.ndarray]:
+        planes = self.planes(resident)
+        rows = np.flatnonzero((self.resident == planes).all(axis=1))
+        if len(rows) == 0:
+            mean = (planes * self.weights).sum() / self.weights.sum()
+            raise InputError(
+                f"the profile has no targets for the planes that are resident ({mean:.2f} bits on average). "
+                "Run: dpllm calibrate OVERLAY --memory-bits with this budget."
+            )
+        return self.curve_log2_lambda[rows[0]], self.curve_bits[rows[0]]
+
+    def target_range(self, resident: Resident = None) -> tuple[float, float]:
+        """Effective bits that can be asked for when these planes are resident (default: all)."""
+        _, bits = self._curve(resident)
         return float(bits[0]), float(bits[-1])
 
-    def lambda_for(self, target_bits: float, max_bits: int | None = None) -> float:
+    def lambda_for(self, target_bits: float, resident: Resident = None) -> float:
         """The lambda whose measured effective bits are the target (log-linear between curve points)."""
-        low, high = self.target_range(max_bits)
-        if not low <= target_bits <= high:
+        low, high = self.target_range(resident)
+        if not low - 1e-9 <= target_bits <= high + 1e-9:
             raise InputError(
                 f"target {target_bits} bits is out of reach: {low:.2f} to {high:.2f} can be had. "
                 "Choose a target in between; a wider range needs more resident planes."
             )
-        log2_lambda, bits = self._curve(max_bits)
+        log2_lambda, bits = self._curve(resident)
         return float(2 ** np.interp(target_bits, bits, log2_lambda))
 
-    def thresholds(self, lam: float, max_bits: int | None = None) -> np.ndarray:
-        """Signal above which each further bit is worth its bytes. float32 [G, max_bits - seed], ascending.
+    def budget(self, memory_bits: float) -> np.ndarray:
+        """int64 [G]: the planes that calibration allotted under this mean number of resident bits."""
+        means = (self.resident * self.weights).sum(axis=1) / self.weights.sum()
+        stored = self.origin.get("budgets", {})
+        if f"{memory_bits:g}" in stored:
+            return self.resident[stored[f"{memory_bits:g}"]]
+        if memory_bits == int(memory_bits) and (same := np.flatnonzero(means == memory_bits)).size:
+            return self.resident[same[0]]
+        known = ", ".join(sorted(stored)) or "none"
+        raise InputError(
+            f"no budget of {memory_bits:g} resident bits was calibrated (stored: {known}). "
+            f"Run: dpllm calibrate OVERLAY --memory-bits {memory_bits:g}"
+        )
+
+    def thresholds(self, lam: float, resident: Resident = None) -> np.ndarray:
+        """Signal above which each further bit is worth its bytes. float32 [G, max(planes) - seed], ascending.
 
         In every bin the width minimises expected loss + lambda * bytes; since gains rise with the signal,
         the best width does too, so the whole rule is a threshold per step (possibly infinite).
         """
-        steps = (max_bits or self.bits[1]) - self.bits[0]
+        planes = self.planes(resident)
+        steps = int(planes.max()) - self.bits[0]
         groups = len(self.gain)
         price = lam * np.diff(self.cost, axis=1)[:, :steps, None]
         merit = np.cumsum(self.gain[:, :steps] - price, axis=1)  # of going from the seed up to each width
         merit = np.concatenate([np.zeros_like(merit[:, :1]), merit], axis=1)
+        beyond = np.arange(steps + 1)[None, :] > (planes - self.bits[0])[:, None]
+        merit[beyond] = -np.inf
         best = np.maximum.accumulate(merit.argmax(axis=1), axis=1)  # [G, M] steps above the seed
         edges = np.concatenate([np.full((groups, 1), -np.inf), self.knots], axis=1)  # lower edge of each bin
         out = np.full((groups, steps), np.inf)
@@ -99,6 +143,7 @@ class CalibrationProfile:
         """Writes the profile atomically."""
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _VECTORS}
         tensors |= {f"diagonal.{i}": d for i, d in enumerate(self.diagonals)}
+        tensors |= {f"extra.{name}": np.ascontiguousarray(t) for name, t in self.extra.items()}
         header = {
             "profile_version": PROFILE_VERSION,
             "overlay_hash": self.overlay_hash,
@@ -128,8 +173,41 @@ class CalibrationProfile:
             group_names=tuple(header["group_names"]),
             diagonals=diagonals,
             origin=header["origin"],
+            extra={n.removeprefix("extra."): t for n, t in tensors.items() if n.startswith("extra.")},
             **{name: tensors[name] for name in _VECTORS},
         )
+
+
+def merge(one: CalibrationProfile, other: CalibrationProfile) -> CalibrationProfile:
+    """`one` with the budgets and policies that only `other` has. Both must come from the same measurement.
+
+    Raises InputError where they were calibrated for different overlays, groups or gains.
+    """
+    same = (one.overlay_hash, one.granularity, one.bits) == (
+        other.overlay_hash,
+        other.granularity,
+        other.bits,
+    )
+    if not same:
+        raise InputError("profiles of different overlays, granularities or widths cannot be merged.")
+    if not (np.array_equal(one.gain, other.gain) and np.array_equal(one.knots, other.knots)):
+        raise InputError(
+            "the profiles hold different measurements (other text, seed or options). Calibrate both alike."
+        )
+    fresh = [i for i, row in enumerate(other.resident) if not (one.resident == row).all(axis=1).any()]
+    budgets = dict(one.origin.get("budgets", {}))
+    resident = np.concatenate([one.resident, other.resident[fresh]])
+    for name, row in other.origin.get("budgets", {}).items():
+        at = np.flatnonzero((resident == other.resident[row]).all(axis=1))[0]
+        budgets.setdefault(name, int(at))
+    return replace(
+        one,
+        resident=resident,
+        curve_log2_lambda=np.concatenate([one.curve_log2_lambda, other.curve_log2_lambda[fresh]]),
+        curve_bits=np.concatenate([one.curve_bits, other.curve_bits[fresh]]),
+        origin=dict(one.origin) | {"budgets": budgets},
+        extra=dict(other.extra) | dict(one.extra),
+    )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

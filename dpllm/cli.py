@@ -112,7 +112,7 @@ def calibrate(
         Optional[str], typer.Option(help="Targets to check by decoding at the end, e.g. 3.25,3.5.")  # noqa: UP045
     ] = None,
     memory_bits: Annotated[
-        Optional[int], typer.Option(help="Resident planes these targets are checked with; default: all.")  # noqa: UP045
+        str | None, typer.Option(help="Mean resident bits to allot planes for, e.g. 5 or 4.5,5.")
     ] = None,
     data: Data = None,
     granularity: Annotated[
@@ -120,6 +120,12 @@ def calibrate(
     ] = "fused",
     samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 32,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    asynchronous: Annotated[
+        bool, typer.Option("--asynchronous", help="Estimate q/k/v and gate/up from inputs one sub-block old.")
+    ] = False,
+    dp_llm: Annotated[
+        bool, typer.Option("--dp-llm", help="Also calibrate the paper's own policy for each of --targets.")
+    ] = False,
     out: Annotated[
         str | None, typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")
     ] = None,
@@ -130,12 +136,16 @@ def calibrate(
 ) -> None:
     """Measure what each group's next bit is worth, so that every target can be met.
 
-    One run serves every target, with any number of resident planes.
+    One run serves every target, with any number of resident planes. Killed at any moment, the same command
+    continues where it stopped; run again with other budgets or policies, it adds them to the profile.
     """
-    from dpllm.commands.calibrate import run
+    from dpllm.commands.calibrate import CalibrateArguments, run
 
     run(
-        overlay, targets, memory_bits, data, granularity, samples, sequence_length, out, device, threads, seed, json
+        CalibrateArguments(
+            overlay, targets, memory_bits, data, granularity, samples, sequence_length, asynchronous, dp_llm, out,
+            device, threads, seed, json,
+        )
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep, decode_one
-from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy
+from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import encode, load_tokenizer
 from dpllm.sampling import sample
@@ -128,7 +128,8 @@ class Engine:
         generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
         cache = self.decoder.new_cache(len(ids) + budget)
         pending = _Pending(self.tokenizer, options.stop)
-        bits = None
+        bits, chosen = None, self.policy
+        deciding = None if chosen is None else begin_text(chosen)
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
@@ -140,7 +141,11 @@ class Engine:
             if last or pending.stopped:
                 return
             began = clock()
-            logits, bits = self._decode(token, cache)
+            if self.policy is not chosen:  # set_policy has been called since the last token
+                chosen = self.policy
+                deciding = None if chosen is None else begin_text(chosen)
+            observe(deciding, logits, torch.tensor([token], device=logits.device))
+            logits, bits = self._decode(token, cache, deciding)
 
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: DenseKVCache) -> torch.Tensor:
@@ -149,12 +154,14 @@ class Engine:
             logits = self.decoder.forward(chunk, cache, last_only=True)
         return logits
 
-    def _decode(self, token: int, cache: DenseKVCache) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _decode(
+        self, token: int, cache: DenseKVCache, policy: PrecisionPolicy | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [1, vocab] behind one more token, and the width of each group, int32 [1, G], if quantised."""
-        if self.policy is None:
+        if policy is None:
             with torch.no_grad():
                 return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache), None
-        return decode_one(self.decoder, self.native, token, cache, self.policy)
+        return decode_one(self.decoder, self.native, token, cache, policy)
 
     def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, bits: torch.Tensor | None) -> Step:
         """bits: what this token read; None: the resident maximum, as for a prompt (0: never quantised)."""

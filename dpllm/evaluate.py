@@ -1,19 +1,23 @@
 """Held-out quality of a policy at its measured bits: `dpllm eval`.
 
 Every scored token takes the decode path: its own widths, from its own signal, over the keys and values
-that such decoding produced. The pass is batched over a document's tokens, which equals step-by-step
-decoding (tests/model/test_policies.py shows it).
+that such decoding produced. Where a width depends on nothing but its token's input, the pass is batched over
+a document's tokens, which equals step-by-step decoding (tests/model/test_policies.py shows it). A policy that
+also learns from finished steps decodes step by step, many documents side by side (dpllm/lockstep.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 
+from dpllm.calib.dense import dense
 from dpllm.decoder import Decoder
+from dpllm.lockstep import steps
 from dpllm.policy import PrecisionPolicy, Recorder
 
 
@@ -66,19 +70,35 @@ def score(
     documents: Sequence[Sequence[int]],
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[DocumentScore]:
-    """One score per document of at least two tokens."""
-    scores = []
-    for document in documents:
-        ids = torch.tensor(document, device=decoder.device)
-        if len(ids) < 2:
-            continue
-        recorder = Recorder(policy, decoder.groups)
-        logits = decoder.forward(ids[:-1], select=recorder)
-        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-        bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
-        scores.append(DocumentScore(nll, len(ids) - 1, bits, nbytes))
-        progress(len(ids) - 1)
-    return scores
+    """One score per document of at least two tokens, in their order."""
+    kept = [torch.tensor(d, device=decoder.device) for d in documents if len(d) > 1]
+    # The native kernels are quick as they are, and what they compute is what is to be scored.
+    with nullcontext() if decoder.backend.cpu is not None else dense(decoder):
+        if getattr(policy, "stepwise", False):
+            return _score_steps(decoder, policy, kept, progress)
+        return [_score_batch(decoder, policy, ids, progress) for ids in kept]
+
+
+def _score_batch(
+    decoder: Decoder, policy: PrecisionPolicy, ids: torch.Tensor, progress: Callable[[int], None]
+) -> DocumentScore:
+    recorder = Recorder(policy, decoder.groups)
+    logits = decoder.forward(ids[:-1], select=recorder)
+    nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
+    progress(len(ids) - 1)
+    return DocumentScore(nll, len(ids) - 1, bits, nbytes)
+
+
+def _score_steps(
+    decoder: Decoder, policy: PrecisionPolicy, documents: list[torch.Tensor], progress: Callable[[int], None]
+) -> list[DocumentScore]:
+    sums = torch.zeros(len(documents), 3, dtype=torch.float64)
+    for numbers, logits, after, recorder in steps(decoder, policy, documents):
+        nll = torch.nn.functional.cross_entropy(logits, after, reduction="none").double().cpu()
+        sums[numbers] += torch.stack([nll, recorder.effective_bits(), recorder.weight_bytes()], dim=1)
+        progress(len(numbers))
+    return [DocumentScore(n, len(d) - 1, b, w) for (n, b, w), d in zip(sums.tolist(), documents, strict=True)]
 
 
 def summarize(name: str, target_bits: float, scores: Sequence[DocumentScore], head_bytes: int) -> EvalResult:

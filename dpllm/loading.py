@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +29,11 @@ DOWN = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """resident_bits: planes to read and hold (default: all). granularity: 'fused' decides once for q/k/v
-    and once for gate/up, 'linear' once per matrix. backend, cpu: see kernels/backend.py. kv_dtype: storage of
-    keys and values."""
+    """resident_bits: planes to read and hold, of every matrix or by group name (default: all).
+    granularity: 'fused' decides once for q/k/v and once for gate/up, 'linear' once per matrix. backend, cpu: see
+    kernels/backend.py. kv_dtype: storage of keys and values."""
 
-    resident_bits: int | None = None
+    resident_bits: int | Mapping[str, int] | None = None
     granularity: str = "fused"
     backend: str | None = None
     cpu: CpuOptions = field(default_factory=CpuOptions)
@@ -64,12 +65,13 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
     if isinstance(source, Overlay) and options.resident_bits is not None:
         lo, hi = source.bits
-        if not lo <= options.resident_bits <= hi:
-            raise InputError(
-                f"{options.resident_bits} resident bits are not to be had: {path} stores {lo}..{hi}."
-            )
+        wanted = options.resident_bits
+        for bits in wanted.values() if isinstance(wanted, Mapping) else [wanted]:
+            if not lo <= bits <= hi:
+                raise InputError(f"{bits} resident bits are not to be had: {path} stores {lo}..{hi}.")
     if isinstance(source, Overlay) and options.device == "cpu":
-        widest = options.resident_bits or source.bits[1]
+        asked = options.resident_bits
+        widest = max(asked.values()) if isinstance(asked, Mapping) else asked or source.bits[1]
         check_memory(path, {b: resident_bytes(source, b) for b in range(source.bits[0], widest + 1)})
     return _Builder(config, source, backend, options).build()
 
@@ -180,7 +182,8 @@ class _Builder:
             return Group(name, torch.cat(dense) if len(dense) > 1 else dense[0], bias)
         for part, r in zip(parts, rows, strict=True):
             self.check_shape(part, (r, columns))
-        weight = self.overlay.stacked(parts, self.options.resident_bits)
+        held = self.options.resident_bits
+        weight = self.overlay.stacked(parts, held[name] if isinstance(held, Mapping) else held)
         return make_group(name, weight, bias, self.backend, self.options.device)
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:

@@ -15,13 +15,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dpllm.calib.sensitivity import LIMIT
 from dpllm.decoder import Decoder, Group
 from dpllm.decoder import Layer as DecoderLayer
 from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.policy import PrecisionPolicy, Recorder, StaticPolicy
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
 
@@ -33,6 +34,11 @@ class ThresholdRule(Protocol):
 
     diagonals: list[Tensor]
     thresholds: Tensor
+
+
+def own_inputs(policy: ThresholdRule) -> bool:
+    """Whether every group decides by its own input: estimates from older ones are left to the policy itself."""
+    return all(source == g for g, source in enumerate(getattr(policy, "source", ())))
 
 
 class NativeStep:
@@ -66,6 +72,10 @@ class NativeStep:
         if not 0 <= token < len(self._logits[0]):
             raise IndexError(f"there is no token {token} in a vocabulary of {len(self._logits[0])}.")
         self.follow(policy)
+        natively = bool(self._selection.probe) and isinstance(policy, RateDistortionPolicy)
+        if natively:
+            self._selection.offset = float(policy.probe.offset(policy.context))
+            self._selection.correction = policy.correction
         starts, lengths = cache.runs(1)
         request = native.Request(
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
@@ -82,6 +92,8 @@ class NativeStep:
             assert error is not None
             raise error
         cache.advance(1)
+        if natively:
+            policy.record(self._bits[None])
         return self._logits, self._bits[None]
 
     def follow(self, policy: PrecisionPolicy) -> None:
@@ -98,20 +110,32 @@ class NativeStep:
             fixed = torch.tensor([_resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
             self._held = (fixed,)
             return native.Selection(fixed=fixed.data_ptr(), seed=seed)
-        if isinstance(policy, ThresholdRule):
-            steps = policy.thresholds.shape[1]
-            assert policy.thresholds.dtype == torch.float32 and policy.thresholds.is_contiguous()
-            assert all(_resident(g, g.seed_bits + steps) for g in groups)
-            diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
-            pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
-            self._held = (diagonals, pointers)
-            return native.Selection(
-                diagonal=ctypes.addressof(pointers), thresholds=policy.thresholds.data_ptr(),
-                steps=steps, seed=seed, multiplier=1.0,
-            )  # fmt: skip
+        if isinstance(policy, ThresholdRule) and own_inputs(policy):
+            return self._by_thresholds(policy, seed)
         callback = native.Choose(self._callback(policy))
         self._held = (callback,)
         return native.Selection(choose=callback, seed=seed)
+
+    def _by_thresholds(self, policy: ThresholdRule, seed: int) -> native.Selection:
+        thresholds = policy.thresholds
+        assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
+        for g, row in zip(self.decoder.groups, thresholds, strict=True):
+            if (row[g.resident_bits - seed :] < torch.inf).any():
+                _resident(g, seed + len(row))  # raises
+        diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
+        pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
+        selection = native.Selection(
+            diagonal=ctypes.addressof(pointers), thresholds=thresholds.data_ptr(), steps=thresholds.shape[1],
+            seed=seed,
+        )  # fmt: skip
+        probe = getattr(policy, "probe", None)
+        if probe is not None:
+            weights = probe.probe.float().contiguous()
+            selection.probe, selection.limit = weights.data_ptr(), LIMIT
+            self._held = (diagonals, pointers, weights)
+        else:
+            self._held = (diagonals, pointers)
+        return selection
 
     def _callback(self, policy: PrecisionPolicy) -> Callback:
         groups = self.decoder.groups

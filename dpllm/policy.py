@@ -1,11 +1,13 @@
 """Who decides how many planes a token reads at a group: one small class per policy.
 
 A policy is a callable `select(group, x [T, K]) -> int32 [T]`. It sees each position once and in order, so a
-batched pass and token-by-token decoding get the same widths.
+batched pass and token-by-token decoding get the same widths; except where it is `stepwise`: then it also
+learns from each finished step (`observe`), and only decoding step by step is the real thing.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +15,18 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.allocation import static_bits
+from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.rule import RateDistortionRule
+from dpllm.calib.sensitivity import step_context
 from dpllm.decoder import Decoder, Group
+from dpllm.dp_policy import DPLLMPolicy
 from dpllm.kernels.errors import InputError
+from dpllm.oracle import OracleRateDistortion
 
-POLICIES = ("uniform", "static", "random", "rate-distortion")
+POLICIES = (
+    "uniform", "static", "random", "dp-llm", "rate-distortion", "oracle-dp-llm", "oracle-rate-distortion",
+)  # fmt: skip
 
 
 class PrecisionPolicy(Protocol):
@@ -29,6 +38,21 @@ class PrecisionPolicy(Protocol):
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Bits of each token at this group. x: [T, K], the group's input. Returns int32 [T]."""
         ...
+
+
+def begin_text(policy: PrecisionPolicy) -> PrecisionPolicy:
+    """The policy to decode one text with: its tables are shared, what it learns from finished steps is not."""
+    if not getattr(policy, "stepwise", False):
+        return policy
+    own = copy.copy(policy)
+    own.reset()  # type: ignore[attr-defined]
+    return own
+
+
+def observe(policy: object, logits: Tensor, tokens: Tensor) -> None:
+    """Tells a policy that learns from finished steps: logits [R, V] of the step, tokens int64 [R] that follow."""
+    if getattr(policy, "stepwise", False):
+        policy.observe(logits, tokens)  # type: ignore[attr-defined]
 
 
 class StaticPolicy:
@@ -60,44 +84,68 @@ class RandomPolicy:
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """floor(target) or one more, with the odds that give the target on average."""
         upper = self.streams[group.index].random(len(x)) < self.share
-        return torch.as_tensor(self.low + upper, dtype=torch.int32, device=x.device)
+        drawn = np.minimum(self.low + upper, group.resident_bits)
+        return torch.as_tensor(drawn, dtype=torch.int32, device=x.device)
 
 
-class RateDistortionPolicy:
+class RateDistortionPolicy(RateDistortionRule):
     """Reads one more plane wherever the expected loss it saves is worth lambda times its bytes.
 
-    The expected saving is calibrated per group as a function of one cheap number, sum_k d_k x_k^2, and
-    grows with it; so at a given lambda the rule is a few thresholds per group (CalibrationProfile).
+    The expected saving is calibrated per group as a function of one cheap number, m_t * sum_k d_k x_k^2, and
+    grows with it; so at a given lambda the rule is a few thresholds per group (calib/rule.py). m_t foretells
+    how much this token cares, from its embedding and the previous step (`observe`); it also carries the
+    correction that keeps effective bits on target (calib/correction.py).
     Retargeting rewrites the thresholds in place, between any two tokens.
     """
 
     name = "rate-distortion"
+    stepwise = True
 
-    def __init__(self, profile: CalibrationProfile, decoder: Decoder, target_bits: float):
-        self.profile = profile
+    def __init__(
+        self, profile: CalibrationProfile, decoder: Decoder, target_bits: float, corrected: bool = True
+    ):
+        planes = np.asarray([g.resident_bits for g in decoder.groups])
+        super().__init__(profile, decoder.backend.select, decoder.device, planes)
         self.extra_bytes = profile.estimator_bytes()
-        self.select = decoder.backend.select
-        self.diagonals = [torch.from_numpy(d).to(decoder.device) for d in profile.diagonals]
-        self.max_bits = min(
-            profile.bits[1], decoder.groups[0].resident_bits
-        )  # planes beyond are not resident
-        steps = self.max_bits - profile.bits[0]
-        self.thresholds = torch.empty(len(self.diagonals), steps, device=decoder.device)
+        self.corrected = corrected
+        self._total = float(profile.weights.sum())
+        self._used: Tensor | float = 0.0  # weights times bits of the token under way, summed over its rows
+        self._rows = 0
         self.set_target(target_bits)
 
     def set_target(self, target_bits: float) -> None:
-        """Moves lambda to where calibration measured these effective bits."""
-        if self.max_bits > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
-            self.set_lambda(self.profile.lambda_for(target_bits, self.max_bits))
+        """Moves lambda to where calibration measured these effective bits. The correction starts anew."""
+        self.controller = Correction(target_bits)
+        self.correction = 0.0
+        if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
+            self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
-    def set_lambda(self, lam: float) -> None:
-        """Rewrites the thresholds for this price of a byte."""
-        self.thresholds.copy_(torch.from_numpy(self.profile.thresholds(lam, self.max_bits)))
+    def reset(self) -> None:
+        """A new text: no previous step, no correction (the same text is to get the same widths)."""
+        self.context, self._inputs = None, {}
+        self.controller, self.correction = Correction(self.controller.target_bits), 0.0
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
-        g = group.index
-        return self.select(x, self.diagonals[g], self.thresholds[g], group.seed_bits)
+        bits = super().__call__(group, x)
+        if group.index == 0:
+            self._used, self._rows = 0.0, len(x)
+        self._used = self._used + bits.sum() * group.weights
+        return bits
+
+    def record(self, bits: Tensor) -> None:
+        """What a native step chose by this rule: int32 [R, G]."""
+        used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64))
+        self._used, self._rows = float(used.sum()), len(bits)
+
+    def observe(self, logits: Tensor, tokens: Tensor) -> None:
+        """After a decode step. logits: [R, V] of R sequences side by side; tokens: int64 [R], what comes
+        next in each. Fewer rows than before: the last sequences have ended."""
+        previous = None if self.context is None else self.context[: len(tokens)]
+        self.context = step_context(logits, tokens, previous)
+        if self.corrected and self._rows:
+            self.controller.update(float(self._used) / (self._total * self._rows))
+            self.correction, self._rows = self.controller.value, 0
 
 
 class Recorder:
@@ -144,9 +192,10 @@ def make_policy(
         raise InputError(
             "this model is not quantised, so there are no bits to choose. Run dpllm quantize first."
         )
-    if not first.seed_bits <= target_bits <= first.resident_bits:
+    high = resident_mean(decoder)
+    if not first.seed_bits <= target_bits <= high + 1e-9:
         raise InputError(
-            f"target {target_bits:g} bits is impossible: {first.seed_bits} (seed) to {first.resident_bits} "
+            f"target {target_bits:g} bits is impossible: {first.seed_bits} (seed) to {high:g} "
             "(resident) can be read. Choose a target in between."
         )
     if name == "uniform":
@@ -155,13 +204,33 @@ def make_policy(
                 f"policy 'uniform' reads whole bits, not {target_bits:g}. "
                 f"Choose {int(target_bits)} or {int(target_bits) + 1}."
             )
-        return StaticPolicy([int(target_bits)] * len(decoder.groups), name="uniform")
+        return StaticPolicy([min(int(target_bits), g.resident_bits) for g in decoder.groups], name="uniform")
     if name == "random":
         return RandomPolicy(target_bits, len(decoder.groups), seed)
     if profile is None:
         raise InputError(f"policy '{name}' needs a calibration profile. Run: dpllm calibrate OVERLAY")
     if name == "static":
-        widths = first.resident_bits - first.seed_bits + 1
-        chosen = static_bits(profile.mean_loss[:, :widths], profile.weights, first.seed_bits, target_bits)
-        return StaticPolicy([int(b) for b in chosen])
+        chosen = static_bits(capped_loss(profile, decoder), profile.weights, first.seed_bits, target_bits)
+        # Beyond what is resident nothing is better, but where the budget is ample nothing is worse either.
+        return StaticPolicy(
+            [min(int(b), g.resident_bits) for b, g in zip(chosen, decoder.groups, strict=True)]
+        )
+    if name in ("dp-llm", "oracle-dp-llm"):
+        return DPLLMPolicy(profile, decoder, target_bits, exact=name.startswith("oracle"))
+    if name == "oracle-rate-distortion":
+        return OracleRateDistortion(profile, decoder, target_bits)
     return RateDistortionPolicy(profile, decoder, target_bits)
+
+
+def resident_mean(decoder: Decoder) -> float:
+    """Mean width when every resident plane is read."""
+    total = sum(g.weights for g in decoder.groups)
+    return sum(g.resident_bits * g.weights for g in decoder.groups) / total
+
+
+def capped_loss(profile: CalibrationProfile, decoder: Decoder) -> np.ndarray:
+    """mean_loss float64 [G, B] with widths that are not resident made no better than the widest that is."""
+    loss = profile.mean_loss[:, : max(g.resident_bits for g in decoder.groups) - profile.bits[0] + 1].copy()
+    for row, g in zip(loss, decoder.groups, strict=True):
+        row[g.resident_bits - g.seed_bits :] = row[g.resident_bits - g.seed_bits]
+    return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ from tiny_text import train_tokenizer
 
 from dpllm import reference
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
+from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
@@ -85,8 +87,14 @@ def profiles(quantized, calibration_sequences) -> dict[str, CalibrationProfile]:
 
     def calibrate(granularity: str) -> CalibrationProfile:
         decoder = load_decoder(quantized, LoadOptions(granularity=granularity))
-        calibrator = Calibrator(decoder, calibration_sequences, CalibrateOptions())
-        return calibrator.run(Overlay.open(quantized).hash, granularity, {}, lambda *stage: None)
+        calibrator = Calibrator(decoder, calibration_sequences, CalibrateOptions(budgets=(4.0,)))
+        profile = calibrator.run(Overlay.open(quantized).hash, granularity, {}, lambda *stage: None)
+        caps = {"6": profile.planes(None), "4": profile.budget(4)}
+        few = DPLLMOptions(steps=6, length=64, tokens=2048, tune_steps=40)
+        found = calibrate_dp_llm(
+            decoder, calibration_sequences, caps, {b: [2.75, 3.25, 4.0] for b in caps}, few
+        )
+        return replace(profile, extra=dict(profile.extra) | found)
 
     return {g: calibrate(g) for g in ("fused", "linear")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -74,6 +75,9 @@ def describe_profile(profile: CalibrationProfile) -> dict[str, Any]:
         "groups": len(profile.group_names),
         "targets": [round(low, 3), round(high, 3)],
         "estimator_bytes": profile.estimator_bytes(),
+        "asynchronous": bool((profile.source != np.arange(len(profile.source))).any()),
+        "budgets": sorted(float(b) for b in profile.origin.get("budgets", {})),
+        "dp_llm_targets": sorted({float(t) for t in profile.extra.get("dp-llm.targets", [])}),
         "origin": dict(profile.origin),
     }
 

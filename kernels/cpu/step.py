@@ -58,7 +58,7 @@ class Selection(ctypes.Structure):
     __slots__ = ()
     _fields_ = (
         ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer), ("steps", Int), ("seed", Int),
-        ("multiplier", Float), ("choose", Choose),
+        ("probe", Pointer), ("offset", Float), ("limit", Float), ("correction", Float), ("choose", Choose),
     )  # fmt: skip
 
 

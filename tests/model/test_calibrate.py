@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
+from dpllm.calib.measure import LABEL_STREAM, gradients
+from dpllm.calib.rule import stale_sources
 from dpllm.loading import LoadOptions, load_decoder
-from dpllm.policy import Recorder, make_policy
+from dpllm.policy import RateDistortionPolicy, Recorder, make_policy
 
 TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
 
@@ -45,7 +47,6 @@ def twin(tiny_checkpoint, decoders):
 
 def autograd_saliency(model, sequences, seed) -> dict[str, torch.Tensor]:
     """Mean over tokens of squared output gradients of every linear, labels drawn from the model."""
-    generator = torch.Generator().manual_seed(seed)
     outputs: dict[str, torch.Tensor] = {}
     totals: dict[str, torch.Tensor] = {}
 
@@ -58,7 +59,8 @@ def autograd_saliency(model, sequences, seed) -> dict[str, torch.Tensor]:
 
     linears = {n: m for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
     handles = [m.register_forward_hook(keep(f"model.{n}")) for n, m in linears.items()]
-    for ids in sequences:
+    for i, ids in enumerate(sequences):
+        generator = torch.Generator().manual_seed(seed * LABEL_STREAM + i)
         logits = model(ids[None]).logits[0].float()
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
@@ -96,23 +98,51 @@ def test_saliency_leaves_the_decoder_as_it_was(decoders, calibration_sequences):
 
 
 def test_losses_are_weighted_output_errors(decoders, calibration_sequences):
-    decoder = decoders["fused"]
-    calibrator = Calibrator(decoder, calibration_sequences[:2, :32], CalibrateOptions())
+    decoder, sequences = decoders["fused"], calibration_sequences[:2, :32]
+    calibrator = Calibrator(decoder, sequences, CalibrateOptions(seed=3))
     saliency = calibrator.saliency(quiet)
     diagonals = [calibrator.diagonal(g, s) for g, s in zip(decoder.groups, saliency, strict=True)]
-    signal, loss = calibrator.signals_and_losses(saliency, diagonals, quiet)
-    assert signal.shape == (len(decoder.groups), 64)
-    assert loss.shape == (len(decoder.groups), 64, 5)
-    assert (loss[:, :, 4] == 0).all(), "the widest is the reference"
-    means = loss.mean(1)
+    m = calibrator.measure(saliency, diagonals, quiet)
+    assert m.signal.shape == (len(decoder.groups), 64) and m.inputs.shape == (64, 64)
+    assert m.loss.shape == m.exact.shape == (len(decoder.groups), 64, 5)
+    assert m.context.shape == (64, 3) and m.sensitivity.shape == (64,)
+    assert (m.loss[:, :, 4] == 0).all() and (m.exact[:, :, 4] == 0).all(), "the widest is the reference"
+    means = m.exact.mean(1)
     assert (means[:, :-1] > means[:, 1:]).all(), "more planes, less loss"
     # One group by hand: the first layer's input does not depend on the widths drawn.
-    group, ids = decoder.groups[0], calibrator.sequences.flatten(0, 0)
-    x = torch.cat([decoder._rms_norm(decoder._embed(row), decoder.layers[0].input_norm) for row in ids])
+    group = decoder.groups[0]
+    x = torch.cat([decoder._rms_norm(decoder._embed(row), decoder.layers[0].input_norm) for row in sequences])
     delta = decoder.backend.dequantize(group.weight, 6) - decoder.backend.dequantize(group.weight, 3)
-    by_hand = ((x.double() @ delta.double().T) ** 2 @ saliency[0].double()).numpy()
-    np.testing.assert_allclose(loss[0, :, 1], by_hand, rtol=1e-3)
-    np.testing.assert_allclose(signal[0], (x**2 @ diagonals[0]).numpy(), rtol=1e-5)
+    errors = (x.double() @ delta.double().T) ** 2
+    np.testing.assert_allclose(m.exact[0, :, 1], errors @ saliency[0].double(), rtol=1e-3)
+    np.testing.assert_allclose(m.signal[0], x**2 @ diagonals[0], rtol=1e-5)
+    np.testing.assert_array_equal(m.inputs, x)
+    own = torch.cat([own_gradients(decoder, ids, 3, i) for i, ids in enumerate(sequences)])
+    np.testing.assert_allclose(m.loss[0, :, 1], (errors * own.double()).sum(1), rtol=1e-3, atol=1e-9)
+
+
+def own_gradients(decoder, ids, seed, number) -> torch.Tensor:
+    """Squared gradients [T, N] of group 0's output, under the widths and labels that calibration draws."""
+    found = []
+    widths = np.arange(2, 7)
+    odds = 0.75 ** np.arange(5) / (0.75 ** np.arange(5)).sum()
+    rng, drawn = np.random.default_rng(seed * LABEL_STREAM + number), {}
+
+    def select(group, x):
+        if group.index not in drawn:
+            drawn[group.index] = torch.as_tensor(rng.choice(widths, len(x), p=odds), dtype=torch.int32)
+        return drawn[group.index]
+
+    def observe(group, x, y):
+        if group.index == 0:
+            y.register_hook(lambda grad: found.append(grad**2))
+
+    with gradients(decoder):
+        logits = decoder.forward(ids, select=select, observe=observe)
+        generator = torch.Generator().manual_seed(seed * LABEL_STREAM + number)
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    return found[-1]
 
 
 def test_fit_gains_recovers_a_monotone_relation():
@@ -208,12 +238,130 @@ def test_the_same_seed_gives_the_same_profile(decoders, calibration_sequences):
 
     once, again, other = calibrate(0), calibrate(0), calibrate(1)
     arrays = [f.name for f in dataclasses.fields(once) if isinstance(getattr(once, f.name), np.ndarray)]
-    assert len(arrays) == 7
+    assert len(arrays) == 11
     for name in arrays:
         np.testing.assert_array_equal(getattr(once, name), getattr(again, name))
     assert all(np.array_equal(a, b) for a, b in zip(once.diagonals, again.diagonals, strict=True))
     assert not np.array_equal(once.gain, other.gain)
-    assert {k: v for k, v in once.origin.items() if k != "seconds"} == {"seed": 0, "tokens": 4 * 48}
+    assert once.extra.keys() == again.extra.keys()
+    assert all(np.array_equal(once.extra[n], again.extra[n]) for n in once.extra)
+    assert {k: once.origin[k] for k in ("seed", "tokens", "budgets")} == {
+        "seed": 0, "tokens": 4 * 48, "budgets": {"5": 4},
+    }  # fmt: skip
+
+
+class Cut(Exception):
+    """A run that is killed."""
+
+
+@pytest.mark.parametrize("stage, done", [("saliency", 4), ("gains", 9), ("curve", 1)])
+def test_a_killed_calibration_continues_to_the_same_profile(
+    decoders, calibration_sequences, tmp_path, stage, done
+):
+    sequences, partial, seen = calibration_sequences[:10, :32], tmp_path / "p.partial", []
+
+    def killed(s, d, total):
+        if (s, d) == (stage, done):
+            raise Cut
+
+    def job(path=None):
+        return Calibrator(decoders["fused"], sequences, CalibrateOptions(points=2), path)
+
+    with pytest.raises(Cut):
+        job(partial).run("a" * 64, "fused", {}, killed)
+    assert partial.exists() or stage == "saliency"
+    resumed = job(partial).run("a" * 64, "fused", {}, lambda s, d, total: seen.append(s))
+    assert not partial.exists()
+    assert ("saliency" in seen) == (stage == "saliency")
+    fresh = job().run("a" * 64, "fused", {}, quiet)
+    for name in ("knots", "gain", "curve_bits", "probe", "context"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(fresh, name))
+
+
+def test_unfinished_work_of_other_options_is_not_used(decoders, calibration_sequences, tmp_path):
+    sequences, partial = calibration_sequences[:2, :32], tmp_path / "p.partial"
+    partial.write_bytes(b"not even a safetensors file")
+    seen = []
+
+    def cut(s, d, total):
+        seen.append(s)
+        if s == "gains":
+            raise Cut
+
+    for seed in (0, 1):
+        with pytest.raises(Cut):
+            Calibrator(decoders["fused"], sequences, CalibrateOptions(seed=seed), partial).run(
+                "a" * 64, "fused", {}, cut
+            )
+    assert seen == ["saliency", "saliency", "gains"] * 2
+
+
+def test_budgets_count_bytes_and_are_filled(decoders, profiles):
+    for granularity, profile in profiles.items():
+        groups = decoders[granularity].groups
+        planes = profile.budget(4)
+
+        def held(bits, groups=groups):
+            total = 0
+            for g, b in zip(groups, bits, strict=True):
+                total += b * g.weights / 8 + sum(
+                    g.weight.nbytes(w) - w * g.weights / 8 for w in range(2, b + 1)
+                )
+            return total
+
+        allowed = held([4] * len(groups))
+        assert held(planes) <= allowed * (1 + 1e-6)
+        assert len(set(planes.tolist())) > 1, "not all groups alike"
+
+        def loss(bits, profile=profile):
+            return profile.mean_loss[np.arange(len(bits)), np.asarray(bits) - 2].sum()
+
+        assert loss(planes) <= loss([4] * len(groups))
+        low, high = profile.target_range(planes)
+        assert low == 2.0 and high == pytest.approx((planes * profile.weights).sum() / profile.weights.sum())
+
+
+def test_targets_hold_under_a_budget(quantized, profiles, heldout_sequences):
+    profile = profiles["fused"]
+    planes = dict(zip(profile.group_names, profile.budget(4).tolist(), strict=True))
+    decoder = load_decoder(quantized, LoadOptions(resident_bits=planes))
+    assert [len(g.weight.planes) for g in decoder.groups] == profile.budget(4).tolist()
+    used = {t: measured_bits(decoder, profile, t, heldout_sequences) for t in (2.5, 3.0, 3.5)}
+    assert all(abs(bits - target) <= 0.05 for target, bits in used.items()), used
+
+
+@pytest.mark.parametrize("granularity", ["fused", "linear"])
+def test_asynchronous_calibration_reads_the_earlier_input(decoders, calibration_sequences, granularity):
+    decoder = decoders[granularity]
+    options = CalibrateOptions(asynchronous=True, points=3)
+    profile = Calibrator(decoder, calibration_sequences[:8], options).run("", granularity, {}, quiet)
+    order = [g.name.rpartition(".")[2] for g in decoder.groups]
+    for g, source in enumerate(profile.source):
+        layer = int(decoder.groups[g].name.split(".")[2])
+        fresh = order[g] in ("o", "o_proj", "down", "down_proj")
+        if fresh or (layer == 0 and order[g] in ("qkv", "q_proj", "k_proj", "v_proj")):
+            assert source == g
+        else:
+            assert source < g
+            assert decoder.groups[source].weight.in_features == decoder.groups[g].weight.in_features
+    policy = RateDistortionPolicy(profile, decoder, 3.3)
+    recorder = Recorder(policy, decoder.groups)
+    with torch.no_grad():
+        decoder.forward(calibration_sequences[9][:40], select=recorder)
+    assert len(recorder.bits().unique()) > 1
+
+
+def test_stale_inputs_are_carried_over_by_the_norms(decoders, calibration_sequences):
+    decoder, seen = decoders["fused"], {}
+    source, ratio = stale_sources(decoder.layers)
+    with torch.no_grad():
+        decoder.forward(calibration_sequences[0][:5], observe=lambda g, x, y: seen.update({g.index: x}))
+    first = decoder.layers[0]
+    qkv, gate_up = first.qkv[0].index, first.gate_up[0].index
+    assert source[gate_up] == qkv
+    residual = seen[qkv] / first.input_norm  # up to its scale, which normalising removes
+    renormed = decoder._rms_norm(residual, first.post_norm)
+    torch.testing.assert_close(seen[qkv] * ratio[gate_up], renormed, rtol=1e-2, atol=2e-2)
 
 
 def test_progress_reaches_its_ends(decoders, calibration_sequences):

@@ -196,6 +196,20 @@ def test_calibrate(ok, overlay):
     )
 
 
+def test_calibrating_again_adds_budgets_and_policies(ok, overlay, tmp_path):
+    out = tmp_path / "p.safetensors"
+    small = ("--samples", "4", "--sequence-length", "64", "--out", out)
+    ok("calibrate", overlay, *small, "--memory-bits", "4.5", "--targets", "3", "--dp-llm")
+    result = ok("calibrate", overlay, *small, "--memory-bits", "3.5", "--targets", "3", "--json").json
+    assert [(t["target_bits"], t["memory_bits"]) for t in result["targets"]] == [(3.0, 3.5)]
+    profile = CalibrationProfile.load(out)
+    assert sorted(profile.origin["budgets"]) == ["3.5", "4.5", "5"]
+    assert profile.budget(3.5).mean() < profile.budget(4.5).mean() < profile.budget(5).mean()
+    assert "dp-llm.targets" in profile.extra
+    facts = ok("inspect", out, "--json").json
+    assert facts["budgets"] == [3.5, 4.5, 5.0] and facts["dp_llm_targets"] == [3.0]
+
+
 def test_calibrate_elsewhere(ok, overlay, tmp_path):
     before = contents(overlay)
     ok("calibrate", overlay, "--samples", 2, "--sequence-length", 32, "--out", tmp_path / "p.safetensors")
@@ -504,6 +518,8 @@ def test_impossible_quantisations(refused, tiny_checkpoint, tmp_path, arguments,
         (("--targets", "1.5"), "target 1.5 bits is impossible"),
         (("--targets", "5", "--memory-bits", "4"), "target 5 bits is impossible"),
         (("--targets", "few"), "no list of numbers"),
+        (("--dp-llm",), "--targets"),
+        (("--memory-bits", "much"), "no list of numbers"),
         (("--out", "/nowhere/profile"), "/nowhere is no directory"),
         (("--out", "/"), "is a directory"),
     ],

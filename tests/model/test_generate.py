@@ -17,7 +17,7 @@ from dpllm import engine as engine_module
 from dpllm.engine import GenerateOptions, _Pending, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
-from dpllm.policy import Recorder, make_policy
+from dpllm.policy import Recorder, make_policy, observe
 from dpllm.quant.text import load_tokenizer
 from dpllm.sampling import sample
 
@@ -194,6 +194,7 @@ def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
             assert step.token == int(logits[-1].argmax())
             if n:
                 assert list(step.bits) == recorder.bits()[0].tolist()
+            observe(policy, logits[-1:], torch.tensor([step.token]))
             logits = decoder.forward(torch.tensor([step.token]), cache, recorder)
 
 

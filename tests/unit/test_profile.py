@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from synthetic_profiles import example_profile
 
 from dpllm.calib import profile as module
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.profile import CalibrationProfile, merge
 from dpllm.kernels.errors import InputError
 
 
@@ -34,6 +34,10 @@ def assert_same(a: CalibrationProfile, b: CalibrationProfile) -> None:
             assert len(x) == len(y)
             for one, other in zip(x, y, strict=True):
                 np.testing.assert_array_equal(one, other, strict=True)
+        elif field.name == "extra":
+            assert x.keys() == y.keys()
+            for name in x:
+                np.testing.assert_array_equal(x[name], y[name], strict=True)
         elif isinstance(x, np.ndarray):
             np.testing.assert_array_equal(x, y, strict=True)
         else:
@@ -169,4 +173,62 @@ def test_each_number_of_resident_planes_has_its_range():
 
 
 def test_estimator_bytes():
-    assert example_profile().estimator_bytes() == 2 * (32 + 33 + 34)
+    assert example_profile().estimator_bytes() == 2 * (32 + 33 + 34) + 2 * 32
+
+
+# -- budgets and merging ----------------------------------------------------------------------------------
+
+
+def budgeted(name: str, planes: list[int], **fields) -> CalibrationProfile:
+    base = example_profile()
+    return dataclasses.replace(
+        base,
+        resident=np.concatenate([base.resident, [planes]]),
+        curve_log2_lambda=np.concatenate([base.curve_log2_lambda, base.curve_log2_lambda[-1:] - sum(planes)]),
+        curve_bits=np.concatenate([base.curve_bits, base.curve_bits[-1:]]),
+        origin={"budgets": {name: len(base.resident)}},
+        **fields,
+    )
+
+
+def test_a_budget_is_found_by_its_name_and_by_its_planes():
+    profile = budgeted("4.2", [5, 4, 3])
+    assert profile.budget(4.2).tolist() == [5, 4, 3]
+    assert profile.budget(4).tolist() == [4, 4, 4]
+    assert profile.lambda_for(3.5, np.asarray([5, 4, 3])) != profile.lambda_for(3.5)
+    with pytest.raises(InputError, match=r"no budget of 4.3.*stored: 4.2.*--memory-bits 4.3") as e:
+        profile.budget(4.3)
+    assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(InputError, match="no targets for the planes that are resident"):
+        profile.lambda_for(3.5, np.asarray([5, 3, 3]))
+
+
+def test_thresholds_stop_at_each_groups_planes():
+    profile = budgeted("4.2", [5, 4, 2])
+    thresholds = profile.thresholds(0.0, profile.budget(4.2))
+    signal = np.full((3, 1), 100.0)
+    assert (2 + (signal[:, :, None] > thresholds[:, None, :]).sum(2)).ravel().tolist() == [5, 4, 2]
+
+
+def test_merging_keeps_every_budget_and_policy(tmp_path):
+    one = budgeted("4.2", [5, 4, 3], extra={"a": np.arange(3.0)})
+    other = budgeted("3.9", [3, 5, 4], extra={"a": np.zeros(3), "b": np.ones(2)})
+    merged = merge(one, other)
+    assert merged.budget(4.2).tolist() == [5, 4, 3] and merged.budget(3.9).tolist() == [3, 5, 4]
+    for profile in (one, other):
+        planes = profile.resident[-1]
+        assert merged.lambda_for(3.3, planes) == profile.lambda_for(3.3, planes)
+    assert merged.extra["a"].tolist() == [0, 1, 2] and merged.extra["b"].tolist() == [1, 1]
+    assert len(merged.resident) == len(one.resident) + 1, "what both have is kept once"
+    merged.save(tmp_path / "p.safetensors")
+    assert_same(CalibrationProfile.load(tmp_path / "p.safetensors"), merged)
+
+
+def test_what_cannot_be_merged():
+    one = example_profile()
+    with pytest.raises(InputError, match="cannot be merged"):
+        merge(one, example_profile(granularity="linear"))
+    with pytest.raises(InputError, match="cannot be merged"):
+        merge(one, example_profile(overlay_hash="b" * 64))
+    with pytest.raises(InputError, match="different measurements"):
+        merge(one, dataclasses.replace(one, gain=one.gain * 2))

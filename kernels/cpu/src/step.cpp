@@ -13,6 +13,7 @@ Step::Step(Context& c, const Model& m)
 
 bool Step::run(const Selection& s, Cache& cache, Request& request) {
   selection_ = &s;
+  multiplier_ = 1;
   request_ = &request;
   embed(request.token);
   rotations(request.position);
@@ -42,12 +43,18 @@ void Step::rotations(int position) {
 }
 
 // The planes that a group reads for this input; below 1 if a callback refused.
-int Step::choose(const Group& g, const float* x, int columns) const {
+int Step::choose(const Group& g, const float* x, int columns) {
   const Selection& s = *selection_;
   if (s.fixed) return s.fixed[g.index];
   if (s.choose) return s.choose(g.index, x);
+  if (s.probe && g.index == 0) {
+    float exponent;
+    c_.isa.float_gemv(s.probe, x, columns, &exponent, 0, 1);
+    exponent = std::min(std::max(exponent + s.offset, -s.limit), s.limit);
+    multiplier_ = std::exp(exponent + s.correction);
+  }
   int bits = s.seed;
-  const float error = s.multiplier * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
+  const float error = multiplier_ * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
   const float* threshold = s.thresholds + int64_t(g.index) * s.steps;
   for (int i = 0; i < s.steps; i++) bits += error > threshold[i];
   return bits;

@@ -48,7 +48,9 @@ struct Selection {
   const uint16_t* const* diagonal;    // [groups] of float16 [columns], or null
   const float* thresholds;            // [groups, steps], ascending: rewriting them retargets
   int32_t steps, seed;
-  float multiplier;                   // of this token
+  // The token's multiplier, exp(clamp(probe . input of group 0 + offset, +-limit) + correction); 1 without a probe.
+  const float* probe;                 // [hidden], or null
+  float offset, limit, correction;
   int32_t (*choose)(int32_t group, const float* x);  // or null
 };
 
@@ -81,7 +83,7 @@ class Step {
   bool attention(const Layer& l, int index, Cache& cache);
   bool mlp(const Layer& l);
   void store_pair(const Layer& l, int layer, Cache& cache);
-  int choose(const Group& g, const float* x, int columns) const;
+  int choose(const Group& g, const float* x, int columns);
   bool decide(const Group* g, int count, const float* x, int columns, const Activation** out);
   void rows(const Group* g, int count, const Activation* const* x, float* y, int n0, int n1);
   int64_t row_bytes(const Group* g, int count) const;
@@ -92,6 +94,7 @@ class Step {
   Context& c_;
   const Model& m_;
   const Selection* selection_ = nullptr;
+  float multiplier_ = 1;
   Request* request_ = nullptr;
   std::vector<float> x_, h_, qkv_, mixed_, gate_up_, act_, cos_, sin_;
   std::vector<int64_t> start_;

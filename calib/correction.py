@@ -1,0 +1,32 @@
+"""Keeps effective bits on target by arithmetic alone, whatever text comes.
+
+Each token reads some bits; what it missed the target by moves one number, the correction, which scales the
+next token's signals (it is added to the exponent of the token's multiplier). A step of integral control:
+
+    c <- clamp(c + rate * (target - bits))
+
+Summed over n tokens the misses are (c_n - c_0) / rate, so the mean misses its target by at most
+2 * limit / (rate * n), and by far less where calibration was nearly right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RATE = 0.02  # per bit missed: a time constant of about 70 tokens where a factor e is worth 0.7 bits
+LIMIT = 4.0
+
+
+@dataclass
+class Correction:
+    """The controller's state: `value` is what to add to the log multiplier of the next token."""
+
+    target_bits: float
+    rate: float = RATE
+    limit: float = LIMIT
+    value: float = 0.0
+
+    def update(self, bits: float) -> None:
+        """Takes in the effective bits a token (or several side by side, on average) has read."""
+        moved = self.value + self.rate * (self.target_bits - bits)
+        self.value = min(max(moved, -self.limit), self.limit)

@@ -1,0 +1,77 @@
+"""Several texts decoded side by side, one token each per step: real step-by-step decoding, batched.
+
+Rows are sequences, all at the same position; a policy sees them as it sees one sequence, step after step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpllm.decoder import Decoder
+from dpllm.policy import PrecisionPolicy, Recorder, observe
+
+
+class _Rows:
+    """Keys and values [layers, R, KVH, S, D] of R sequences of equal length; the decoder's cache protocol."""
+
+    def __init__(self, decoder: Decoder, rows: int, capacity: int):
+        c = decoder.config
+        shape = (c.num_layers, rows, c.num_kv_heads, capacity, c.head_dim)
+        self.k = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        self.v = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        self.length = 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v: [R, KVH, D], one pair for each of the first R sequences."""
+        self.k[layer, : len(k), :, self.length] = k
+        self.v[layer, : len(v), :, self.length] = v
+
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None, kernel: Any) -> Tensor:
+        """q: [R, H, D]. Returns [R, H, D]."""
+        end = self.length + 1
+        first = 0 if window is None else max(0, end - window)
+        k, v = self.k[layer, : len(q), :, first:end], self.v[layer, : len(q), :, first:end]
+        grouped = q.unflatten(1, (k.shape[1], -1))  # [R, KVH, H / KVH, D]
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2)
+
+
+def steps(
+    decoder: Decoder, policy: PrecisionPolicy, documents: Sequence[Tensor], rows: int = 128
+) -> Iterator[tuple[list[int], Tensor, Tensor, Recorder]]:
+    """Decodes documents of token ids, `rows` at a time, teacher-forced.
+
+    Yields after every step: (document numbers [R], logits [R, V], the tokens that follow int64 [R], recorder of
+    this step's widths). Each document is read from an empty cache, its last token is never fed.
+    """
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    for start in range(0, len(order), rows):
+        numbers = order[start : start + rows]
+        lengths = [len(documents[i]) - 1 for i in numbers]
+        cache: Any = _Rows(decoder, len(numbers), lengths[0])
+        recorder = Recorder(policy, decoder.groups)
+        if hasattr(policy, "reset"):
+            policy.reset()
+        for t in range(lengths[0]):
+            live = sum(n > t for n in lengths)  # sorted by length: the last ones end first
+            ids = torch.stack([documents[i][t] for i in numbers[:live]]).to(decoder.device)
+            after = torch.stack([documents[i][t + 1] for i in numbers[:live]]).to(decoder.device)
+            logits = _step(decoder, ids, cache, recorder)
+            yield numbers[:live], logits, after, recorder
+            going = sum(n > t + 1 for n in lengths)
+            if going:
+                observe(policy, logits[:going], after[:going])
+
+
+def _step(decoder: Decoder, ids: Tensor, cache: Any, select: Callable[..., Tensor]) -> Tensor:
+    """Logits [R, V] behind one token of each sequence."""
+    x = decoder._embed(ids)
+    rope = decoder._rope(cache.length, 1)
+    for layer in decoder.layers:
+        x = decoder._block(layer, x, rope, cache, select, None)
+    cache.length += 1
+    return decoder._head(decoder._rms_norm(x, decoder.norm)).float()

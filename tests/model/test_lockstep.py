@@ -1,0 +1,121 @@
+"""Side by side is one after the other: policies that learn from finished steps, evaluated and generated."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpllm.calib.dense import dense
+from dpllm.engine import GenerateOptions, load
+from dpllm.evaluate import evaluate
+from dpllm.loading import load_decoder
+from dpllm.lockstep import steps
+from dpllm.policy import RateDistortionPolicy, Recorder, make_policy, observe
+
+
+@pytest.fixture(scope="module")
+def decoder(quantized):
+    return load_decoder(quantized)
+
+
+@pytest.mark.parametrize("name", ["rate-distortion", "oracle-rate-distortion"])
+def test_side_by_side_equals_one_by_one(decoder, profiles, heldout_sequences, name):
+    documents = [heldout_sequences[0][:30], heldout_sequences[1][:17], heldout_sequences[2][:24]]
+    cls = type(make_policy(name, 3.25, decoder, profiles["fused"]))
+    bits = {i: [] for i in range(3)}
+    nll = dict.fromkeys(range(3), 0.0)
+    with torch.no_grad():
+        policy = cls(profiles["fused"], decoder, 3.25, corrected=False)
+        for numbers, logits, after, recorder in steps(decoder, policy, documents, rows=2):
+            for row, i in enumerate(numbers):
+                bits[i].append(recorder.bits()[row])
+                nll[i] -= logits[row].log_softmax(0)[after[row]].item()
+        for i, ids in enumerate(documents):
+            policy, cache = (
+                cls(profiles["fused"], decoder, 3.25, corrected=False),
+                decoder.new_cache(len(ids)),
+            )
+            alone = 0.0
+            for t in range(len(ids) - 1):
+                recorder = Recorder(policy, decoder.groups)
+                logits = decoder.forward(ids[t : t + 1], cache, recorder)
+                assert torch.equal(recorder.bits()[0], bits[i][t]), (i, t)
+                alone -= logits[0].log_softmax(0)[ids[t + 1]].item()
+                observe(policy, logits, ids[t + 1 : t + 2])
+            assert nll[i] == pytest.approx(alone, abs=1e-3)
+    assert len(torch.stack(bits[0]).unique()) > 1
+
+
+def test_windows_of_attention_are_kept(tmp_path, calibration_documents):
+    from tiny_models import build_model
+
+    from dpllm.decoder import Decoder
+
+    build_model("mistral-window").save_pretrained(tmp_path / "m")
+    plain: Decoder = load_decoder(tmp_path / "m")
+    ids = torch.randint(3, 90, (30,), generator=torch.Generator().manual_seed(0))
+
+    class Nothing:
+        name, extra_bytes = "nothing", 0
+
+        def __call__(self, group, x):
+            raise AssertionError("a dense group is not asked")
+
+    with torch.no_grad():
+        rows = torch.cat([logits for _, logits, _, _ in steps(plain, Nothing(), [ids])])
+        torch.testing.assert_close(rows, plain.forward(ids[:-1]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_dense_decoder_computes_the_same(decoder, profiles, heldout_sequences):
+    policy, ids = make_policy("dp-llm", 3.25, decoder, profiles["fused"]), heldout_sequences[0][:50]
+    backend = decoder.backend
+    with torch.no_grad():
+        expected = decoder.forward(ids, select=policy)
+        with dense(decoder):
+            assert decoder.backend is not backend
+            found = decoder.forward(ids, select=policy)
+        with dense(decoder, limit=1000):
+            assert decoder.backend is backend, "too large: as it is"
+    assert decoder.backend is backend
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", [2.5, 3.25, 4.0, 4.75])
+def test_corrected_bits_are_on_target(decoder, profiles, heldout_sequences, target):
+    documents = [ids[:100].tolist() for ids in heldout_sequences[:24]]
+    result = evaluate(
+        decoder, make_policy("rate-distortion", target, decoder, profiles["fused"]), target, documents
+    )
+    assert abs(result.effective_bits - target) <= 0.02
+    assert result.tokens == 24 * 99 and math.isfinite(result.perplexity)
+
+
+def test_another_domain_is_corrected(decoder, profiles):
+    """Random tokens are nothing like the calibration text."""
+    generator = torch.Generator().manual_seed(3)
+    documents = [torch.randint(3, 380, (300,), generator=generator).tolist() for _ in range(4)]
+    used = {}
+    for corrected in (False, True):
+        policy = RateDistortionPolicy(profiles["fused"], decoder, 3.25, corrected=corrected)
+        used[corrected] = evaluate(decoder, policy, 3.25, documents).effective_bits
+    assert abs(used[True] - 3.25) <= 0.05 < abs(used[False] - 3.25)
+
+
+def test_free_running_generation_is_on_target(tiny_overlay):
+    engine = load(tiny_overlay, target_bits=3.25)
+    used = []
+    for seed in range(3):
+        options = GenerateOptions(max_new_tokens=160, temperature=1.0, seed=seed)
+        used += [s.effective_bits for s in list(engine.generate("import os", options))[1:]]
+    assert abs(np.mean(used) - 3.25) <= 0.05
+    assert engine.policy.context is None, "each text has a state of its own"
+
+
+def test_retargeting_starts_the_correction_anew(decoder, profiles, heldout_sequences):
+    policy = RateDistortionPolicy(profiles["fused"], decoder, 2.5)
+    policy.controller.value = policy.correction = 1.5
+    policy.set_target(4.0)
+    assert policy.correction == 0.0 and policy.controller.target_bits == 4.0
