@@ -191,7 +191,9 @@ class Overlay:
         layouts = [self.linears[n] for n in names]
         keep, columns = self._planes_to_read(names[0], resident_bits), layouts[0].shape[1]
         if any(x.bits != layouts[0].bits or x.shape[1] != columns for x in layouts):
-            raise InputError(f"{self.path}: {', '.join(names)} differ in range or width. Quantise the model again.")
+            raise InputError(
+                f"{self.path}: {', '.join(names)} differ in range or width. Quantise the model again."
+            )
         rows = [x.shape[0] for x in layouts]
         planes = empty_planes((keep, sum(rows), -(-columns // WORD)))
         pieces = planes.split(rows, dim=1)
