@@ -35,6 +35,7 @@ from dpllm.calib.rule import RateDistortionRule, stale_sources
 from dpllm.calib.sensitivity import TokenProbe, fit_probe, sequence_context
 
 TILT = 0.1  # relative slope over the bins of a flat gain
+NEAR = 1e-4  # values this close to each other (relative) are one value
 EVERY = 8  # sequences between two writes of the partial result
 
 
@@ -277,7 +278,7 @@ def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarr
     groups, tokens = signal.shape
     bins = max(2, min(bins, tokens // 8))
     quantiles = np.arange(1, bins) / bins
-    edges = np.quantile(signal.astype(np.float64), quantiles, axis=1).T  # [G, M-1]
+    edges = np.stack([_between(s, np.quantile(s, quantiles)) for s in signal.astype(np.float64)])  # [G, M-1]
     steps = loss.shape[2] - 1
     gain = np.zeros((groups, steps, bins))
     for g in range(groups):
@@ -291,3 +292,14 @@ def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarr
     # slope spreads the jump over the bins, at no expected cost, so that any target can be hit.
     tilt = 1 + TILT * (np.arange(bins) / (bins - 1) - 0.5)
     return edges, np.maximum(gain, 0) * tilt
+
+
+def _between(signal: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The edges moved half way to the next value that occurs.
+
+    A signal that takes few values (the first group sees nothing but the token) puts whole quantiles on one of
+    them, and there the last bit of a sum would decide the width.
+    """
+    values = np.sort(signal)
+    upper = np.searchsorted(values, edges * (1 + NEAR), side="right")
+    return (values[upper - 1] + values[np.minimum(upper, len(values) - 1)]) / 2

@@ -72,10 +72,10 @@ class NativeStep:
         if not 0 <= token < len(self._logits[0]):
             raise IndexError(f"there is no token {token} in a vocabulary of {len(self._logits[0])}.")
         self.follow(policy)
-        natively = bool(self._selection.probe) and isinstance(policy, RateDistortionPolicy)
-        if natively:
-            self._selection.offset = float(policy.probe.offset(policy.context))
-            self._selection.correction = policy.correction
+        rule = policy if isinstance(policy, RateDistortionPolicy) and self._selection.probe else None
+        if rule is not None:
+            self._selection.offset = float(rule.probe.offset(rule.context))
+            self._selection.correction = rule.correction
         starts, lengths = cache.runs(1)
         request = native.Request(
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
@@ -92,8 +92,8 @@ class NativeStep:
             assert error is not None
             raise error
         cache.advance(1)
-        if natively:
-            policy.record(self._bits[None])
+        if rule is not None:
+            rule.record(self._bits[None])
         return self._logits, self._bits[None]
 
     def follow(self, policy: PrecisionPolicy) -> None:

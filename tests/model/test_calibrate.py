@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
 from dpllm.calib.measure import LABEL_STREAM, gradients
 from dpllm.calib.rule import stale_sources
+from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import RateDistortionPolicy, Recorder, make_policy
 
@@ -23,7 +24,8 @@ TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
 
 @pytest.fixture(scope="module")
 def decoders(quantized):
-    return {g: load_decoder(quantized, LoadOptions(granularity=g)) for g in ("fused", "linear")}
+    exact = CpuOptions(accuracy="exact")
+    return {g: load_decoder(quantized, LoadOptions(granularity=g, cpu=exact)) for g in ("fused", "linear")}
 
 
 def quiet(*stage) -> None:
@@ -162,6 +164,15 @@ def test_fit_gains_recovers_a_monotone_relation():
         np.testing.assert_allclose(gain[g, 0], expected, rtol=0.16)
         np.testing.assert_allclose(gain[g, 1], expected / 4, rtol=0.16)
         assert abs((gain[g, 0] / expected).mean() - 1) < 0.03
+
+
+def test_edges_lie_between_the_values_of_a_signal_that_takes_few():
+    rng = np.random.default_rng(0)
+    values = np.asarray([0.5, 1.0, 3.0, 7.0])
+    signal = rng.choice(values, (2, 4000)) * (1 + 1e-6 * rng.standard_normal((2, 4000)))
+    edges, _ = fit_gains(signal, rng.random((2, 4000, 3)), 16)
+    inner = edges[edges < 6.9]
+    assert np.isclose(inner[:, None], [0.75, 2.0, 5.0], rtol=1e-4).any(axis=1).all()
 
 
 def test_fit_gains_of_an_uninformative_signal_is_nearly_flat():

@@ -11,14 +11,15 @@ import torch
 from dpllm.calib.dense import dense
 from dpllm.engine import GenerateOptions, load
 from dpllm.evaluate import evaluate
-from dpllm.loading import load_decoder
+from dpllm.kernels.cpu.library import CpuOptions
+from dpllm.loading import LoadOptions, load_decoder
 from dpllm.lockstep import steps
 from dpllm.policy import RateDistortionPolicy, Recorder, make_policy, observe
 
 
 @pytest.fixture(scope="module")
 def decoder(quantized):
-    return load_decoder(quantized)
+    return load_decoder(quantized, LoadOptions(cpu=CpuOptions(accuracy="exact")))
 
 
 @pytest.mark.parametrize("name", ["rate-distortion", "oracle-rate-distortion"])
@@ -80,7 +81,7 @@ def test_the_dense_decoder_computes_the_same(decoder, profiles, heldout_sequence
         with dense(decoder, limit=1000):
             assert decoder.backend is backend, "too large: as it is"
     assert decoder.backend is backend
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # the kernels' activations have 16 bits
 
 
 @pytest.mark.parametrize("target", [2.5, 3.25, 4.0, 4.75])
