@@ -1,5 +1,6 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
+# make native-test   tests of the C++ code: sanitizers, thread sanitizer, aarch64 under qemu, symbols
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +8,19 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test native-test lint types bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+native-test:
+	$(PYTHON) tests/native/run.py
+	$(PYTHON) tests/native/run.py --sanitize thread
+	$(PYTHON) tests/native/run.py --cross aarch64
+	$(PYTHON) tests/native/run.py --symbols
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,6 +36,9 @@ bench: $(STAMP)
 	$(BIN)/python bench/reference_quality.py
 	$(BIN)/python bench/quality_vs_bits.py --plot docs/quality_vs_bits.png
 	$(BIN)/python bench/quantize_speed.py
+	$(BIN)/python bench/cpu_accuracy.py
+	$(BIN)/python bench/cpu_load.py
+	$(BIN)/python bench/cpu_decode.py
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dpllm needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
