@@ -88,11 +88,12 @@ void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits
 int dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, float* y) {
   if (!c->isa.matmul) return 0;
   const size_t width = size_t(padded(w->columns));
-  const AlignedBytes digits(size_t(m) * width), scale(size_t(m) * width / kGroup * 4), correction(size_t(m) * 4);
+  const size_t room = size_t(m + Prompt::kTileTokens - 1) / Prompt::kTileTokens * Prompt::kTileTokens;
+  const AlignedBytes digits(room * width), scale(room * width / kGroup * 4), correction(size_t(m) * 4);
   Prompt prompt{reinterpret_cast<int8_t*>(digits.data()), reinterpret_cast<float*>(scale.data()),
                 reinterpret_cast<float*>(correction.data()), m};
   c->pool.run(m, [&](int i) { c->isa.quantize_prompt(x + int64_t(i) * w->columns, w->columns, i, &prompt); });
-  constexpr int kRows = 32;  // a chunk
+  constexpr int kRows = Prompt::kPanelRows;
   c->pool.run((w->rows + kRows - 1) / kRows, [&](int i) {
     c->isa.matmul(*w, bits, prompt, y, i * kRows, std::min(w->rows, (i + 1) * kRows));
   });

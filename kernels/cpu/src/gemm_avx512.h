@@ -1,11 +1,14 @@
 // The product of a whole prompt for AVX-512 with VBMI, GFNI and VNNI: int8 times int8, where a decode step is limited by
-// memory and this by multiplications. Weights are looked up once per four rows and a block of the prompt, then used
-// from the cache.
+// memory and this by multiplications. A panel of 32 rows of weights is looked up once for the whole prompt.
 //
-// Order. Codes come as vectors (h, u) with groups spread over h (gemv_avx512.h). A 4x4 transpose of doublewords over h
-// gives eight vectors whose lane g holds four columns of group g, so that a scale is applied once per eight products
-// instead of every two.
+// Order. A lane is a row: vector s of a panel holds four columns of sixteen rows, the activations of those columns are
+// broadcast, and what comes out needs no adding of lanes. Twelve accumulators take eight products each (32 columns, one
+// scale) before they are converted and join the totals, which have registers of their own: with 24 accumulators the
+// totals go through memory, and that cost 15%.
 #pragma once
+
+#include <algorithm>
+#include <vector>
 
 #include "gemv_avx512.h"
 #include "ops.h"
@@ -13,148 +16,169 @@
 namespace dpllm {
 namespace {
 
-constexpr int kTileRows = 4;    // weight rows of a tile
-constexpr int kTileTokens = 3;  // prompt rows of a tile: 12 integer and 12 float accumulators, four registers left
-constexpr int64_t kPromptBytes = 512 << 10;  // of the prompt at a time: stays in the second-level cache
+constexpr int kPanelRows = Prompt::kPanelRows;     // two vectors of kLanes
+constexpr int kTileTokens = Prompt::kTileTokens;   // rows of the prompt at once
+constexpr int kSteps = kGroup / 4;                 // of four columns, in a group
 
-// Column 32 g + 16 q + 8 u + 4 e + c of a block goes to byte 64 (4 u + 2 q + e) + 4 g + c.
+// Columns 16 q + 8 u + 4 e + 0..3 of a group are its step 4 u + 2 q + e: the order in which codes come out (gemv_avx512.h).
+// Steps of the rows of a tile are interleaved, as are their scales.
 struct PromptLayout {
   static constexpr bool kUnsigned = true;
   static constexpr int kTwice = 0;
 
   static void place(int group, const int8_t* digits, int8_t* out) {
-    int8_t* block = out + group / 16 * kColumns + group % 16 * 4;
     for (int u = 0; u < 2; u++)
       for (int q = 0; q < 2; q++)
-        for (int e = 0; e < 2; e++)
-          std::memcpy(block + 64 * (4 * u + 2 * q + e), digits + 16 * q + 8 * u + 4 * e, 4);
+        for (int e = 0; e < 2; e++) {
+          const int64_t step = int64_t(group) * kSteps + 4 * u + 2 * q + e;
+          std::memcpy(out + step * kTileTokens * 4, digits + 16 * q + 8 * u + 4 * e, 4);
+        }
   }
-  static void place_scale(int group, float scale, float* out) { out[group] = scale; }
+  static void place_scale(int group, float scale, float* out) { out[int64_t(group) * kTileTokens] = scale; }
 };
 
-// One row of weights as unsigned bytes (high digit + 128) in the same order.
+void quantize_prompt(const float* x, int columns, int row, Prompt* out) {
+  const int64_t width = padded(columns);
+  const int64_t tile = row / kTileTokens * kTileTokens, place = row % kTileTokens;
+  Activation a{out->digits + tile * width + place * 4, nullptr, out->scale + tile * (width / kGroup) + place, 0, 1};
+  quantize_as<PromptLayout>(x, columns, 1, &a);
+  out->correction[row] = a.correction;
+}
+
+// -- weights -------------------------------------------------------------------------------------------------------
+
+// 16 vectors of 16 doublewords, transposed.
+DPLLM_INLINE void transpose(const Vec* in, Vec* out) {
+  Vec a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + c]: doubleword c of every lane, of rows i..i+3
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int c = 0; c < 4; c++) {
+    const Vec lo0 = _mm512_shuffle_i64x2(b[c], b[4 + c], 0x44), hi0 = _mm512_shuffle_i64x2(b[c], b[4 + c], 0xee);
+    const Vec lo1 = _mm512_shuffle_i64x2(b[8 + c], b[12 + c], 0x44), hi1 = _mm512_shuffle_i64x2(b[8 + c], b[12 + c], 0xee);
+    out[c] = _mm512_shuffle_i64x2(lo0, lo1, 0x88);
+    out[4 + c] = _mm512_shuffle_i64x2(lo0, lo1, 0xdd);
+    out[8 + c] = _mm512_shuffle_i64x2(hi0, hi1, 0x88);
+    out[12 + c] = _mm512_shuffle_i64x2(hi0, hi1, 0xdd);
+  }
+}
+
+// The digits of one line of a row: vector (h, u) to out[(2 h + u) * kLanes].
 template <int B>
-void decode_row(const Matrix& w, int n, uint8_t* out) {
+DPLLM_INLINE void decode_line(const Matrix& w, int n, int64_t at, Vec* out) {
   Table<B> table;
   load_tables<B, 1>(w, n, &table);
   const Lines<B> lines{w.planes + n * w.row_bytes, w.plane_bytes};
-  const int64_t whole = w.row_bytes / 64 * 64;
-  const auto rest = __mmask16((1u << (w.row_bytes % 64 / 4)) - 1);
   Vec planes[B];
-  for (int64_t at = 0; at < w.row_bytes; at += 64, out += kColumns) {
-    if (at < whole) lines.load(at, planes);
-    else lines.load_tail(at, rest, planes);
-    const Codes<B> codes(planes);
-    Vec value[4][2];
-    for (int h = 0; h < 4; h++) {
-      Vec code[2];
-      codes(h, code);
-      for (int u = 0; u < 2; u++) value[h][u] = table[code[u]];
-    }
-    for (int u = 0; u < 2; u++) {
-      const Vec a0 = _mm512_unpacklo_epi32(value[0][u], value[1][u]), a1 = _mm512_unpackhi_epi32(value[0][u], value[1][u]);
-      const Vec b0 = _mm512_unpacklo_epi32(value[2][u], value[3][u]), b1 = _mm512_unpackhi_epi32(value[2][u], value[3][u]);
-      _mm512_store_si512(out + 256 * u, _mm512_unpacklo_epi64(a0, b0));
-      _mm512_store_si512(out + 256 * u + 64, _mm512_unpackhi_epi64(a0, b0));
-      _mm512_store_si512(out + 256 * u + 128, _mm512_unpacklo_epi64(a1, b1));
-      _mm512_store_si512(out + 256 * u + 192, _mm512_unpackhi_epi64(a1, b1));
-    }
+  if (at + 64 <= w.row_bytes) lines.load(at, planes);
+  else lines.load_tail(at, __mmask16((1u << ((w.row_bytes - at) / 4)) - 1), planes);
+  const Codes<B> codes(planes);
+  for (int h = 0; h < 4; h++) {
+    Vec code[2];
+    codes(h, code);
+    for (int u = 0; u < 2; u++) out[(2 * h + u) * kLanes] = table[code[u]];
   }
 }
 
-// y[token][n..n+3] for kTokens rows of the prompt against four decoded rows of weights.
-template <int kTokens>
-DPLLM_INLINE void tile(const uint8_t* rows, int width, const Prompt& x, int token, __m512 (*total)[kTileRows]) {
-  for (int m = 0; m < kTokens; m++)
-    for (int n = 0; n < kTileRows; n++) total[m][n] = _mm512_setzero_ps();
-  for (int column = 0; column < width; column += kColumns) {
-    Vec sum[kTokens][kTileRows];
-    for (auto& m : sum)
-      for (Vec& s : m) s = _mm512_setzero_si512();
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) {
-      Vec xs[kTokens];
-      for (int m = 0; m < kTokens; m++)
-        xs[m] = _mm512_load_si512(x.digits + int64_t(token + m) * width + column + 64 * t);
-      for (int n = 0; n < kTileRows; n++) {
-        const Vec weights = _mm512_load_si512(rows + int64_t(n) * width + column + 64 * t);
-        for (int m = 0; m < kTokens; m++) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], weights, xs[m]);
+// Rows n..n+count as unsigned bytes (high digit + 128): panel [groups][steps][32 rows][4 columns]. Lanes beyond `count`
+// repeat what was there; nobody reads their sums.
+template <int B>
+void decode_panel(const Matrix& w, int n, int count, uint8_t* panel) {
+  alignas(64) Vec lines[8 * kLanes] = {}, columns[kLanes];
+  for (int half = 0; half < kPanelRows; half += kLanes)
+    for (int64_t at = 0; at < w.row_bytes; at += 64) {
+      for (int r = 0; r < std::min(kLanes, count - half); r++) decode_line<B>(w, n + half + r, at, lines + r);
+      for (int hu = 0; hu < 8; hu++) {
+        transpose(lines + hu * kLanes, columns);
+        for (int i = 0; i < kLanes; i++) {  // lane i / 4 of the line, step 4 u + i % 4
+          const int64_t group = at / 4 + i / 4 * 4 + hu / 2, step = group * kSteps + hu % 2 * 4 + i % 4;
+          _mm512_store_si512(panel + step * kPanelRows * 4 + half * 4, columns[i]);
+        }
       }
     }
-    for (int m = 0; m < kTokens; m++) {
-      const __m512 scale = _mm512_load_ps(x.scale + int64_t(token + m) * (width / kGroup) + column / kGroup);
-      for (int n = 0; n < kTileRows; n++)
-        total[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][n]), scale, total[m][n]);
+}
+
+// -- products ------------------------------------------------------------------------------------------------------
+
+// total[m][j], lane r: rows 16 j + r of the panel with row m of the tile.
+template <int kTokens>
+DPLLM_INLINE void tile(const uint8_t* panel, const int8_t* x, const float* scale, int groups, __m512 (*total)[2]) {
+  for (int m = 0; m < kTokens; m++) total[m][0] = total[m][1] = _mm512_setzero_ps();
+  for (int g = 0; g < groups; g++, scale += kTileTokens) {
+    Vec sum[kTokens][2];
+    for (auto& s : sum) s[0] = s[1] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; s++, panel += kPanelRows * 4, x += kTileTokens * 4) {
+      const Vec w0 = _mm512_load_si512(panel), w1 = _mm512_load_si512(panel + 64);
+      for (int m = 0; m < kTokens; m++) {
+        int32_t four;
+        std::memcpy(&four, x + 4 * m, 4);
+        const Vec xs = _mm512_set1_epi32(four);
+        sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xs);
+        sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xs);
+      }
     }
+    for (int m = 0; m < kTokens; m++)
+      for (int j = 0; j < 2; j++)
+        total[m][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][j]), _mm512_set1_ps(scale[m]), total[m][j]);
   }
 }
 
-// The added lanes of four vectors.
-DPLLM_INLINE __m128 reduce_four(const __m512* v) {
-  __m128 quarter[4];
-  for (int i = 0; i < 4; i++) {
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-    quarter[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  }
-  return _mm_hadd_ps(_mm_hadd_ps(quarter[0], quarter[1]), _mm_hadd_ps(quarter[2], quarter[3]));
-}
+// What turns the totals of a panel's rows into elements of y.
+struct FinishPanel {
+  alignas(64) float scale[kPanelRows] = {}, bias[kPanelRows] = {};
+  int count;
 
-// What turns added lanes of four rows of weights into elements of y.
-struct FinishFour {
-  __m128 scale, bias;
-  __mmask8 rows;
-
-  template <int B>
-  static FinishFour of(const Matrix& w, int n, int count) {
-    float scale[kTileRows] = {}, bias[kTileRows] = {};
-    for (int j = 0; j < count; j++) {
-      scale[j] = w.scales[B][(n + j) / w.rows_per_table] * kBase * (w.row_scale ? w.row_scale[n + j] : 1.f);
-      bias[j] = w.bias ? w.bias[n + j] : 0.f;
+  FinishPanel(const Matrix& w, int bits, int n, int count) : count(count) {
+    for (int r = 0; r < count; r++) {
+      scale[r] = w.scales[bits][(n + r) / w.rows_per_table] * kBase * (w.row_scale ? w.row_scale[n + r] : 1.f);
+      bias[r] = w.bias ? w.bias[n + r] : 0.f;
     }
-    return {_mm_loadu_ps(scale), _mm_loadu_ps(bias), __mmask8((1 << count) - 1)};
   }
-  void operator()(const __m512* total, float correction, float* y) const {
-    const __m128 sum = _mm_sub_ps(reduce_four(total), _mm_set1_ps(correction));
-    _mm_mask_storeu_ps(y, rows, _mm_fmadd_ps(sum, scale, bias));
+  DPLLM_INLINE void operator()(const __m512* total, float correction, float* y) const {
+    for (int j = 0; j < 2; j++) {
+      const auto rows = __mmask16((uint64_t(1) << std::clamp(count - j * kLanes, 0, kLanes)) - 1);
+      const __m512 sum = _mm512_sub_ps(total[j], _mm512_set1_ps(correction));
+      const __m512 value = _mm512_fmadd_ps(sum, _mm512_load_ps(scale + j * kLanes), _mm512_load_ps(bias + j * kLanes));
+      _mm512_mask_storeu_ps(y + j * kLanes, rows, value);
+    }
   }
 };
 
-// Four decoded rows of weights, from row n on, against prompt rows m0..m1.
-DPLLM_INLINE void tiles(const Matrix& w, const uint8_t* rows, const Prompt& x, const FinishFour& finish, float* y, int m0,
-                        int m1) {
-  const auto run = [&](auto tokens, int m) {
-    constexpr int kTokens = decltype(tokens)::value;
-    __m512 total[kTokens][kTileRows];
-    tile<kTokens>(rows, padded(w.columns), x, m, total);
-    for (int i = 0; i < kTokens; i++) finish(total[i], x.correction[m + i], y + int64_t(m + i) * w.rows);
-  };
-  int m = m0;
-  for (; m + kTileTokens <= m1; m += kTileTokens) run(Constant<kTileTokens>(), m);
-  for (; m < m1; m++) run(Constant<1>(), m);
+// The first kTokens rows of a tile of the prompt (fewer at its end) with a decoded panel.
+template <int kTokens>
+void tile_rows(const uint8_t* panel, const Prompt& x, int columns, const FinishPanel& finish, int token, int64_t stride,
+               float* y) {
+  const int64_t width = padded(columns);
+  __m512 total[kTokens][2];
+  tile<kTokens>(panel, x.digits + token * width, x.scale + token * (width / kGroup), (columns + kGroup - 1) / kGroup, total);
+  for (int m = 0; m < std::min(kTokens, x.rows - token); m++) finish(total[m], x.correction[token + m], y + m * stride);
 }
 
+// Rows n0..n1, at most a panel of them.
 template <int B>
 void matmul_rows(const Matrix& w, const Prompt& x, float* y, int n0, int n1) {
-  const int width = padded(w.columns);
-  const int block = std::max<int>(kTileTokens, int(kPromptBytes / width) / kTileTokens * kTileTokens);
-  AlignedBytes rows(size_t(width) * kTileRows);
-  for (int m0 = 0; m0 < x.rows; m0 += block)
-    for (int n = n0; n < n1; n += kTileRows) {
-      const int count = std::min(kTileRows, n1 - n);
-      for (int j = 0; j < count; j++) decode_row<B>(w, n + j, rows.data() + int64_t(j) * width);
-      tiles(w, rows.data(), x, FinishFour::of<B>(w, n, count), y + n, m0, std::min(x.rows, m0 + block));
-    }
+  static thread_local std::vector<uint8_t> memory;
+  memory.resize(std::max(memory.size(), size_t(padded(w.columns)) * kPanelRows + 64));
+  auto* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+  decode_panel<B>(w, n0, n1 - n0, panel);
+  const FinishPanel finish(w, B, n0, n1 - n0);
+  for (int token = 0; token < x.rows; token += kTileTokens) {
+    const int left = x.rows - token;
+    const auto run = left > kTileTokens / 2 ? tile_rows<kTileTokens> : tile_rows<kTileTokens / 2>;
+    run(panel, x, w.columns, finish, token, w.rows, y + int64_t(token) * w.rows + n0);
+  }
 }
 
 void matmul(const Matrix& w, int bits, const Prompt& x, float* y, int n0, int n1) {
   with_width(bits, [&](auto width) { matmul_rows<decltype(width)::value>(w, x, y, n0, n1); });
-}
-
-void quantize_prompt(const float* x, int columns, int row, Prompt* out) {
-  const int width = padded(columns);
-  Activation a{out->digits + int64_t(row) * width, nullptr, out->scale + int64_t(row) * (width / kGroup), 0, 1};
-  quantize_as<PromptLayout>(x, columns, 1, &a);
-  out->correction[row] = a.correction;
 }
 
 }  // namespace

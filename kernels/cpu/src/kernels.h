@@ -37,10 +37,13 @@ struct Activation {
   int32_t digits;    // 1: int8, 2: 16-bit
 };
 
-// A whole prompt, quantised to int8 for `Isa::matmul`.
+// A whole prompt, quantised to int8 for `Isa::matmul`. Rows are kept in tiles; the last one has room for a whole tile.
 struct Prompt {
-  int8_t* digits;     // [rows, padded columns]
-  float* scale;       // [rows, padded columns / 32]
+  static constexpr int kTileTokens = 6;
+  static constexpr int kPanelRows = 32;  // of the weights: what `matmul` takes at once
+
+  int8_t* digits;     // [tiles][padded columns / 4][kTileTokens][4]
+  float* scale;       // [tiles][padded columns / 32][kTileTokens]
   float* correction;  // [rows], as in Activation
   int32_t rows;
 };
