@@ -1,13 +1,14 @@
 """Decode and prefill against llama.cpp, side by side in one run, on random weights of one shape.
 
 Limit measured: reading the weights. A decode step should take the time that memory needs for the planes it reads, so
-the rows say how many bytes a token read, what fraction of a plain parallel read of a buffer of that size (measured in
-every round) that is, and the ratio to llama.cpp's better format of the same width. Everything is included: embedding,
-norms, rope, selection (thresholds evaluated for every group), attention over a 512-token context, the head, greedy
-sampling. Machines change speed from second to second, so contestants take turns in short stretches, in another order
-every round, and figures are medians over all rounds; ours alternates between two copies of the model so that no cache
-flatters it. llama.cpp runs in a process of its own, asleep while it is not measured (bench/peers/worker.py), in its
-best configuration: formats that it can repack at load run both ways and the better one counts.
+the rows say how many bytes a token read, what fraction of a plain parallel read of a buffer of that size (measured
+right before and behind each stretch) that is, and the ratio to llama.cpp's better format of the same width.
+Everything is included: embedding, norms, rope, selection (thresholds evaluated for every group), attention over a
+512-token context, the head, greedy sampling. Machines change speed from second to second, so contestants take turns
+in short stretches, in another order every round, and figures are medians over all rounds; ours alternates between two
+copies of the model so that no cache flatters it. llama.cpp runs in a process of its own, asleep while it is not
+measured (bench/peers/worker.py), in its best configuration: formats that it can repack at load run both ways and the
+better one counts.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36 gguf
     python bench/cpu_vs_llama_cpp.py [--shape 1.1B] [--python OTHER_ENV/bin/python] [--threads 2] [--rounds 6]
@@ -90,6 +91,7 @@ class Contestant:
     decode: Callable[[int], list[float]]
     bits_per_weight: float
     times: list[float] = field(default_factory=list)
+    streams: list[float] = field(default_factory=list)  # GB/s just before and just behind each stretch
 
     def figures(self) -> dict[str, float]:
         """Median, 90th percentile."""
@@ -198,26 +200,27 @@ def compete(args: argparse.Namespace, widths: list[int]) -> tuple[list[dict], di
     ]
     entries += [Contestant(n, 0, lambda k, p=p: p.decode(k, CONTEXT), bpw) for n, p, bpw in peers]
     prefills: dict[str, list[float]] = {}
-    streams: list[float] = []
     memory = empty_planes((1, 1, 1 << 28)).fill_(1)
     cpu = next(iter(ours.values())).copies[0].backend.cpu
     order = random.Random(0)
     for r in range(args.rounds):
         for entry in order.sample(entries, len(entries)):
-            streams.append(cpu.read_bandwidth(memory) / 1e9)
+            before = cpu.read_bandwidth(memory) / 1e9
             entry.times += entry.decode(STRETCH)
+            entry.streams += [before, cpu.read_bandwidth(memory) / 1e9]
         prefills.setdefault("dpllm", []).append(ours[min(ours)].prefill())
         for name, peer, _ in order.sample(peers, len(peers)):
             prefills.setdefault(name, []).append(PROMPT / peer.prefill(PROMPT))
         print(f"round {r + 1} of {args.rounds}", flush=True)
     for _, peer, _ in peers:
         peer.close()
-    stream = statistics.median(streams)
-    rows = [row(e, entries, field_of[e.bits], stream) for e in entries if e.name == "dpllm"]
+    streams = [s for e in entries for s in e.streams]
+    rows = [row(e, entries, field_of[e.bits]) for e in entries if e.name == "dpllm"]
     best = max((statistics.median(v), k) for k, v in prefills.items() if k != "dpllm")
     mine = statistics.median(prefills["dpllm"])
     facts = {
-        "stream_gb_per_s": round(stream, 2), "stream_range": [round(min(streams), 1), round(max(streams), 1)],
+        "stream_gb_per_s": round(statistics.median(streams), 2),
+        "stream_range": [round(min(streams), 1), round(max(streams), 1)],
         "prefill_512": {
             "dpllm": round(mine, 1), "best_peer": best[1], "peer": round(best[0], 1), "ratio": round(mine / best[0], 3),
             "all": {k: round(statistics.median(v), 1) for k, v in prefills.items()}, "bar": 2.5,
@@ -244,12 +247,13 @@ def linears_only(args: argparse.Namespace) -> dict[str, float | str]:
     return found
 
 
-def row(entry: Contestant, entries: list[Contestant], ours: Ours, stream: float) -> dict:
+def row(entry: Contestant, entries: list[Contestant], ours: Ours) -> dict:
     """One width against the better of its rivals."""
     names = tuple(n for kind in RIVALS[entry.bits] for n in (kind, f"{kind} as stored"))
     against = min((e for e in entries if e.name in names), key=lambda e: statistics.median(e.times))
     mine, other = entry.figures(), against.figures()
     rate = ours.bytes_read(entry.bits) / mine["p50"] / 1e6
+    stream = statistics.median(entry.streams)
     return {
         "bits": entry.bits, "bits_per_weight": round(entry.bits_per_weight, 3), "ms_p50": mine["p50"],
         "ms_p90": mine["p90"], "tokens_per_s": round(1e3 / mine["p50"], 1), "gb_per_s": round(rate, 2),

@@ -22,7 +22,7 @@ from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep, decode_one
-from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe
+from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import encode, load_tokenizer
 from dpllm.sampling import sample
@@ -166,7 +166,7 @@ class Engine:
     def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, bits: torch.Tensor | None) -> Step:
         """bits: what this token read; None: the resident maximum, as for a prompt (0: never quantised)."""
         first = self.decoder.groups[0]
-        widths = [first.resident_bits] * len(self.decoder.groups) if bits is None else bits[0].tolist()
+        widths = [g.resident_bits for g in self.decoder.groups] if bits is None else bits[0].tolist()
         if first.dense:
             return Step(token, text, 0.0, ms, self._head_bytes, cache.nbytes)
         used = sum(b * g.weights for b, g in zip(widths, self.decoder.groups, strict=True))
@@ -250,12 +250,12 @@ def load(
                 f"{where} is not quantised, so it has one precision. Run: dpllm quantize {where} OUT"
             )
         return engine
-    resident = engine.decoder.groups[0].resident_bits
+    held = resident_mean(engine.decoder)
     if policy is None and target_bits is None and found is None:
-        engine.policy = StaticPolicy([resident] * len(engine.decoder.groups), name="uniform")
-        engine.target_bits = float(resident)
+        engine.policy = StaticPolicy([g.resident_bits for g in engine.decoder.groups], name="uniform")
+        engine.target_bits = held
         return engine
     if target_bits is None:
-        target_bits = min(DEFAULT_TARGET_BITS, float(resident))
+        target_bits = min(DEFAULT_TARGET_BITS, held)
     engine.set_policy(policy or ("rate-distortion" if found else "uniform"), target_bits)
     return engine

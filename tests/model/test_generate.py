@@ -392,6 +392,19 @@ def test_a_linear_profile_decides_per_matrix(tiny_overlay, profiles, tmp_path):
 # -- sampling ---------------------------------------------------------------------------------------------
 
 
+def test_planes_held_differ_from_group_to_group(tiny_overlay, profiles):
+    profile = profiles["fused"]
+    planes = dict(zip(profile.group_names, profile.budget(4).tolist(), strict=True))
+    engine = load(tiny_overlay, options=LoadOptions(resident_bits=planes))
+    assert engine.target_bits == 3.5
+    first, *others = engine.generate("import os", GenerateOptions(max_new_tokens=12))
+    groups = engine.decoder.groups
+    held = sum(planes[g.name] * g.weights for g in groups) / sum(g.weights for g in groups)
+    assert first.effective_bits == pytest.approx(held), "the prompt reads what is there"
+    for step in others:
+        assert all(bits <= planes[g.name] for bits, g in zip(step.bits, groups, strict=True))
+
+
 def counts(logits, temperature, top_p, draws=20_000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn = [sample(logits, temperature, top_p, generator) for _ in range(draws)]
