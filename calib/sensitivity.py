@@ -14,6 +14,7 @@ Without a previous step (the first token of a text) the context counts as its me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,30 @@ def step_context(logits: Tensor, tokens: Tensor, previous: Tensor | None) -> Ten
     logits: [R, V] of the step, R sequences side by side. tokens: int64 [R], what came next. previous:
     float32 [R, 3], the context before this step (None: there was none). Returns float32 [R, 3].
     """
+    if len(logits) == 1 and logits.device.type == "cpu":
+        before = None if previous is None else float(previous[0, 2])
+        return torch.tensor([_one_step(logits[0].float().numpy(), int(tokens[0]), before)])
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     level = (entropy + 0.01).log()
     chosen = log_p.gather(1, tokens[:, None])[:, 0].clamp(min=-20)
     trend = level if previous is None else DECAY * previous[:, 2] + (1 - DECAY) * level
     return torch.stack([level, chosen, trend], dim=1)
+
+
+def _one_step(logits: np.ndarray, token: int, before: float | None) -> tuple[float, float, float]:
+    """The same for one row: logits [V] and the trend before.
+
+    By numpy: waking torch's threads for one row took longer than a small model's whole step.
+    """
+    shifted = logits - logits.max()
+    p = np.exp(shifted)
+    total = float(p.sum())
+    log_total = math.log(total)
+    entropy = log_total - float(p @ shifted) / total
+    level = math.log(entropy + 0.01)
+    trend = level if before is None else DECAY * before + (1 - DECAY) * level
+    return level, max(float(shifted[token]) - log_total, -20.0), trend
 
 
 def sequence_context(logits: Tensor, ids: Tensor) -> Tensor:
