@@ -17,11 +17,13 @@ from dpllm.quant.text import load_tokenizer, read_documents
 
 
 def run(
-    model: str, out: str, bits: str, head_bits: int, fisher: str, data: str | None, samples: int,
-    sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
+    model: str, out: str, bits: str, head_bits: int, fisher: str, refine: str, data: str | None,
+    samples: int, sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantises and reports size, time and speed."""
-    options = QuantizeOptions(parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed)
+    options = QuantizeOptions(
+        parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed, refine
+    )
     if fisher not in ("text", "none"):
         raise InputError(f"--fisher {fisher} is unknown. Use 'text' or 'none'.")
     source_path = resolve_model(model)
@@ -51,7 +53,8 @@ def run(
     speed = job.weights_done / job.seconds["k-means"] / workers if job.weights_done else 0.0
     note(
         f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s "
-        f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s)"
+        f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s, "
+        f"refinement {job.seconds['refine']:.1f} s)"
     )
     if job.weights_done:
         note(llama_3_8b(options, job.seconds, job.weights_done, documents is not None))
