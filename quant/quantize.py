@@ -221,7 +221,7 @@ class Quantizer:
         f = np.broadcast_to(np.float32(1), w.shape) if fisher is None else fisher.float().numpy()
         scale = None
         if share > 1:
-            scale, w, f = _normalise_rows(w, f)
+            scale, w, f = normalise_rows(w, f)
         with np.errstate(over="ignore"):
             representable = np.isfinite(w.astype(np.float16)).all()
         if not representable:
@@ -346,7 +346,7 @@ def _why_plain(name: str, model: LayerwiseModel) -> str:
     return "vector: too small to matter"
 
 
-def _normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scale fp16 [N], rows at unit RMS, weights in the normalised domain) for rows that share a table."""
     rms = np.sqrt((w.astype(np.float64) ** 2).mean(1))
     scale = np.clip(rms, 0, 65504).astype(np.float16)

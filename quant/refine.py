@@ -36,7 +36,7 @@ class RefineOptions:
     rounds: int = 2
     sweeps: int = 2
     table_steps: int = 10
-    balance: float = 4.0
+    balance: float = 2.0
 
 
 @dataclass(frozen=True)

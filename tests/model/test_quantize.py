@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,54 @@ def test_fisher_is_used_and_recorded(tiny_checkpoint, straight, tmp_path):
     plain = Overlay.open(job(tiny_checkpoint, tmp_path / "plain").run())
     assert plain.quantization["fisher"] is None
     assert plain.hash != overlay.hash
+
+
+@pytest.mark.parametrize("refine", ["none", "tables", "full"])
+def test_refinement_is_stored_and_recorded(refine, tiny_checkpoint, tmp_path):
+    """Same planes or not, same bytes; every width still close; none is left out."""
+    extra = with_fisher(tiny_checkpoint) | {"options": replace(FISHER, refine=refine)}
+    quantizer = job(tiny_checkpoint, tmp_path / "out", **extra)
+    overlay = Overlay.open(quantizer.run())
+    assert overlay.quantization["refine"] == refine
+    assert (quantizer.seconds["refine"] > 0) == (refine != "none")
+    plain = replace(FISHER, refine="none")
+    other = Overlay.open(
+        job(tiny_checkpoint, tmp_path / "plain", **with_fisher(tiny_checkpoint) | {"options": plain}).run()
+    )
+    assert overlay.stored_bytes() == other.stored_bytes()
+    same_planes = all(
+        torch.equal(overlay.read(n), other.read(n)) for n, _ in overlay.entries() if ".planes." in n
+    )
+    same_tables = all(
+        torch.equal(overlay.read(n), other.read(n)) for n, _ in overlay.entries() if ".lut." in n
+    )
+    assert (same_planes, same_tables) == (refine != "full", refine == "none")
+    original = load_file(tiny_checkpoint / "model.safetensors")
+    for name in overlay.linears:
+        errors = [
+            relative_error(reference.dequantize(overlay.linear(name), b), original[f"{name}.weight"])
+            for b in range(2, 7)
+        ]
+        assert errors[0] < 0.8 and errors[-1] < 0.15, (name, errors)
+
+
+def test_without_text_nothing_is_refined(tiny_checkpoint, straight, tmp_path):
+    overlay = Overlay.open(job(tiny_checkpoint, tmp_path / "out", QuantizeOptions(refine="full")).run())
+    assert overlay.quantization["refine"] == "none"
+    none = job(tiny_checkpoint, tmp_path / "none", QuantizeOptions(refine="none")).run()
+    assert contents(overlay.path) == contents(none)
+
+
+def test_refinement_is_planned(tiny_checkpoint, tmp_path):
+    peaks = [
+        job(
+            tiny_checkpoint,
+            tmp_path / "out",
+            **with_fisher(tiny_checkpoint) | {"options": replace(FISHER, refine=r)},
+        ).plan.peak_bytes
+        for r in ("none", "tables", "full")
+    ]
+    assert peaks[0] + 4 * (6 * 64**2 + 96**2) < peaks[1] == peaks[2]
 
 
 def test_rows_that_share_a_table_count_by_their_size(checkpoints, tmp_path):
@@ -497,7 +546,7 @@ def test_rows_per_table_must_divide(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [{"bits": (1, 6)}, {"bits": (2, 9)}, {"bits": (5, 4)}, {"bits": (7, 8)}, {"head_bits": 1}, {"head_bits": 9},
-     {"samples": 0}, {"sequence_length": 15}],
+     {"samples": 0}, {"sequence_length": 15}, {"refine": "codes"}],
     ids=str,
 )  # fmt: skip
 def test_impossible_options(wrong):
