@@ -61,6 +61,7 @@ class QuantizePlan:
     output_bytes: int
     peak_bytes: int
     work_bytes: int
+    refine_products: int  # multiply-adds with Hessians, most of the time of refining a large model
 
 
 def default_rows_per_table(rows: int, columns: int) -> int:
@@ -93,6 +94,7 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         peak_bytes=peak_bytes(head, layer, boundary if fisher else None)
         + (refine_bytes(first, options) if fisher else 0),
         work_bytes=boundary * (len(model) + 2) if fisher else 0,
+        refine_products=refine_products(list(linears.values()), options) if fisher else 0,
     )
 
 
@@ -128,6 +130,14 @@ def refine_bytes(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int
     return sum(4 * k * k for _, k in shapes) + max(working_bytes(n, k, widths) for n, k in shapes)
 
 
+def refine_products(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int:
+    """Multiply-adds with Hessians that refining matrices of these shapes takes."""
+    if options.refine == "none":
+        return 0
+    how = RefineOptions(codes=options.refine == "full")
+    return sum(multiply_adds(n, k, _free_widths(options), how) for n, k in shapes)
+
+
 def _free_widths(options: QuantizeOptions) -> int:
     return min(options.bits[1], MAX_TABLE_BITS) - options.bits[0] + 1
 
@@ -146,9 +156,8 @@ def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int
     if fisher:
         parts.append(f"{seconds['fisher'] * scale / 3600:.1f} h of gradients")
     if fisher and options.refine != "none":
-        how, widths = RefineOptions(codes=options.refine == "full"), _free_widths(options)
-        products = sum(multiply_adds(n, k, widths, how) for n, k in LLAMA_3_8B_SHAPES)
-        hours = (seconds["refine"] * scale + 32 * products / _multiply_adds_per_second()) / 3600
+        products = 32 * refine_products(list(LLAMA_3_8B_SHAPES), options)
+        hours = (seconds["refine"] * scale + products / multiply_adds_per_second()) / 3600
         parts.append(f"{hours:.0f} h of refinement")
         peak += refine_bytes(list(LLAMA_3_8B_SHAPES), options)
     cuda = " (--device cuda: a small part of it)" if fisher else ""
@@ -157,7 +166,7 @@ def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int
     )
 
 
-def _multiply_adds_per_second() -> float:
+def multiply_adds_per_second() -> float:
     """Of a float32 product of a block of rows with a large Hessian, on the CPU."""
     a, b = torch.ones(512, 2048), torch.ones(2048, 2048)
     a @ b

@@ -9,8 +9,9 @@ As in its LNQ (algorithm 2), two steps alternate, neither of which can raise the
   the present table need one product with H a step, where forming the normal equations would scatter N K^2 terms.
 * codes: cyclic coordinate descent over columns. LNQ knows one width; here a code serves all of them, and each
   weight takes the parent code with the smallest sum over widths of `balance`^b times the error of its b-bit
-  prefix. Nesting needs no care: a prefix stays a prefix. Descending from the narrowest width down instead
-  (codes free at the seed, then one of two children) is worse at every width above it (docs/log.md).
+  prefix. Nesting needs no care: a prefix stays a prefix. Letting the seed width choose freely and splitting its
+  codes afterwards is the limit of a small balance; it costs wide widths more than it gives narrow ones
+  (docs/log.md).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class RefineOptions:
     codes: bool = True
     rounds: int = 2
     sweeps: int = 2
-    table_steps: int = 10
+    table_steps: int = 4
     balance: float = 2.0
 
 
@@ -103,7 +104,7 @@ def working_bytes(rows: int, columns: int, widths: int) -> int:
 
 def multiply_adds(rows: int, columns: int, widths: int, options: RefineOptions = RefineOptions()) -> int:
     """Of the products with H, which are most of the work where rows are long."""
-    tables = options.table_steps + 3
+    tables = options.table_steps + 2
     codes = 1.5 * options.sweeps + 2 if options.codes else 0
     return int(rows * columns**2 * widths * (options.rounds if options.codes else 1) * (tables + codes))
 
@@ -155,25 +156,27 @@ def _refit(m: NestedMatrix, h: Tensor, bits: int, steps: int) -> Tensor:
         flat = torch.zeros(count * size, device=h.device)
         return flat.index_add_(0, index.reshape(-1), (values * scale).reshape(-1)).view(count, size)
 
-    def loss(table: Tensor) -> Tensor:
+    def pull(table: Tensor) -> tuple[Tensor, Tensor]:  # (half the gradient, each table's error)
         e = gather(table) - target
-        return (e * (e @ h)).sum(1).view(count, -1).sum(1)
+        eh = e @ h
+        return eh, (e * eh).sum(1).view(count, -1).sum(1)
 
     target = m.weight * scale
     jacobi = scatter(h.diagonal() * scale)
     jacobi = torch.where(jacobi > 0, 1 / jacobi, 0)  # a code without weights keeps its value
-    residual = -scatter((gather(old) - target) @ h)
+    gradient, before = pull(old)
+    residual = -scatter(gradient)
     found, z = old.clone(), jacobi * residual
     direction, rz = z, (residual * z).sum(1)
     for _ in range(steps):
         image = scatter(gather(direction) @ h)
         length = _ratio(rz, (direction * image).sum(1))[:, None]
         found, residual = found + length * direction, residual - length * image
-        z, before = jacobi * residual, rz
+        z, last = jacobi * residual, rz
         rz = (residual * z).sum(1)
-        direction = z + _ratio(rz, before)[:, None] * direction
+        direction = z + _ratio(rz, last)[:, None] * direction
     new = found.clamp(-65504, 65504).half()
-    better = loss(new.float()) <= loss(old)
+    better = pull(new.float())[1] <= before
     return torch.where(better[:, None], new, m.tables[bits])
 
 

@@ -10,7 +10,7 @@ from dpllm.commands.common import check_device, default_text, note, parse_bits, 
 from dpllm.kernels.errors import InputError
 from dpllm.loading import check_checkpoint
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.plan import QuantizeOptions, llama_3_8b
+from dpllm.quant.plan import QuantizeOptions, llama_3_8b, multiply_adds_per_second
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource, resolve_model
 from dpllm.quant.text import load_tokenizer, read_documents
@@ -44,6 +44,12 @@ def run(
         f"peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the runtime, "
         f"scratch {job.plan.work_bytes / 1e6:.0f} MB"
     )
+    if job.plan.refine_products and job.model.device == "cpu":
+        hours = job.plan.refine_products / multiply_adds_per_second() / 3600
+        if hours > 0.1:
+            note(
+                f"refinement will take about {hours:.1f} h on this CPU (--refine tables: a quarter; none: none)"
+            )
     began = time.perf_counter()
     with stage_bars() as progress:
         path = job.run(progress)

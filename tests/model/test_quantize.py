@@ -233,15 +233,18 @@ def test_without_text_nothing_is_refined(tiny_checkpoint, straight, tmp_path):
 
 
 def test_refinement_is_planned(tiny_checkpoint, tmp_path):
-    peaks = [
+    plans = [
         job(
             tiny_checkpoint,
             tmp_path / "out",
             **with_fisher(tiny_checkpoint) | {"options": replace(FISHER, refine=r)},
-        ).plan.peak_bytes
+        ).plan
         for r in ("none", "tables", "full")
     ]
+    peaks = [p.peak_bytes for p in plans]
     assert peaks[0] + 4 * (6 * 64**2 + 96**2) < peaks[1] == peaks[2]
+    assert 0 == plans[0].refine_products < plans[1].refine_products < plans[2].refine_products
+    assert job(tiny_checkpoint, tmp_path / "out").plan.refine_products == 0, "no text, no refinement"
 
 
 def test_rows_that_share_a_table_count_by_their_size(checkpoints, tmp_path):
