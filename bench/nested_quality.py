@@ -143,14 +143,13 @@ def balanced_error(matrices: dict[str, NestedMatrix], hessians: dict[str, Tensor
     )
 
 
-def rows(tokens: int, only: list[str]) -> Iterator[dict]:
+def rows(evaluator: Evaluator, only: list[str]) -> Iterator[dict]:
     """One row a step."""
     o = QuantizeOptions()
     sequences = sample_sequences(
         read_documents(reference.calibration_text()), load_tokenizer(reference.model_path()), o.samples,
         o.sequence_length, o.seed,
     )  # fmt: skip
-    evaluator = Evaluator(tokens)
     whole = dict.fromkeys((f"bits_{b}" for b in WIDTHS), round(evaluator.perplexity({}), 4))
     yield {"step": "unquantised (head int8)", **whole, "loss": 0.0, "seconds": 0.0}
     fisher, guided = statistics(sequences)
@@ -177,8 +176,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24_576, help="held-out tokens to score")
     parser.add_argument("--only", default="", help="steps, separated by ';'")
     args = parser.parse_args()
-    found = list(rows(args.tokens, [s for s in args.only.split(";") if s]))
-    report("nested_quality", found, measured_on="reference model", heldout_tokens=args.tokens)
+    evaluator = Evaluator(args.tokens)
+    found = list(rows(evaluator, [s for s in args.only.split(";") if s]))
+    report("nested_quality", found, measured_on="reference model", heldout_tokens=evaluator.tokens)
 
 
 if __name__ == "__main__":
