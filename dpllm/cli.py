@@ -68,6 +68,13 @@ def quantize(
     fisher: Annotated[
         str, typer.Option(help="'text': weight errors by the loss gradient; 'none': plain k-means.")
     ] = "text",
+    refine: Annotated[
+        str,
+        typer.Option(
+            help="After k-means, lower the error of each layer's output: 'full' moves codes and tables, 'tables' "
+            "only tables, 'none' neither. Needs --fisher text."
+        ),
+    ] = "full",
     data: Data = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences for the Fisher pass.")] = 64,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
@@ -94,6 +101,7 @@ def quantize(
         bits,
         head_bits,
         fisher,
+        refine,
         data,
         samples,
         sequence_length,

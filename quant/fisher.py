@@ -1,6 +1,8 @@
 """Diagonal Fisher information of every linear layer, one decoder layer at a time.
 
-F = sum over calibration sequences of (dLoss/dW)^2, accumulated in fp32 (SqueezeLLM, arXiv:2306.07629).
+F = sum over calibration sequences of (dLoss/dW)^2, accumulated in fp32 (SqueezeLLM, arXiv:2306.07629). On
+request the guided Hessian too: H = sum over tokens of s x x^T, x the layer's input and s the mean squared
+gradient of its outputs (GuidedQuant, arXiv:2505.07004), which sees errors of different columns cancel.
 The forward pass leaves the hidden state at every layer boundary on disk; the backward pass walks the
 layers from the last to the first, reloading each one, so no more than one layer's weights and Fisher are
 ever in memory. Both passes can be cut off after any layer and continued.
@@ -24,8 +26,11 @@ from dpllm.quant.layerwise import LayerwiseModel, call_layer
 class FisherPass:
     """Boundary activations and gradients in `work`, and the two passes over them."""
 
-    def __init__(self, model: LayerwiseModel, sequences: Tensor, work: Path):
+    def __init__(self, model: LayerwiseModel, sequences: Tensor, work: Path, *, guided: bool = False):
+        """guided: `backward` also leaves each linear's guided Hessian in `hessians`."""
         self.model, self.sequences, self.work = model, sequences, work
+        self.guided = guided
+        self.hessians: dict[str, Tensor] = {}  # fp32 [K, K] on the CPU, of the layer walked last
         work.mkdir(parents=True, exist_ok=True)
 
     def _hidden(self, index: int) -> Path:
@@ -68,6 +73,7 @@ class FisherPass:
         for module, name in names.items():
             module.weight.requires_grad_()
             module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
+        guides = {n: _Guide(m) for m, n in names.items()} if self.guided else {}
         kwargs, below = self._layer_arguments[index], []
         pairs = zip(_load(self._hidden(index)), _load(self._gradient(index + 1)), strict=True)
         for state, gradient in pairs:
@@ -77,6 +83,7 @@ class FisherPass:
             below.append(hidden.grad.cpu())
         self._below = torch.cat(below)
         prefix = self.model.layer_prefix(index)
+        self.hessians = {f"{prefix}.{n}": g.hessian.cpu() for n, g in guides.items()}
         return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
 
     def keep_gradient(self, index: int) -> None:
@@ -86,6 +93,23 @@ class FisherPass:
     def drop_gradient(self, index: int) -> None:
         """Forgets a gradient that no layer needs any more."""
         self._gradient(index).unlink(missing_ok=True)
+
+
+class _Guide:
+    """Sums a linear layer's guided Hessian over everything that passes through it, forward and back."""
+
+    def __init__(self, module: nn.Linear):
+        self.hessian = module.weight.new_zeros(module.in_features, module.in_features)
+        module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach().flatten(0, -2)  # [tokens, K]
+
+        def backward(gradient: Tensor) -> None:
+            weighted = x * gradient.flatten(0, -2).square().mean(1).sqrt()[:, None]
+            self.hessian.addmm_(weighted.T, weighted)
+
+        output.register_hook(backward)
 
 
 def _squaring(total: Tensor) -> Callable[[Tensor], None]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS
 from dpllm.quant.layerwise import LayerwiseModel
 from dpllm.quant.overlay import LinearLayout
+from dpllm.quant.refine import RefineOptions, multiply_adds, working_bytes
 
-LLAMA_3_8B_LAYER = 218_103_808  # weights in the linear layers of one of its 32 decoder layers
+# The linear layers of one of its 32 decoder layers, [N, K]: q, k, v, o, gate, up, down.
+LLAMA_3_8B_SHAPES = (
+    (4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336),
+)  # fmt: skip
+LLAMA_3_8B_LAYER = sum(n * k for n, k in LLAMA_3_8B_SHAPES)
+REFINEMENTS = ("none", "tables", "full")
 TABLE_WEIGHTS = 2048  # a table shared by fewer weights would flatter the low widths
 
 
@@ -25,6 +33,7 @@ class QuantizeOptions:
     samples: int = 64
     sequence_length: int = 512
     seed: int = 0
+    refine: str = "full"  # after k-means with calibration text: "none", "tables" or "full" (tables and codes)
 
     def __post_init__(self) -> None:
         lo, hi = self.bits
@@ -39,6 +48,8 @@ class QuantizeOptions:
             )
         if self.samples < 1 or self.sequence_length < 16:
             raise InputError("at least one sample of at least 16 tokens is needed for the Fisher pass.")
+        if self.refine not in REFINEMENTS:
+            raise InputError(f"--refine {self.refine} is unknown. Use {', '.join(REFINEMENTS)}.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class QuantizePlan:
     output_bytes: int
     peak_bytes: int
     work_bytes: int
+    refine_products: int  # multiply-adds with Hessians, most of the time of refining a large model
 
 
 def default_rows_per_table(rows: int, columns: int) -> int:
@@ -71,15 +83,18 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
     out = sum(_matrix_bytes(shape, options.bits, options) for shape in linears.values())
     other = _head_and_embedding_bytes(model, options)
     head = int(np.prod(source.shape(model.head_weight())))
-    layer = sum(n * k for name, (n, k) in linears.items() if name.startswith(model.layer_prefix(0) + "."))
+    first = [s for name, s in linears.items() if name.startswith(model.layer_prefix(0) + ".")]
+    layer = sum(n * k for n, k in first)
     tokens = options.samples * options.sequence_length
     boundary = tokens * model.config.hidden_size * 4
     return QuantizePlan(
         linears=linears,
         other_bytes=other,
         output_bytes=out + other,
-        peak_bytes=peak_bytes(head, layer, boundary if fisher else None),
+        peak_bytes=peak_bytes(head, layer, boundary if fisher else None)
+        + (refine_bytes(first, options) if fisher else 0),
         work_bytes=boundary * (len(model) + 2) if fisher else 0,
+        refine_products=refine_products(list(linears.values()), options) if fisher else 0,
     )
 
 
@@ -107,16 +122,54 @@ def peak_bytes(head: int, layer: int, boundary: int | None) -> int:
     return head * 4 + (layer * 4 if boundary is None else layer * 8 + 4 * boundary)
 
 
+def refine_bytes(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int:
+    """Memory for refining one layer: a Hessian per matrix and the working space of the largest."""
+    if options.refine == "none":
+        return 0
+    widths = _free_widths(options)
+    return sum(4 * k * k for _, k in shapes) + max(working_bytes(n, k, widths) for n, k in shapes)
+
+
+def refine_products(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int:
+    """Multiply-adds with Hessians that refining matrices of these shapes takes."""
+    if options.refine == "none":
+        return 0
+    how = RefineOptions(codes=options.refine == "full")
+    return sum(multiply_adds(n, k, _free_widths(options), how) for n, k in shapes)
+
+
+def _free_widths(options: QuantizeOptions) -> int:
+    return min(options.bits[1], MAX_TABLE_BITS) - options.bits[0] + 1
+
+
 def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int, fisher: bool) -> str:
-    """What Llama-3-8B would take at the rates just measured: a prediction, one line."""
+    """What Llama-3-8B would take at the rates just measured: a prediction, one line.
+
+    Refining costs a part for each weight, as measured, and products with Hessians that this model's shorter
+    rows hide; those are foretold from the rate of one such product.
+    """
     layer, head = LLAMA_3_8B_LAYER, 128_256 * 4096
     scale = 32 * layer / weights
     boundary = options.samples * options.sequence_length * 4096 * 4 if fisher else None
-    k_means = f"{seconds['k-means'] * scale / 60:.0f} min of k-means"
-    gradients = (
-        f" and {seconds['fisher'] * scale / 3600:.1f} h of gradients (--device cuda: minutes)"
-        if fisher
-        else ""
+    parts = [f"{seconds['k-means'] * scale / 60:.0f} min of k-means"]
+    peak = peak_bytes(head, layer, boundary)
+    if fisher:
+        parts.append(f"{seconds['fisher'] * scale / 3600:.1f} h of gradients")
+    if fisher and options.refine != "none":
+        products = 32 * refine_products(list(LLAMA_3_8B_SHAPES), options)
+        hours = (seconds["refine"] * scale + products / multiply_adds_per_second()) / 3600
+        parts.append(f"{hours:.0f} h of refinement")
+        peak += refine_bytes(list(LLAMA_3_8B_SHAPES), options)
+    cuda = " (--device cuda: a small part of it)" if fisher else ""
+    return (
+        f"predicted for Llama-3-8B on this machine: {', '.join(parts)}{cuda}, {peak / 1e9:.1f} GB of memory"
     )
-    memory = f"{peak_bytes(head, layer, boundary) / 1e9:.1f} GB"
-    return f"predicted for Llama-3-8B on this machine: {k_means}{gradients}, {memory} of memory"
+
+
+def multiply_adds_per_second() -> float:
+    """Of a float32 product of a block of rows with a large Hessian, on the CPU."""
+    a, b = torch.ones(512, 2048), torch.ones(2048, 2048)
+    a @ b
+    began = time.perf_counter()
+    a @ b
+    return 512 * 2048**2 / (time.perf_counter() - began)

@@ -36,6 +36,7 @@ from dpllm.quant.overlay import (
     tensor_sha256,
 )
 from dpllm.quant.plan import QuantizeOptions, default_rows_per_table, plan_quantize
+from dpllm.quant.refine import NestedMatrix, RefineOptions, refine
 from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
 from dpllm.quant.text import documents_sha256, sample_sequences
 
@@ -62,7 +63,7 @@ class Quantizer:
         self.scratch = self.partial / ".job"  # what to resume from; gone when the overlay is finished
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
-        self.seconds = {"fisher": 0.0, "k-means": 0.0}  # of this run, and
+        self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}  # of this run, and
         self.weights_done = 0  # what it quantised (a resumed run does less)
 
     def run(self, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
@@ -78,8 +79,7 @@ class Quantizer:
             if not self._shard(index).exists() or (fisher and not self._mark(index).exists()):
                 with self._timed("fisher"):
                     weights = fisher.backward(index) if fisher else {}
-                with self._timed("k-means"):
-                    tensors = self._layer_tensors(index, weights)
+                tensors = self._layer_tensors(index, weights, fisher.hessians if fisher else {})
                 write_tensors(self._shard(index), tensors)
                 if fisher:
                     fisher.keep_gradient(index)
@@ -157,7 +157,7 @@ class Quantizer:
             return None
         o = self.options
         sequences = sample_sequences(self.documents, self.tokenizer, o.samples, o.sequence_length, o.seed)
-        fisher = FisherPass(self.model, sequences, self.scratch / "work")
+        fisher = FisherPass(self.model, sequences, self.scratch / "work", guided=o.refine != "none")
         done = 0
 
         def tick() -> None:
@@ -169,13 +169,16 @@ class Quantizer:
             fisher.forward(tick)
         return fisher
 
-    def _layer_tensors(self, index: int, fisher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _layer_tensors(
+        self, index: int, fisher: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         prefix = self.model.layer_prefix(index) + "."
         linears = self.model.linears(index)
         tensors: dict[str, torch.Tensor] = {}
         for name in linears:
             weight = self.source.read(f"{name}.weight")
-            tensors |= self.quantize_matrix(name, weight, fisher.pop(name, None), self.options.bits)
+            hessian = hessians.pop(name, None)
+            tensors |= self.quantize_matrix(name, weight, fisher.pop(name, None), self.options.bits, hessian)
         quantized = {f"{n}.weight" for n in linears}
         for name in self.source.names():
             if name.startswith(prefix) and name not in quantized and not name.endswith("rotary_emb.inv_freq"):
@@ -203,9 +206,10 @@ class Quantizer:
         return tensors
 
     def quantize_matrix(
-        self, name: str, weight: torch.Tensor, fisher: torch.Tensor | None, bits: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
-        """Planes, tables and scales of one matrix [N, K], ready to be stored."""
+        self, name: str, weight: torch.Tensor, fisher: torch.Tensor | None, bits: tuple[int, int],
+        hessian: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Planes, tables and scales of one matrix [N, K], ready to be stored; refined where a Hessian is given."""
         n, k = weight.shape
         self.weights_done += n * k
         share = self.options.rows_per_table or default_rows_per_table(n, k)
@@ -217,20 +221,41 @@ class Quantizer:
         f = np.broadcast_to(np.float32(1), w.shape) if fisher is None else fisher.float().numpy()
         scale = None
         if share > 1:
-            scale, w, f = _normalise_rows(w, f)
+            scale, w, f = normalise_rows(w, f)
         with np.errstate(over="ignore"):
             representable = np.isfinite(w.astype(np.float16)).all()
         if not representable:
             raise InputError(
                 f"'{name}' holds a value beyond float16 ({np.abs(w).max():.3g}); it cannot be stored."
             )
-        codes, tables = self._nested(w.reshape(n // share, -1), f.reshape(n // share, -1), bits)
-        planes = pack(codes.reshape(n, k), bits[1])
+        with self._timed("k-means"):
+            codes, tables = self._nested(w.reshape(n // share, -1), f.reshape(n // share, -1), bits)
+        codes = codes.reshape(n, k)
+        if hessian is not None:
+            with self._timed("refine"):
+                codes, tables = self._refined(w, scale, codes, tables, hessian)
+        planes = pack(codes, bits[1])
         out = {f"{name}.planes.{p}": planes[p].clone() for p in range(bits[1])}
         out |= {f"{name}.lut.{b}": torch.from_numpy(t) for b, t in tables.items()}
         if scale is not None:
             out[f"{name}.scale"] = torch.from_numpy(scale)
         return out
+
+    def _refined(
+        self, w: np.ndarray, scale: np.ndarray | None, codes: np.ndarray, tables: dict[int, np.ndarray],
+        hessian: torch.Tensor,
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:  # fmt: skip
+        """Codes and tables that leave less error in the layer's output (refine.py)."""
+        matrix = NestedMatrix(
+            torch.from_numpy(np.ascontiguousarray(w)),
+            torch.ones(len(w)) if scale is None else torch.from_numpy(scale).float(),
+            torch.from_numpy(codes),
+            {b: torch.from_numpy(t) for b, t in tables.items()},
+            self.options.bits[1],
+        )
+        options = RefineOptions(codes=self.options.refine == "full")
+        found = refine(matrix, hessian.to(self.model.device), options)
+        return found.codes.numpy(), {b: t.numpy() for b, t in found.tables.items()}
 
     def _nested(self, w: np.ndarray, f: np.ndarray, bits: tuple[int, int]):
         """nested_codes over row blocks on `jobs` threads; the result does not depend on their number."""
@@ -305,6 +330,7 @@ class Quantizer:
             "linears": linears,
             "plain_tensors": plain,
             "unquantized": {n: _why_plain(n, model) for n in plain if ".int8" not in n and n != "lm_head.scale"},
+            "refine": "none" if self.documents is None else o.refine,
             "fisher": None if self.documents is None else {
                 "documents_sha256": documents_sha256(self.documents),
                 "samples": o.samples, "sequence_length": o.sequence_length, "seed": o.seed,
@@ -320,7 +346,7 @@ def _why_plain(name: str, model: LayerwiseModel) -> str:
     return "vector: too small to matter"
 
 
-def _normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(scale fp16 [N], rows at unit RMS, weights in the normalised domain) for rows that share a table."""
     rms = np.sqrt((w.astype(np.float64) ** 2).mean(1))
     scale = np.clip(rms, 0, 65504).astype(np.float16)

@@ -10,18 +10,20 @@ from dpllm.commands.common import check_device, default_text, note, parse_bits, 
 from dpllm.kernels.errors import InputError
 from dpllm.loading import check_checkpoint
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.plan import QuantizeOptions, llama_3_8b
+from dpllm.quant.plan import QuantizeOptions, llama_3_8b, multiply_adds_per_second
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource, resolve_model
 from dpllm.quant.text import load_tokenizer, read_documents
 
 
 def run(
-    model: str, out: str, bits: str, head_bits: int, fisher: str, data: str | None, samples: int,
-    sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
+    model: str, out: str, bits: str, head_bits: int, fisher: str, refine: str, data: str | None,
+    samples: int, sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantises and reports size, time and speed."""
-    options = QuantizeOptions(parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed)
+    options = QuantizeOptions(
+        parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed, refine
+    )
     if fisher not in ("text", "none"):
         raise InputError(f"--fisher {fisher} is unknown. Use 'text' or 'none'.")
     source_path = resolve_model(model)
@@ -42,6 +44,12 @@ def run(
         f"peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the runtime, "
         f"scratch {job.plan.work_bytes / 1e6:.0f} MB"
     )
+    if job.plan.refine_products and job.model.device == "cpu":
+        hours = job.plan.refine_products / multiply_adds_per_second() / 3600
+        if hours > 0.1:
+            note(
+                f"refinement will take about {hours:.1f} h on this CPU (--refine tables: a quarter; none: none)"
+            )
     began = time.perf_counter()
     with stage_bars() as progress:
         path = job.run(progress)
@@ -51,7 +59,8 @@ def run(
     speed = job.weights_done / job.seconds["k-means"] / workers if job.weights_done else 0.0
     note(
         f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s "
-        f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s)"
+        f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s, "
+        f"refinement {job.seconds['refine']:.1f} s)"
     )
     if job.weights_done:
         note(llama_3_8b(options, job.seconds, job.weights_done, documents is not None))

@@ -32,7 +32,8 @@ def test_mean_gradients_are_autograds(decoder, gradients, tiny_checkpoint, calib
         torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
     for group, mean in zip(decoder.groups, gradients.mean, strict=True):
         expected = model.get_submodule(group.name).weight.grad / (3 * 32)
-        assert (mean - expected).abs().max() < 1e-3 * expected.abs().max(), group.name
+        # Rounding in two float32 graphs; 0.9e-3 and 1.0e-3 were seen on two stores of the same model.
+        assert (mean - expected).abs().max() < 2e-3 * expected.abs().max(), group.name
 
 
 def test_tables_by_hand(decoder, gradients):

@@ -123,3 +123,43 @@ def test_a_second_process_can_take_over_between_layers(checkpoints, tmp_path):
         assert len(list((tmp_path / "work").glob("gradient-*"))) == 1
     assert not list((tmp_path / "work").glob("*.tmp"))
     assert all(torch.equal(found[n], straight[n]) for n in straight)
+
+
+def whole_model_hessians(path) -> dict[str, torch.Tensor]:
+    """sum over tokens of mean(gradient of the outputs ^ 2) x x^T, from one autograd graph a sequence."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n}
+    inputs, outputs = {}, {}
+    for name, module in linears.items():
+        module.register_forward_hook(
+            lambda m, x, y, n=name: inputs.update({n: x[0][0]}) or outputs.update({n: y})
+        )
+    total = {n: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for n, m in linears.items()}
+    for ids in SEQUENCES:
+        logits = model(ids[None]).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            x, s = inputs[name].detach().double(), gradient[0].double().square().mean(1)
+            total[name] += (x * s[:, None]).T @ x
+    return total
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "llama-biased"])
+def test_guided_hessians_equal_those_of_the_whole_model(name, checkpoints, tmp_path):
+    expected = whole_model_hessians(checkpoints / name)
+    passes = FisherPass(layerwise(checkpoints / name), SEQUENCES, tmp_path / "work", guided=True)
+    plain = FisherPass(layerwise(checkpoints / name), SEQUENCES, tmp_path / "plain")
+    passes.forward(lambda: None)
+    plain.forward(lambda: None)
+    seen = set()
+    for index in (2, 1, 0):
+        fisher, without = passes.backward(index), plain.backward(index)
+        assert all(torch.equal(fisher[n], without[n]) for n in fisher)
+        assert not plain.hessians
+        for linear, h in passes.hessians.items():
+            seen.add(linear)
+            assert (h - h.T).abs().max() <= 1e-6 * h.abs().max()
+            assert (h - expected[linear]).abs().max() <= 1e-4 * expected[linear].abs().max(), linear
+        passes.keep_gradient(index)
+        plain.keep_gradient(index)
+    assert seen == expected.keys()
