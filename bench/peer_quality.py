@@ -28,7 +28,7 @@ import torch
 from peers.shapes import Shape
 from peers.worker import Peer, PeerError
 from quality_texts import heldout_windows
-from quality_variants import SEQUENCES, calibration_sequences
+from quality_variants import calibration_sequences
 from report import RESULTS, report
 
 from dpllm import reference
@@ -45,6 +45,7 @@ LLAMA_CPP = (
     ("Q4_K_M", True), ("Q5_K", True), ("Q6_K", False), ("IQ2_XS", True), ("IQ2_S", True), ("IQ3_XXS", True),
     ("IQ3_S", True), ("IQ4_XS", True),
 )  # fmt: skip
+IMPORTANCE = 32  # sequences of 512 tokens
 HQQ = ((2, 32), (2, 64), (3, 64), (3, 128), (4, 64), (4, 128))
 TORCHAO = ((2, 32), (3, 64), (3, 128), (4, 64), (4, 128))
 
@@ -85,10 +86,10 @@ def importance(decoder: Decoder) -> dict[str, np.ndarray]:
 
     decoder._apply = seen  # type: ignore[method-assign]
     with torch.no_grad():
-        for ids in calibration_sequences(SEQUENCES):
+        for ids in calibration_sequences(IMPORTANCE):
             decoder.forward(ids)
     decoder._apply = apply  # type: ignore[method-assign]
-    return {name: (t / SEQUENCES).numpy() for name, t in total.items()}
+    return {name: (t / IMPORTANCE).numpy() for name, t in total.items()}
 
 
 @torch.no_grad()

@@ -15,24 +15,24 @@ from typing import Any
 
 import torch
 from quality_cells import Bench, Cell, means
-from quality_variants import calibrate, calibrator_for
+from quality_variants import Effort, calibrator_for
 
 _bench: Bench
 
 
-def _start(work: Path, cores: Any, threads: int) -> None:
+def _start(work: Path, cores: Any, threads: int, effort: Effort) -> None:
     """Once per process: takes cores, and makes the process's own bench."""
     global _bench
     mine = cores.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, mine)
     torch.set_num_threads(threads)
-    _bench = Bench(work, calibrator_for(work, threads), threads)
+    _bench = Bench(work, calibrator_for(work, threads, effort), threads)
 
 
 def _calibrate(chain: tuple[str, ...]) -> tuple[str, ...]:
     for name in chain:
-        calibrate(_bench.work, name, _bench.threads)
+        _bench.calibrate(name)
     return chain
 
 
@@ -54,14 +54,14 @@ def _shares(jobs: int) -> list[set[int]]:
 class Jobs:
     """A pool of `jobs` processes over one work directory. Use as a context manager."""
 
-    def __init__(self, work: Path, jobs: int):
+    def __init__(self, work: Path, jobs: int, effort: Effort):
         context = multiprocessing.get_context("spawn")  # the kernels' thread pool does not survive a fork
         shares = _shares(jobs)
         cores = context.Queue()
         for share in shares:
             cores.put(share)
         threads = min(len(s) for s in shares)
-        self._pool = ProcessPoolExecutor(jobs, context, _start, (work, cores, threads))
+        self._pool = ProcessPoolExecutor(jobs, context, _start, (work, cores, threads, effort))
 
     def __enter__(self) -> Jobs:
         return self

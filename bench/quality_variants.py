@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpllm import reference
+from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.controls import WeightGradients, weight_gradients
 from dpllm.calib.dense import dense
@@ -24,10 +25,23 @@ from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 TARGETS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75)
 SOME = (2.5, 3.0, 3.5, 4.0)
-SEQUENCES = 32  # of 512 tokens, for every variant alike
-TUNING = 256  # sequences for DP-LLM's averages: with fewer, they would be seen again and again
-GRADIENTS = 12
+GRADIENTS = 12  # sequences
 ASYNC = {"asynchronous": True}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """sequences: of 512 tokens, for every variant alike; tuning: sequences for DP-LLM's averages (with fewer, they
+    would be seen again and again); paper: its other options."""
+
+    sequences: int = 32
+    tuning: int = 256
+    paper: DPLLMOptions = field(default_factory=DPLLMOptions)
+
+
+SMOKE = Effort(
+    2, 4, DPLLMOptions(averages=AveragesOptions(steps=3, length=64), continued=2, tokens=512, tune_steps=5)
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ def calibration_sequences(count: int) -> Tensor:
     return sample_sequences(documents, load_tokenizer(reference.overlay_path()), count, 512, 0)
 
 
-def calibrate(work: Path, name: str, threads: int = 1) -> None:
+def calibrate(work: Path, name: str, threads: int = 1, effort: Effort = Effort()) -> None:
     """A variant, if it is not there yet for this overlay."""
     out, path = work / f"{name}.safetensors", reference.overlay_path()
     overlay_hash = Overlay.open(path).hash
@@ -71,10 +85,12 @@ def calibrate(work: Path, name: str, threads: int = 1) -> None:
     cpu = CpuOptions(threads=threads)
     decoder = load_decoder(path, LoadOptions(granularity=variant.granularity, cpu=cpu))
     options = CalibrateOptions(**variant.options)
-    calibrator = Calibrator(decoder, calibration_sequences(SEQUENCES), options, work / f"{name}.partial")
+    calibrator = Calibrator(
+        decoder, calibration_sequences(effort.sequences), options, work / f"{name}.partial"
+    )
     profile = calibrator.run(overlay_hash, variant.granularity, {"variant": name}, _quiet)
     if variant.dp_llm:
-        profile = _with_dp_llm(work, decoder, profile, variant)
+        profile = _with_dp_llm(work, decoder, profile, variant, effort)
     profile.save(out)
     print(f"calibrated {name}: {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -88,11 +104,11 @@ def _whole(path: Path, overlay_hash: str) -> bool:
 
 
 def _with_dp_llm(
-    work: Path, decoder: Decoder, profile: CalibrationProfile, variant: Variant
+    work: Path, decoder: Decoder, profile: CalibrationProfile, variant: Variant, effort: Effort
 ) -> CalibrationProfile:
     caps = {b: profile.planes(None) if b == "6" else profile.budget(float(b)) for b in variant.dp_llm}
     targets = {b: list(t) for b, t in variant.dp_llm.items()}
-    options = DPLLMOptions(asynchronous=variant.options.get("asynchronous", False))
+    options = replace(effort.paper, asynchronous=variant.options.get("asynchronous", False))
     rows = None
     if variant.averages_of is not None:
         found = CalibrationProfile.load(work / f"{variant.averages_of}.safetensors").extra
@@ -102,7 +118,9 @@ def _with_dp_llm(
         rows = list(
             zip(found["dp-llm.budgets"], found["dp-llm.targets"], found["dp-llm.averages"], strict=True)
         )
-    found = calibrate_dp_llm(decoder, calibration_sequences(TUNING), caps, targets, options, _quiet, rows)
+    found = calibrate_dp_llm(
+        decoder, calibration_sequences(effort.tuning), caps, targets, options, _quiet, rows
+    )
     return replace(profile, extra=dict(profile.extra) | found)
 
 
@@ -116,6 +134,6 @@ def _quiet(stage: str, done: int, total: int) -> None:
     pass
 
 
-def calibrator_for(work: Path, threads: int = 1) -> Callable[[str], None]:
+def calibrator_for(work: Path, threads: int = 1, effort: Effort = Effort()) -> Callable[[str], None]:
     """What a Bench calls for a profile it lacks."""
-    return lambda name: calibrate(work, name, threads)
+    return lambda name: calibrate(work, name, threads, effort)

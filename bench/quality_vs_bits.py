@@ -24,7 +24,7 @@ from quality_jobs import Jobs
 from quality_plan import BUDGETS, Line, Sizes, main_cell, plain_cells, plan
 from quality_plot import plot_curves, plot_widths
 from quality_texts import windows_of
-from quality_variants import CHAINS, TARGETS, calibrator_for
+from quality_variants import CHAINS, SMOKE, TARGETS, Effort, calibrator_for
 from report import report
 
 
@@ -81,9 +81,9 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     return Sizes(main, budget, few, windows_of("prose").count(args.few), args.prompts)
 
 
-def measure(work: Path, bench: Bench, lines: list[Line], sizes: Sizes, jobs: int) -> None:
+def measure(pool: Jobs, bench: Bench, lines: list[Line], sizes: Sizes) -> None:
     """Calibrations, then every cell that is not there yet."""
-    with Jobs(work, jobs) as pool:
+    with pool:
         pool.calibrate(CHAINS)
         wanted = [
             *plain_cells(sizes),
@@ -98,19 +98,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/quality_vs_bits"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with a share of the cores")
     parser.add_argument("--tokens", type=int, default=102_000, help="scored tokens at 6 resident bits")
-    parser.add_argument("--budget-tokens", type=int, default=102_000, help="scored tokens at 5 resident bits")
+    parser.add_argument("--budget-tokens", type=int, default=51_000, help="scored tokens at 5 resident bits")
     parser.add_argument("--few", type=int, default=40_000, help="of controls, oracles, ablations, prose")
     parser.add_argument("--prompts", type=int, default=24, help="texts that the model continues freely")
     parser.add_argument(
         "--plot", type=Path, help="also draw the curves, and the widths beside as *_widths.png"
     )
     parser.add_argument("--available", action="store_true", help="report what is measured, measure no more")
+    parser.add_argument(
+        "--smoke", action="store_true", help="hardly any calibration: to see that all of it runs"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     began, sizes = time.perf_counter(), sizes_of(args)
-    lines, bench = plan(sizes), Bench(args.work, calibrator_for(args.work))
+    effort = SMOKE if args.smoke else Effort()
+    lines, bench = plan(sizes), Bench(args.work, calibrator_for(args.work, 1, effort))
     if not args.available:
-        measure(args.work, bench, lines, sizes, args.jobs)
+        measure(Jobs(args.work, args.jobs, effort), bench, lines, sizes)
     rows = rows_of(bench, lines, sizes)
     plain = {c.text: means(bench.measure(c))[1] for c in plain_cells(sizes)}
     if args.plot:

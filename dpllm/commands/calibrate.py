@@ -199,5 +199,6 @@ def _report(
             {"profile": str(target), "overlay_hash": profile.overlay_hash, "groups": len(profile.group_names),
              "granularity": a.granularity, "target_range": [low, high], "seconds": round(seconds, 2),
              "peak_bytes": peak_bytes(), "estimator_bytes": profile.estimator_bytes(),
-             "probe_explains": profile.origin["probe_explains"], "targets": checked, "mean_loss": np.round(loss, 6).tolist()}
+             "probe_explains": profile.origin["probe_explains"], "targets": checked,
+             "mean_loss": np.round(loss, 6).tolist()}
         )  # fmt: skip
