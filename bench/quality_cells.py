@@ -96,7 +96,9 @@ class Bench:
             planes = None
             if budget < profile.bits[1]:
                 planes = dict(zip(profile.group_names, profile.budget(budget).tolist(), strict=True))
-            self._decoders[variant, budget] = self.load(profile.granularity, planes)  # it is small: all are kept
+            self._decoders[variant, budget] = self.load(
+                profile.granularity, planes
+            )  # it is small: all are kept
         return self._decoders[variant, budget]
 
     # -- cells -------------------------------------------------------------------------------------------

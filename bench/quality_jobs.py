@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,11 +24,19 @@ _bench: Bench
 def _start(work: Path, cores: Any, threads: int, effort: Effort) -> None:
     """Once per process: takes cores, and makes the process's own bench."""
     global _bench
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     mine = cores.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, mine)
     torch.set_num_threads(threads)
     _bench = Bench(work, calibrator_for(work, threads, effort), threads)
+
+
+def _end_with(parent: int) -> None:
+    """A pool that was killed leaves its processes waiting for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _calibrate(chain: tuple[str, ...]) -> tuple[str, ...]:

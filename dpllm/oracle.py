@@ -31,7 +31,7 @@ class OracleRateDistortion:
                 "this profile holds nothing for policy 'oracle-rate-distortion'. Run: dpllm calibrate OVERLAY"
             )
         device = decoder.device
-        self.backend = decoder.backend
+        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dense.py)
         self.seed_bits = profile.bits[0]
         self.probe = TokenProbe.of(profile.probe, profile.context, device)
         names = [f"oracle.saliency.{g}" for g in range(len(decoder.groups))]
@@ -59,10 +59,11 @@ class OracleRateDistortion:
             self._multiplier = self.probe.multiplier(x, self.context, self.correction)
             self._used = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         widths = range(self.seed_bits, group.resident_bits + 1)
-        full = x @ self.backend.dequantize(group.weight, widths[-1], x.dtype).T
+        dequantize = self.decoder.backend.dequantize
+        full = x @ dequantize(group.weight, widths[-1], x.dtype).T
         loss = torch.zeros(len(x), len(widths), device=x.device)
         for i, width in enumerate(widths[:-1]):
-            error = (full - x @ self.backend.dequantize(group.weight, width, x.dtype).T).float()
+            error = (full - x @ dequantize(group.weight, width, x.dtype).T).float()
             loss[:, i] = (error**2) @ self.saliency[group.index]
         total = loss * self._multiplier[:, None] + self.price[group.index, : len(widths)]
         bits = self.seed_bits + total.argmin(dim=1).to(torch.int32)
