@@ -176,7 +176,7 @@ def ours(tokens: int) -> list[dict]:
         (r["policy"], r["target_bits"]): r
         for r in found["rows"]
         if r["policy"] in ("rate-distortion", "static", "uniform") and r["memory_bits"] == 6
-        and r["calibration"] == "fused-sync" and r["text"] == "stdlib" and r["tokens"] == tokens
+        and r.get("calibration") == "fused-sync" and r["text"] == "stdlib" and r["tokens"] == tokens
     }  # fmt: skip
     return [
         {

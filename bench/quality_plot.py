@@ -30,9 +30,10 @@ ORACLES = {
 }
 
 
-def plot_curves(rows: list[dict], plain: float, path: Path) -> None:
+def plot_curves(rows: list[dict], plain: dict[float, float], path: Path) -> None:
     """Perplexity against measured bits, and below it nats per token against the static allocation at equal bits,
-    a column for each number of resident bits. plain: nats per token unquantised."""
+    a column for each number of resident bits. plain: nats per token unquantised, on the text of
+    each column."""
     budgets = [b for b in (6, 5) if any(r["section"] == "main" and r["memory_bits"] == b for r in rows)]
     figure, grid = plt.subplots(
         2, len(budgets), figsize=(5.9 * len(budgets), 7.6), dpi=130, sharex=True, sharey="row", squeeze=False,
@@ -40,12 +41,12 @@ def plot_curves(rows: list[dict], plain: float, path: Path) -> None:
     )  # fmt: skip
     for (upper, lower), budget in zip(grid.T, budgets, strict=True):
         main = [r for r in rows if r["section"] == "main" and r["memory_bits"] == budget]
-        _perplexities(upper, main, plain)
+        _perplexities(upper, main, plain[budget])
         _differences(lower, main, rows if budget == 6 else [])
         tokens = max(r["tokens"] for r in main)
         upper.set_title(f"{budget} bits resident, {tokens / 1e3:.0f} k held-out tokens", fontsize=10)
     grid[0, 0].set_ylabel("perplexity")
-    grid[1, 0].set_ylabel("nats per token against static\nat equal bits (below 0: better)")
+    grid[1, 0].set_ylabel("nats per token against static at equal bits", fontsize=9)
     figure.suptitle(
         "One stored model, every precision: the reference model (bars: 95% over held-out files)", fontsize=11
     )
@@ -62,7 +63,10 @@ def _perplexities(axes: Any, rows: list[dict], plain: float) -> None:
                 *zip(*xy, strict=True), marker=marker, ls=line, color=colour, label=name, ms=4.5, lw=1.4
             )
     axes.axhline(math.exp(plain), color="black", lw=0.8)
-    axes.text(0.99, math.exp(plain), "unquantised", fontsize=8, va="bottom", ha="right", transform=axes.get_yaxis_transform())  # fmt: skip  # noqa: E501
+    axes.annotate(
+        "unquantised", (0.02, math.exp(plain)), xycoords=axes.get_yaxis_transform(), xytext=(0, -3),
+        textcoords="offset points", fontsize=8, va="top",
+    )  # fmt: skip
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
 

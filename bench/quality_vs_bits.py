@@ -118,8 +118,13 @@ def main() -> None:
     rows = rows_of(bench, lines, sizes)
     plain = {c.text: means(bench.measure(c))[1] for c in plain_cells(sizes)}
     if args.plot:
-        plot_curves(rows, plain["stdlib"], args.plot)
+        unquantised = bench.measure(plain_cells(sizes)[0])
+        nats = {b: means(unquantised, n)[1] for b, n in ((6, sizes.main), (5, sizes.budget))}
+        plot_curves(rows, nats, args.plot)
         plot_widths(bench, args.plot.with_name(args.plot.stem + "_widths.png"))
+    if args.smoke:
+        print(f"smoke run: {len(rows)} lines, of which no figure means anything")
+        return
     few = plain_cells(sizes)[0]
     report(
         "quality_vs_bits", rows, measured_on="reference model", seconds=round(time.perf_counter() - began),
