@@ -13,20 +13,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 RATE = 0.02  # per bit missed: a time constant of about 70 tokens where a factor e is worth 0.7 bits
 LIMIT = 4.0
 
 
 @dataclass
 class Correction:
-    """The controller's state: `value` is what to add to the log multiplier of the next token."""
+    """The controller's state: `value` is what to add to the log multiplier of the next token; a tensor [R] where R
+    texts are decoded side by side, each with a correction of its own."""
 
     target_bits: float
     rate: float = RATE
     limit: float = LIMIT
-    value: float = 0.0
+    value: float | Tensor = 0.0
 
-    def update(self, bits: float) -> None:
-        """Takes in the effective bits a token (or several side by side, on average) has read."""
-        moved = self.value + self.rate * (self.target_bits - bits)
-        self.value = min(max(moved, -self.limit), self.limit)
+    def update(self, bits: float | Tensor) -> None:
+        """Takes in the effective bits a token has read; [R] of texts side by side, of which the last may have
+        ended since the step before."""
+        if isinstance(bits, Tensor):
+            before = self.value[: len(bits)] if isinstance(self.value, Tensor) else self.value
+            self.value = (before + self.rate * (self.target_bits - bits)).clamp(-self.limit, self.limit)
+        else:
+            moved = self.value + self.rate * (self.target_bits - bits)
+            self.value = min(max(moved, -self.limit), self.limit)

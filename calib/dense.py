@@ -14,11 +14,13 @@ CACHE_BYTES = 2**30
 
 
 @contextmanager
-def dense(decoder: Any, limit: int = CACHE_BYTES) -> Iterator[Any]:
+def dense(decoder: Any, limit: int = CACHE_BYTES, products: bool = True) -> Iterator[Any]:
     """The decoder with every width's matrix kept dense in fp32, where they fit into `limit` bytes.
 
-    Same products, same rounding as the backend's own: rows are gathered by width. Larger models run as they
-    are. The decoder's backend is put back at the end.
+    products: also multiply by them; else only `dequantize` is quicker and the backend's own kernels multiply.
+
+    Same products, same rounding as the backend's own: rows are gathered by width. Models this small also keep
+    their activations for the backward pass. Larger models run as they are. The decoder is put back at the end.
     """
     groups = [g for g in decoder.groups if not g.dense]
     need = sum(4 * g.weights * (g.resident_bits - g.seed_bits + 1) for g in groups)
@@ -59,8 +61,10 @@ def dense(decoder: Any, limit: int = CACHE_BYTES) -> Iterator[Any]:
     def int8_linear(x: Tensor, w: Any) -> Tensor:
         return x @ head.T if head is not None and w is decoder.head else backend.int8_linear(x, w)
 
-    decoder.backend = replace(backend, gemv=gemv, dequantize=dequantize, int8_linear=int8_linear)
+    recompute, decoder.recompute = decoder.recompute, False
+    own = {"gemv": gemv, "int8_linear": int8_linear} if products else {}
+    decoder.backend = replace(backend, dequantize=dequantize, **own)
     try:
         yield decoder
     finally:
-        decoder.backend = backend
+        decoder.backend, decoder.recompute = backend, recompute

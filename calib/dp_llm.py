@@ -3,8 +3,7 @@
 Stages, each on the calibration text:
 
 1. maximum widths B_i under the memory budget (calib/allocation.py);
-2. average precision p_i per target by gradient descent: p = seed + sigmoid(z) (B - seed), outputs interpolated
-   between the two widths around p, loss = cross entropy + alpha (mean p - target)^2, only z trained;
+2. average precision p_i per target by gradient descent (calib/averages.py);
 3. for each group and pair (l, l+1) an estimator of e = ||(W_{l+1} - W_l) x||: a line in ||x|| where that
    explains 90% of e, else ||G x|| with G = A (W_{l+1} - W_l), A ~ N(0, 1/k), k = 64, tuned on the text;
 4. the threshold is the quantile of the estimate at which the wider width is taken with probability frac(p).
@@ -16,15 +15,14 @@ seed is left alone, whole-numbered averages keep a gradient, and nothing decays 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.calib.averages import AveragesOptions, lower_width, tune_averages
 from dpllm.calib.dense import dense
 from dpllm.calib.measure import LABEL_STREAM, Progress
 from dpllm.calib.rule import stale_sources
@@ -35,105 +33,18 @@ LINE, PROJECTION = 0, 1
 
 @dataclass(frozen=True)
 class DPLLMOptions:
-    """k: rows of a projection; explained: R^2 from which a line serves; steps, learning_rate: fine-tuning of
-    averages, one sequence of `length` tokens each; continued: steps of a target that goes on from its
-    neighbour's averages; alpha: weight of the bit penalty; tokens: inputs kept for
-    the estimators; tune_steps: descent on G; asynchronous: estimates read inputs one sub-block old."""
+    """k: rows of a projection; explained: R^2 from which a line serves; averages: fine-tuning of the averages;
+    continued: its steps for a target that goes on from its neighbour's averages; tokens: inputs kept for the
+    estimators; tune_steps: descent on G; asynchronous: estimates read inputs one sub-block old."""
 
     k: int = 64
     explained: float = 0.9
-    steps: int = 160
-    continued: int = 32
-    length: int = 256
-    learning_rate: float = 0.1
-    alpha: float = 1.0
+    averages: AveragesOptions = field(default_factory=AveragesOptions)
+    continued: int = 100
     tokens: int = 4096
     tune_steps: int = 150
     asynchronous: bool = True
     seed: int = 0
-
-
-# -- stage 2: average precision ---------------------------------------------------------------------------
-
-
-@contextmanager
-def interpolated(decoder: Any, caps: np.ndarray) -> Iterator[None]:
-    """Lets `select` answer with a fractional width (a float tensor, one value for all rows): the output is
-    then interpolated between the two widths around it, and gradients flow into the width."""
-    backend = decoder.backend
-    cap = {id(g.weight): int(c) for g, c in zip(decoder.groups, caps, strict=True)}
-
-    def gemv(x: Tensor, w: Any, bits: Tensor, out: Tensor | None = None) -> Tensor:
-        if not bits.is_floating_point():
-            return backend.gemv(x, w, bits, out)
-        p = bits[0]
-        low = lower_width(float(p.detach()), w.seed_bits, cap[id(w)])
-        y = x @ backend.dequantize(w, low, x.dtype).T
-        if low == cap[id(w)]:  # the seed is all there is
-            return y
-        return y + (p - low) * (x @ backend.dequantize(w, low + 1, x.dtype).T - y)
-
-    decoder.backend = replace(backend, gemv=gemv)
-    try:
-        yield
-    finally:
-        decoder.backend = backend
-
-
-def lower_width(p: float, seed: int, cap: int) -> int:
-    """The lower of the two candidate widths of an average p: they are distinct even where p is whole."""
-    return max(seed, min(int(np.floor(p)), cap - 1))
-
-
-def averages(z: Tensor, seed: int, caps: Tensor) -> Tensor:
-    """p = seed + sigmoid(z) (B - seed), float [G]."""
-    return seed + torch.sigmoid(z) * (caps - seed)
-
-
-def shifted_to(z: Tensor, seed: int, caps: Tensor, weights: Tensor, target: float) -> Tensor:
-    """z moved by one common number so that the weighted mean of p is the target (bisection)."""
-    low, high = -60.0, 60.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        mean = (averages(z + middle, seed, caps) * weights).sum() / weights.sum()
-        low, high = (middle, high) if mean < target else (low, middle)
-    return z + (low + high) / 2
-
-
-def tune_averages(
-    decoder: Any, sequences: Tensor, caps: np.ndarray, target: float, options: DPLLMOptions,
-    start: np.ndarray | None = None, progress: Progress = lambda stage, done, total: None,
-) -> np.ndarray:  # fmt: skip
-    """Average precision float64 [G] of every group for a target.
-
-    sequences: int64 [S, T]. caps: maximum widths [G]. start: z [G] to begin from (default: p near the target).
-    """
-    seed = decoder.groups[0].seed_bits
-    cap = torch.from_numpy(np.asarray(caps, np.float64))
-    weights = torch.tensor([float(g.weights) for g in decoder.groups], dtype=torch.float64)
-    begin = torch.zeros(len(caps), dtype=torch.float64) if start is None else torch.from_numpy(start)
-    z = shifted_to(begin, seed, cap, weights, target).clamp(-8, 8).requires_grad_()
-    optimizer = torch.optim.AdamW([z], lr=options.learning_rate, weight_decay=0.0)
-    pieces = sequences[:, : options.length]
-    with interpolated(decoder, caps):
-        for step in range(options.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * (1 - step / options.steps)
-            ids = pieces[step % len(pieces)]
-            p = averages(z, seed, cap)
-            widths = p.float().to(ids.device)
-
-            def select(group: Any, x: Tensor, widths: Tensor = widths) -> Tensor:
-                return widths[group.index].expand(len(x))
-
-            logits = decoder.forward(ids[:-1], select=select)
-            loss = torch.nn.functional.cross_entropy(logits, ids[1:])
-            penalty = ((p * weights).sum() / weights.sum() - target) ** 2
-            optimizer.zero_grad()
-            (loss + options.alpha * penalty).backward()
-            optimizer.step()
-            progress("averages", step + 1, options.steps)
-    return averages(shifted_to(z.detach(), seed, cap, weights, target), seed, cap).numpy()
 
 
 # -- stages 3 and 4: estimators and their distributions ---------------------------------------------------
@@ -223,29 +134,22 @@ def tuned_projection(delta: Tensor, read: Tensor, exact: Tensor, options: DPLLMO
     return found.to(torch.float16).cpu()
 
 
+Average = tuple[float, float, np.ndarray]  # budget, target, average widths [G]
+
+
 def calibrate_dp_llm(
     decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
-    options: DPLLMOptions, progress: Progress = lambda stage, done, total: None,
+    options: DPLLMOptions, progress: Progress = lambda stage, done, total: None, rows: list[Average] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and the estimators they need.
 
     caps: maximum widths [G] per budget ("6", "5"). targets: of each budget; those above it are left out.
+    rows: averages tuned before, for other estimators; `targets` then says nothing.
     """
     seed = decoder.groups[0].seed_bits
-    rows: list[tuple[float, float, np.ndarray]] = []
     with dense(decoder):
-        jobs = [(b, t) for b in caps for t in sorted(targets[b]) if t <= float(b)]
-        start: np.ndarray | None = None
-        for i, (budget, target) in enumerate(jobs):
-            if i and jobs[i - 1][0] != budget:
-                start = None
-            steps = options.steps if start is None else min(options.continued, options.steps)
-            p = tune_averages(decoder, sequences, caps[budget], target, replace(options, steps=steps), start)
-            span = np.maximum(caps[budget] - seed, 1e-9)
-            share = np.clip((p - seed) / span, 1e-3, 1 - 1e-3)
-            start = np.log(share / (1 - share))  # the next target continues from here
-            rows.append((float(budget), target, p))
-            progress("averages", i + 1, len(jobs))
+        if rows is None:
+            rows = _tuned(decoder, sequences, caps, targets, options, progress)
         pairs = sorted(
             {(g, lower_width(p[g], seed, int(caps[f"{b:g}"][g])) - seed)
              for b, _, p in rows for g in range(len(p)) if caps[f"{b:g}"][g] > seed}
@@ -253,6 +157,32 @@ def calibrate_dp_llm(
         estimators = _estimators(decoder, sequences, pairs, options, progress)
     source = stale_sources(decoder.layers)[0] if options.asynchronous else list(range(len(decoder.groups)))
     return _packed(decoder, rows, caps, source, estimators)
+
+
+def _tuned(
+    decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
+    options: DPLLMOptions, progress: Progress,
+) -> list[Average]:  # fmt: skip
+    """Averages of every budget and target, each going on from its neighbour's."""
+    seed = decoder.groups[0].seed_bits
+    jobs = [(b, t) for b in caps for t in sorted(targets[b]) if t <= float(b)]
+    rows: list[Average] = []
+    start: np.ndarray | None = None
+    read = 0
+    for i, (budget, target) in enumerate(jobs):
+        if i and jobs[i - 1][0] != budget:
+            start = None
+        tuning = options.averages
+        if start is not None:
+            tuning = replace(tuning, steps=min(options.continued, tuning.steps))
+        p = tune_averages(decoder, sequences.roll(-read, 0), caps[budget], target, tuning, start)
+        read += tuning.steps  # the next target goes on where this one stopped reading
+        span = np.maximum(caps[budget] - seed, 1e-9)
+        share = np.clip((p - seed) / span, 1e-3, 1 - 1e-3)
+        start = np.log(share / (1 - share))  # the next target continues from here
+        rows.append((float(budget), target, p))
+        progress("averages", i + 1, len(jobs))
+    return rows
 
 
 def _estimators(
@@ -274,7 +204,7 @@ def _estimators(
 
 
 def _packed(
-    decoder: Any, rows: list[tuple[float, float, np.ndarray]], caps: dict[str, np.ndarray], source: list[int],
+    decoder: Any, rows: list[Average], caps: dict[str, np.ndarray], source: list[int],
     estimators: dict[tuple[int, int], Estimator],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     first = decoder.groups[0]

@@ -34,7 +34,7 @@ class RateDistortionRule:
         steps = int(self.planes.max()) - profile.bits[0]
         self.thresholds = torch.empty(len(self.diagonals), steps, device=device)
         self.context: Tensor | None = None  # float32 [R, 3] of the tokens about to be decoded
-        self.correction = 0.0
+        self.correction: float | Tensor = 0.0
         self.multiplier = torch.ones(1, device=device)
         self._root = self.multiplier
         self._inputs: dict[int, Tensor] = {}  # inputs that a later group's signal is computed from

@@ -90,13 +90,13 @@ class TokenProbe:
         weights, means = numbers[:FEATURES], numbers[FEATURES : 2 * FEATURES]
         return cls(torch.from_numpy(probe).float().to(device), weights, means, float(context[-1]))
 
-    def multiplier(self, x: Tensor, context: Tensor | None, correction: float = 0.0) -> Tensor:
+    def multiplier(self, x: Tensor, context: Tensor | None, correction: float | Tensor = 0.0) -> Tensor:
         """float32 [R]. x: [R, K], input of group 0. context: [R, 3], NaN where unknown, or None.
 
-        correction: added to the exponent (calib/correction.py).
+        correction: added to the exponent (calib/correction.py), one number or [R].
         """
         exponent = x.float() @ self.probe + self.offset(context)
-        return (exponent.clamp(-LIMIT, LIMIT) + correction).exp()
+        return (exponent.clamp(-LIMIT, LIMIT) + correction).exp().float()
 
     def offset(self, context: Tensor | None) -> Tensor | float:
         """What the exponent holds beside the probe of the input: float32 [R], or a number without context."""

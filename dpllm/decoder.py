@@ -78,6 +78,7 @@ class Decoder:
             group.index = index
         self.inv_freq = config.inv_freq.to(self.device)
         self.bytes_read = 0  # from disk, to load it
+        self.recompute = True  # blocks in the backward pass, so that their activations need not be kept
 
     def forward(
         self,
@@ -93,12 +94,12 @@ class Decoder:
         ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
         at each group; None reads every resident plane. observe: sees every group's input and output.
         Returns [T, vocab] in fp32, or [1, vocab] with last_only. Differentiable when gradients are on and
-        no cache is given (blocks are then recomputed in the backward pass).
+        no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
         """
         x = self._embed(ids)
         rope = self._rope(cache.length if cache else 0, len(ids))
         for layer in self.layers:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and self.recompute:
                 x = checkpoint(self._block, layer, x, rope, cache, select, observe, use_reentrant=False)
             else:
                 x = self._block(layer, x, rope, cache, select, observe)

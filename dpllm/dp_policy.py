@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.dp_llm import PROJECTION, lower_width
+from dpllm.calib.averages import lower_width
+from dpllm.calib.dp_llm import PROJECTION
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder, Group
 from dpllm.kernels.errors import InputError

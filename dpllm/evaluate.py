@@ -3,14 +3,14 @@
 Every scored token takes the decode path: its own widths, from its own signal, over the keys and values
 that such decoding produced. Where a width depends on nothing but its token's input, the pass is batched over
 a document's tokens, which equals step-by-step decoding (tests/model/test_policies.py shows it). A policy that
-also learns from finished steps decodes step by step, many documents side by side (dpllm/lockstep.py).
+also learns from finished steps decodes step by step: one document after the other where a native step can do it,
+else many documents side by side (dpllm/lockstep.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +18,8 @@ import torch
 from dpllm.calib.dense import dense
 from dpllm.decoder import Decoder
 from dpllm.lockstep import steps
-from dpllm.policy import PrecisionPolicy, Recorder
+from dpllm.native import NativeStep, own_inputs
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def score(
     """One score per document of at least two tokens, in their order."""
     kept = [torch.tensor(d, device=decoder.device) for d in documents if len(d) > 1]
     # The native kernels are quick as they are, and what they compute is what is to be scored.
-    with nullcontext() if decoder.backend.cpu is not None else dense(decoder):
+    with dense(decoder, products=decoder.backend.cpu is None):
+        native = NativeStep.of(decoder)
+        if native is not None and isinstance(policy, RateDistortionPolicy) and own_inputs(policy):
+            return [_score_native(decoder, native, policy, ids, progress) for ids in kept]
         if getattr(policy, "stepwise", False):
             return _score_steps(decoder, policy, kept, progress)
         return [_score_batch(decoder, policy, ids, progress) for ids in kept]
@@ -88,6 +92,29 @@ def _score_batch(
     bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
     progress(len(ids) - 1)
     return DocumentScore(nll, len(ids) - 1, bits, nbytes)
+
+
+def _score_native(
+    decoder: Decoder,
+    step: NativeStep,
+    policy: RateDistortionPolicy,
+    ids: torch.Tensor,
+    progress: Callable[[int], None],
+) -> DocumentScore:
+    """Token by token, as `dpllm generate` decodes."""
+    policy.reset()
+    cache, nll = decoder.new_cache(len(ids)), 0.0
+    bits = torch.empty(len(ids) - 1, len(decoder.groups), dtype=torch.int32)
+    after = ids[1:, None]
+    for t, token in enumerate(ids[:-1].tolist()):
+        logits, bits[t : t + 1] = step(token, cache, policy)
+        nll += float(logits.logsumexp(1) - logits[0, after[t]])
+        policy.observe(logits, after[t])
+    recorder = Recorder(policy, decoder.groups)
+    recorder.take(bits)
+    progress(len(ids) - 1)
+    used, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
+    return DocumentScore(nll, len(ids) - 1, used, nbytes)
 
 
 def _score_steps(

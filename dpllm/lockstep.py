@@ -22,8 +22,12 @@ class _Rows:
     def __init__(self, decoder: Decoder, rows: int, capacity: int):
         c = decoder.config
         shape = (c.num_layers, rows, c.num_kv_heads, capacity, c.head_dim)
-        self.k = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-        self.v = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        self.k = torch.zeros(shape, dtype=decoder.kv_dtype, device=decoder.device)
+        self.v = torch.zeros(shape, dtype=decoder.kv_dtype, device=decoder.device)
+        self.native = decoder.backend.cpu is not None
+        # Each head of each row is a run of its own for the decode kernel: all rows in one call.
+        self._starts = torch.arange(rows * c.num_kv_heads) * capacity
+        self._lengths = torch.zeros(rows * c.num_kv_heads, dtype=torch.int32)
         self.length = 0
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -35,7 +39,12 @@ class _Rows:
         """q: [R, H, D]. Returns [R, H, D]."""
         end = self.length + 1
         first = 0 if window is None else max(0, end - window)
-        k, v = self.k[layer, : len(q), :, first:end], self.v[layer, : len(q), :, first:end]
+        if self.native:
+            heads = len(q) * self.k.shape[2]
+            k, v = (t[layer].flatten(0, 2) for t in (self.k, self.v))
+            starts, lengths = self._starts[:heads] + first, self._lengths[:heads].fill_(end - first)
+            return kernel(q.flatten(0, 1), k, v, starts, lengths, scale).view(q.shape)
+        k, v = (t[layer, : len(q), :, first:end].to(q.dtype) for t in (self.k, self.v))
         grouped = q.unflatten(1, (k.shape[1], -1))  # [R, KVH, H / KVH, D]
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2)
 

@@ -37,6 +37,15 @@ def resident_bits_within(path: Path, limit: int) -> int:
     return max(fitting)
 
 
+def peak_bytes() -> int | None:
+    """The most memory this process has held so far, or None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
 def available_bytes() -> int | None:
     """Memory the system can give without swapping, or None where it does not say."""
     try:

@@ -75,7 +75,7 @@ class NativeStep:
         rule = policy if isinstance(policy, RateDistortionPolicy) and self._selection.probe else None
         if rule is not None:
             self._selection.offset = float(rule.probe.offset(rule.context))
-            self._selection.correction = rule.correction
+            self._selection.correction = float(rule.correction)
         starts, lengths = cache.runs(1)
         request = native.Request(
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()

@@ -31,7 +31,7 @@ class OracleRateDistortion:
                 "this profile holds nothing for policy 'oracle-rate-distortion'. Run: dpllm calibrate OVERLAY"
             )
         device = decoder.device
-        self.backend = decoder.backend
+        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dense.py)
         self.seed_bits = profile.bits[0]
         self.probe = TokenProbe.of(profile.probe, profile.context, device)
         names = [f"oracle.saliency.{g}" for g in range(len(decoder.groups))]
@@ -41,37 +41,40 @@ class OracleRateDistortion:
         log2_lambda = np.interp(wanted, profile.extra["oracle.bits"], profile.extra["oracle.log2_lambda"])
         cost = torch.from_numpy(profile.cost).double().to(device)
         self.price = (2.0**log2_lambda * cost).float()
-        self.controller, self.corrected, self.correction = Correction(target_bits), corrected, 0.0
+        self.controller, self.corrected = Correction(target_bits), corrected
+        self.correction: float | Tensor = 0.0
         self.context: Tensor | None = None
         self._total = float(profile.weights.sum())
-        self._used, self._rows = 0.0, 0
+        self._used: Tensor | None = None  # float64 [R], as in RateDistortionPolicy
         self._multiplier = torch.ones(1)
 
     def reset(self) -> None:
         """A new text: no previous step, no correction."""
-        self.context = None
+        self.context = self._used = None
         self.controller, self.correction = Correction(self.controller.target_bits), 0.0
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Bits int32 [T] of each row of x [T, K]."""
         if group.index == 0:
             self._multiplier = self.probe.multiplier(x, self.context, self.correction)
-            self._used, self._rows = 0.0, len(x)
+            self._used = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         widths = range(self.seed_bits, group.resident_bits + 1)
-        full = x @ self.backend.dequantize(group.weight, widths[-1], x.dtype).T
+        dequantize = self.decoder.backend.dequantize
+        full = x @ dequantize(group.weight, widths[-1], x.dtype).T
         loss = torch.zeros(len(x), len(widths), device=x.device)
         for i, width in enumerate(widths[:-1]):
-            error = (full - x @ self.backend.dequantize(group.weight, width, x.dtype).T).float()
+            error = (full - x @ dequantize(group.weight, width, x.dtype).T).float()
             loss[:, i] = (error**2) @ self.saliency[group.index]
         total = loss * self._multiplier[:, None] + self.price[group.index, : len(widths)]
         bits = self.seed_bits + total.argmin(dim=1).to(torch.int32)
-        self._used += float(bits.sum()) * group.weights
+        assert self._used is not None, "a step begins with group 0"
+        self._used = self._used + bits.double() * group.weights
         return bits
 
     def observe(self, logits: Tensor, tokens: Tensor) -> None:
         """After a decode step, as RateDistortionPolicy.observe."""
         previous = None if self.context is None else self.context[: len(tokens)]
         self.context = step_context(logits, tokens, previous)
-        if self.corrected and self._rows:
-            self.controller.update(self._used / (self._total * self._rows))
-            self.correction, self._rows = self.controller.value, 0
+        if self.corrected and self._used is not None:
+            self.controller.update(self._used[: len(tokens)] / self._total)
+            self.correction, self._used = self.controller.value, None

@@ -109,43 +109,39 @@ class RateDistortionPolicy(RateDistortionRule):
         self.extra_bytes = profile.estimator_bytes()
         self.corrected = corrected
         self._total = float(profile.weights.sum())
-        self._used: Tensor | float = 0.0  # weights times bits of the token under way, summed over its rows
-        self._rows = 0
+        self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
         self.set_target(target_bits)
 
     def set_target(self, target_bits: float) -> None:
         """Moves lambda to where calibration measured these effective bits. The correction starts anew."""
-        self.controller = Correction(target_bits)
-        self.correction = 0.0
+        self.controller, self.correction = Correction(target_bits), 0.0
         if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
     def reset(self) -> None:
         """A new text: no previous step, no correction (the same text is to get the same widths)."""
-        self.context, self._inputs = None, {}
+        self.context, self._inputs, self._used = None, {}, None
         self.controller, self.correction = Correction(self.controller.target_bits), 0.0
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
         bits = super().__call__(group, x)
-        if group.index == 0:
-            self._used, self._rows = 0.0, len(x)
-        self._used = self._used + bits.sum() * group.weights
+        used = bits.double() * group.weights
+        self._used = used if group.index == 0 or self._used is None else self._used + used
         return bits
 
     def record(self, bits: Tensor) -> None:
         """What a native step chose by this rule: int32 [R, G]."""
-        used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64))
-        self._used, self._rows = float(used.sum()), len(bits)
+        self._used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64))
 
     def observe(self, logits: Tensor, tokens: Tensor) -> None:
         """After a decode step. logits: [R, V] of R sequences side by side; tokens: int64 [R], what comes
         next in each. Fewer rows than before: the last sequences have ended."""
         previous = None if self.context is None else self.context[: len(tokens)]
         self.context = step_context(logits, tokens, previous)
-        if self.corrected and self._rows:
-            self.controller.update(float(self._used) / (self._total * self._rows))
-            self.correction, self._rows = self.controller.value, 0
+        if self.corrected and self._used is not None:
+            self.controller.update(self._used[: len(tokens)] / self._total)
+            self.correction, self._used = self.controller.value, None
 
 
 class Recorder:
@@ -166,6 +162,10 @@ class Recorder:
             self._chosen.clear()
         self._chosen.append(bits)
         return bits
+
+    def take(self, bits: Tensor) -> None:
+        """What a native step chose: int32 [T, G]."""
+        self._chosen = list(bits.unbind(1))
 
     def bits(self) -> Tensor:
         """int32 [T, G] on the CPU."""

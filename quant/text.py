@@ -88,8 +88,8 @@ def sample_sequences(
 ) -> torch.Tensor:
     """`count` windows of `length` tokens from the joined documents, each led by bos where there is one.
 
-    Returns int64 [count, length]; fewer windows where the text is short. Raises InputError when it does not
-    fill even one.
+    Returns int64 [count, length], in random order, so that a part of them is a sample too; fewer windows where
+    the text is short. Raises InputError when it does not fill even one.
     """
     pieces = [
         np.asarray(tokenizer(d, add_special_tokens=False, verbose=False)["input_ids"]) for d in documents
@@ -102,6 +102,6 @@ def sample_sequences(
         raise InputError(
             f"the text has {len(stream)} tokens; at least {body} are needed. Give a longer --data file."
         )
-    chosen = np.sort(np.random.default_rng(seed).permutation(windows)[:count])
+    chosen = np.random.default_rng(seed).permutation(windows)[:count]
     rows = [np.concatenate([lead, stream[i * body : (i + 1) * body]]) for i in chosen]
     return torch.from_numpy(np.stack(rows).astype(np.int64))

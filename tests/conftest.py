@@ -14,6 +14,7 @@ from tiny_models import ARCHITECTURES, build_model
 from tiny_text import train_tokenizer
 
 from dpllm import reference
+from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
@@ -90,7 +91,7 @@ def profiles(quantized, calibration_sequences) -> dict[str, CalibrationProfile]:
         calibrator = Calibrator(decoder, calibration_sequences, CalibrateOptions(budgets=(4.0,)))
         profile = calibrator.run(Overlay.open(quantized).hash, granularity, {}, lambda *stage: None)
         caps = {"6": profile.planes(None), "4": profile.budget(4)}
-        few = DPLLMOptions(steps=6, length=64, tokens=2048, tune_steps=40)
+        few = DPLLMOptions(averages=AveragesOptions(steps=6, length=64), tokens=2048, tune_steps=40)
         found = calibrate_dp_llm(
             decoder, calibration_sequences, caps, {b: [2.75, 3.25, 4.0] for b in caps}, few
         )

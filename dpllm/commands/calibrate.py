@@ -28,8 +28,11 @@ from dpllm.commands.common import (
 from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
+from dpllm.memory import peak_bytes
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
+
+LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,14 @@ def _merged(profile: CalibrationProfile, target: Path) -> CalibrationProfile:
         return profile
 
 
+def _effort(profile: CalibrationProfile, seconds: float) -> str:
+    """Time and memory this took, and the time an 8B model would take: products are all of it, so by weights."""
+    peak = peak_bytes()
+    memory = "" if peak is None else f"peak memory {peak / 1e9:.2f} GB; "
+    hours = seconds * LLAMA_8B / float(profile.weights.sum()) / 3600
+    return f"{memory}at this pace a Llama of 8B weights would take {hours:.1f} hours for as many tokens"
+
+
 def _report(
     a: CalibrateArguments, path: Path, target: Path, profile: CalibrationProfile,
     checked: list[dict[str, float]], seconds: float,
@@ -174,6 +185,7 @@ def _report(
         f"{target}: {len(profile.group_names)} groups, targets {low:.2f} to {high:.2f} bits, {seconds:.1f} s; "
         f"the selector reads {profile.estimator_bytes() / 1e3:.1f} kB a token ({share:.2%} of a 3.5-bit step)"
     )
+    note(f"  {_effort(profile, seconds)}")
     note(f"  a token's sensitivity is foretold with R^2 {profile.origin['probe_explains']:.2f}")
     for row in checked:
         note(
@@ -186,6 +198,7 @@ def _report(
         print_json(
             {"profile": str(target), "overlay_hash": profile.overlay_hash, "groups": len(profile.group_names),
              "granularity": a.granularity, "target_range": [low, high], "seconds": round(seconds, 2),
-             "estimator_bytes": profile.estimator_bytes(), "probe_explains": profile.origin["probe_explains"],
-             "targets": checked, "mean_loss": np.round(loss, 6).tolist()}
+             "peak_bytes": peak_bytes(), "estimator_bytes": profile.estimator_bytes(),
+             "probe_explains": profile.origin["probe_explains"], "targets": checked,
+             "mean_loss": np.round(loss, 6).tolist()}
         )  # fmt: skip

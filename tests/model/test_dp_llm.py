@@ -6,24 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm.calib.dp_llm import (
-    LINE,
-    PROJECTION,
-    DPLLMOptions,
-    averages,
-    calibrate_dp_llm,
-    fit_estimator,
-    interpolated,
-    lower_width,
-    tune_averages,
-)
+from dpllm.calib.averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
+from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
 from dpllm.dp_policy import DPLLMPolicy, threshold
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import Recorder, make_policy
 
-FAST = DPLLMOptions(steps=4, length=48, tokens=512, tune_steps=20)
+BRIEF = AveragesOptions(steps=4, length=48)
+FAST = DPLLMOptions(averages=BRIEF, tokens=512, tune_steps=20)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +48,7 @@ def test_interpolated_outputs_and_their_gradient(decoder, six):
 def test_averages_meet_their_target_within_their_caps(decoder, calibration_sequences):
     caps = np.asarray([3 + g % 4 for g in range(len(decoder.groups))])
     weights = np.asarray([g.weights for g in decoder.groups])
-    p = tune_averages(decoder, calibration_sequences, caps, 3.25, FAST)
+    p = tune_averages(decoder, calibration_sequences, caps, 3.25, BRIEF)
     assert (p @ weights) / weights.sum() == pytest.approx(3.25, abs=1e-6)
     assert (p >= 2).all() and (p <= caps).all()
 
@@ -71,7 +63,7 @@ def test_tuning_moves_bits_to_where_they_help(decoder, six, calibration_sequence
                 total += torch.nn.functional.cross_entropy(logits, ids[1:]).item()
         return total / 6
 
-    options = DPLLMOptions(steps=24, length=48, learning_rate=0.2)
+    options = AveragesOptions(steps=24, length=48, learning_rate=0.2)
     p = tune_averages(decoder, calibration_sequences[:6], six, 3.5, options)
     assert p.std() > 0.05
     assert loss(p) < loss(np.full(len(p), 3.5))
@@ -80,7 +72,7 @@ def test_tuning_moves_bits_to_where_they_help(decoder, six, calibration_sequence
 def test_a_whole_numbered_target_is_not_frozen(decoder, six, calibration_sequences):
     # Released code: target 4.0 starts at l = h = 4, where every gradient is zero.
     assert lower_width(4.0, 2, 6) == 4 and lower_width(4.0, 2, 4) == 3 and lower_width(6.0, 2, 6) == 5
-    p = tune_averages(decoder, calibration_sequences, six, 4.0, FAST)
+    p = tune_averages(decoder, calibration_sequences, six, 4.0, BRIEF)
     assert np.abs(p - 4.0).max() > 0.01
 
 
@@ -94,7 +86,7 @@ def test_nothing_decays_the_averages(decoder, six, calibration_sequences, monkey
         original(self, params, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", spy)
-    tune_averages(decoder, calibration_sequences, six, 3.0, FAST)
+    tune_averages(decoder, calibration_sequences, six, 3.0, BRIEF)
     assert seen["weight_decay"] == 0.0
 
 

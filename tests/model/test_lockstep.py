@@ -10,7 +10,7 @@ import torch
 
 from dpllm.calib.dense import dense
 from dpllm.engine import GenerateOptions, load
-from dpllm.evaluate import evaluate
+from dpllm.evaluate import evaluate, score
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.lockstep import steps
@@ -22,21 +22,22 @@ def decoder(quantized):
     return load_decoder(quantized, LoadOptions(cpu=CpuOptions(accuracy="exact")))
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("name", ["rate-distortion", "oracle-rate-distortion"])
-def test_side_by_side_equals_one_by_one(decoder, profiles, heldout_sequences, name):
+def test_side_by_side_equals_one_by_one(decoder, profiles, heldout_sequences, name, corrected):
     documents = [heldout_sequences[0][:30], heldout_sequences[1][:17], heldout_sequences[2][:24]]
     cls = type(make_policy(name, 3.25, decoder, profiles["fused"]))
     bits = {i: [] for i in range(3)}
     nll = dict.fromkeys(range(3), 0.0)
     with torch.no_grad():
-        policy = cls(profiles["fused"], decoder, 3.25, corrected=False)
+        policy = cls(profiles["fused"], decoder, 3.25, corrected)
         for numbers, logits, after, recorder in steps(decoder, policy, documents, rows=2):
             for row, i in enumerate(numbers):
                 bits[i].append(recorder.bits()[row])
                 nll[i] -= logits[row].log_softmax(0)[after[row]].item()
         for i, ids in enumerate(documents):
             policy, cache = (
-                cls(profiles["fused"], decoder, 3.25, corrected=False),
+                cls(profiles["fused"], decoder, 3.25, corrected),
                 decoder.new_cache(len(ids)),
             )
             alone = 0.0
@@ -120,3 +121,17 @@ def test_retargeting_starts_the_correction_anew(decoder, profiles, heldout_seque
     policy.controller.value = policy.correction = 1.5
     policy.set_target(4.0)
     assert policy.correction == 0.0 and policy.controller.target_bits == 4.0
+
+
+def test_the_native_evaluation_is_step_by_step_decoding(decoder, profiles, heldout_sequences):
+    documents = [ids[:60] for ids in heldout_sequences[:3]]
+    policy = make_policy("rate-distortion", 3.25, decoder, profiles["fused"])
+    found = score(decoder, policy, [d.tolist() for d in documents])
+    sums = torch.zeros(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        for numbers, logits, after, recorder in steps(decoder, policy, documents):
+            nll = torch.nn.functional.cross_entropy(logits, after, reduction="none").double()
+            sums[numbers] += torch.stack([nll, recorder.effective_bits()], dim=1)
+    for (nll, bits), one in zip(sums.tolist(), found, strict=True):
+        assert one.tokens == 59
+        assert one.nll == pytest.approx(nll, rel=1e-3) and one.bits == pytest.approx(bits, rel=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,3 +39,15 @@ def test_the_correction_is_bounded():
     for _ in range(10_000):
         c.update(20.0)
     assert c.value == -c.limit
+
+
+def test_texts_side_by_side_have_corrections_of_their_own():
+    alone, together = [Correction(3.0) for _ in range(3)], Correction(3.0)
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        rows = 3 if step < 20 else 2  # the last text has ended
+        bits = rng.uniform(2, 6, rows)
+        together.update(torch.from_numpy(bits))
+        for one, b in zip(alone, bits, strict=False):
+            one.update(float(b))
+    assert together.value.tolist() == pytest.approx([c.value for c in alone[:2]])
