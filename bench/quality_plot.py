@@ -37,6 +37,7 @@ def plot_curves(rows: list[dict], plain: dict[float, float], path: Path) -> None
     budgets = [b for b in (6, 5) if any(r["section"] == "main" and r["memory_bits"] == b for r in rows)]
     figure, grid = plt.subplots(
         2, len(budgets), figsize=(5.9 * len(budgets), 7.6), dpi=130, sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
         gridspec_kw={"height_ratios": [1.15, 1]},
     )  # fmt: skip
     for (upper, lower), budget in zip(grid.T, budgets, strict=True):
@@ -46,11 +47,10 @@ def plot_curves(rows: list[dict], plain: dict[float, float], path: Path) -> None
         tokens = max(r["tokens"] for r in main)
         upper.set_title(f"{budget} bits resident, {tokens / 1e3:.0f} k held-out tokens", fontsize=10)
     grid[0, 0].set_ylabel("perplexity")
-    grid[1, 0].set_ylabel("nats per token against static at equal bits", fontsize=9)
+    grid[1, 0].set_ylabel("nats per token less static's, equal bits")
     figure.suptitle(
         "One stored model, every precision: the reference model (bars: 95% over held-out files)", fontsize=11
     )
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
