@@ -12,6 +12,7 @@ from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder, Group
 from dpllm.kernels.errors import InputError
 
+NEAR = 1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it
 CERTAIN = 0.01  # shares of the wider width below this, or above one less this, are taken as never and always
 
 
@@ -87,7 +88,8 @@ def threshold(quantiles: np.ndarray, share: float) -> float:
         return float("inf")
     if share > 1 - CERTAIN:
         return float("-inf")
-    return float(np.interp(1 - share, np.linspace(0, 1, len(quantiles)), quantiles))
+    found = np.interp(1 - share, np.linspace(0, 1, len(quantiles)), quantiles)
+    return float(found * (1 + NEAR))
 
 
 def _row(profile: CalibrationProfile, decoder: Decoder, target_bits: float) -> int:
