@@ -12,7 +12,9 @@ from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder, Group
 from dpllm.kernels.errors import InputError
 
-NEAR = 1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it
+NEAR = (
+    1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it
+)
 CERTAIN = 0.01  # shares of the wider width below this, or above one less this, are taken as never and always
 
 
