@@ -1,6 +1,7 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
-# make native-test   tests of the C++ code: sanitizers, thread sanitizer, aarch64 under qemu, symbols
+# make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
+# make neon-test     the same code for aarch64, under qemu-user
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test native-test lint types bench clean
+.PHONY: demo test native-test neon-test lint types bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpllm demo
@@ -19,8 +20,10 @@ test: $(STAMP)
 native-test:
 	$(PYTHON) tests/native/run.py
 	$(PYTHON) tests/native/run.py --sanitize thread
-	$(PYTHON) tests/native/run.py --cross aarch64
 	$(PYTHON) tests/native/run.py --symbols
+
+neon-test:
+	$(PYTHON) tests/native/run.py --cross aarch64
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
