@@ -20,6 +20,15 @@ const Isa* const kIsas[] = {
 };
 constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
 
+// This thread's scratch, on a 64-byte boundary. Here because what the instruction sets' units instantiate of the standard
+// library could be linked into the others.
+uint8_t* thread_scratch(size_t bytes) {
+  static thread_local AlignedBytes memory;
+  static thread_local size_t room = 0;
+  if (room < bytes) memory = AlignedBytes(room = bytes);
+  return memory.data();
+}
+
 }  // namespace
 
 // All rows of x that read `bits` planes, for rows n0..n1 of the matrix.
@@ -95,7 +104,8 @@ int dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, f
   c->pool.run(m, [&](int i) { c->isa.quantize_prompt(x + int64_t(i) * w->columns, w->columns, i, &prompt); });
   constexpr int kRows = Prompt::kPanelRows;
   c->pool.run((w->rows + kRows - 1) / kRows, [&](int i) {
-    c->isa.matmul(*w, bits, prompt, y, i * kRows, std::min(w->rows, (i + 1) * kRows));
+    uint8_t* panel = thread_scratch(width * kRows);
+    c->isa.matmul(*w, bits, prompt, panel, y, i * kRows, std::min(w->rows, (i + 1) * kRows));
   });
   return 1;
 }

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "gemv_avx512.h"
 #include "ops.h"
@@ -164,10 +163,7 @@ void tile_rows(const uint8_t* panel, const Prompt& x, int columns, const FinishP
 
 // Rows n0..n1, at most a panel of them.
 template <int B>
-void matmul_rows(const Matrix& w, const Prompt& x, float* y, int n0, int n1) {
-  static thread_local std::vector<uint8_t> memory;
-  memory.resize(std::max(memory.size(), size_t(padded(w.columns)) * kPanelRows + 64));
-  auto* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+void matmul_rows(const Matrix& w, const Prompt& x, uint8_t* panel, float* y, int n0, int n1) {
   decode_panel<B>(w, n0, n1 - n0, panel);
   const FinishPanel finish(w, B, n0, n1 - n0);
   for (int token = 0; token < x.rows; token += kTileTokens) {
@@ -177,8 +173,8 @@ void matmul_rows(const Matrix& w, const Prompt& x, float* y, int n0, int n1) {
   }
 }
 
-void matmul(const Matrix& w, int bits, const Prompt& x, float* y, int n0, int n1) {
-  with_width(bits, [&](auto width) { matmul_rows<decltype(width)::value>(w, x, y, n0, n1); });
+void matmul(const Matrix& w, int bits, const Prompt& x, uint8_t* panel, float* y, int n0, int n1) {
+  with_width(bits, [&](auto width) { matmul_rows<decltype(width)::value>(w, x, panel, y, n0, n1); });
 }
 
 }  // namespace

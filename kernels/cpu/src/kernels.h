@@ -116,9 +116,10 @@ struct Isa {
   float (*from_half)(uint16_t h);
 
   // Many rows at once, from high table digits and int8 activations; null where torch is as quick. Columns are padded
-  // to kBlock in the quantised prompt; y is [rows of the prompt, rows of the weights], rows n0..n1 of the weights.
+  // to kBlock in the quantised prompt; y is [rows of the prompt, rows of the weights], rows n0..n1 of the weights, at
+  // most kPanelRows. panel: scratch, kPanelRows * padded columns bytes on a 64-byte boundary.
   void (*quantize_prompt)(const float* x, int columns, int row, Prompt* out);
-  void (*matmul)(const Matrix& w, int bits, const Prompt& x, float* y, int n0, int n1);
+  void (*matmul)(const Matrix& w, int bits, const Prompt& x, uint8_t* panel, float* y, int n0, int n1);
 };
 
 extern const Isa kAvx512, kAvx512Bw, kAvx2Vnni, kAvx2, kNeonDot, kNeon, kPortable;
