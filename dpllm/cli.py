@@ -27,6 +27,11 @@ app = typer.Typer(
     "Your own model: [bold]quantize[/bold], [bold]calibrate[/bold], [bold]generate[/bold].",
 )
 
+contexts = typer.Typer(
+    no_args_is_help=True, help="Texts read once, their KV caches pruned (KVzip), asked often."
+)
+app.add_typer(contexts, name="context")
+
 Overlay = Annotated[
     str | None,
     typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model."),
@@ -180,6 +185,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
+    context: Annotated[
+        str | None, typer.Option("--context", help="What the prompt is about: made by dpllm context build.")
+    ] = None,
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -206,6 +214,7 @@ def generate(
             backend,
             accuracy,
             json,
+            context,
         ),
         options,
     )
@@ -231,6 +240,60 @@ def evaluate(
     from dpllm.commands.evaluate import run
 
     run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, accuracy, seed, json)
+
+
+@contexts.command("build")
+def build_context(
+    text_file: Annotated[str, typer.Argument(help="Text to read; '-' reads standard input.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Directory to make; must not exist.")],
+    keep: Annotated[Optional[float], typer.Option(help="Share of the cache to keep, e.g. 0.3.")] = None,  # noqa: UP045
+    keep_tokens: Annotated[int | None, typer.Option(help="Keep so many tokens a head, on average.")] = None,
+    keep_memory: Annotated[Optional[str], typer.Option(help="Keep as much as fits, e.g. 100MB.")] = None,  # noqa: UP045
+    policy: Annotated[
+        str, typer.Option("--kv-policy", help="What scores the pairs; see 'dpllm context policies'.")
+    ] = "kvzip",
+    allocation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="How the budget is spread over layers and heads; default: as the policy's paper does."
+        ),
+    ] = None,
+    block: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Prune after every so many tokens: the whole cache never exists. Default: once, at the end."
+        ),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens that KVzip lets the model repeat at a time.")] = 2048,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The text opens a chat; questions follow in the model's template.")
+    ] = False,
+    overlay: Overlay = None,
+    threads: Threads = None,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """Read a text once, keep the part of its KV cache that matters, and save it for any number of questions.
+
+    Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
+    """
+    from dpllm.commands.context import BuildArguments, run
+
+    run(
+        BuildArguments(
+            text_file, out, keep, keep_tokens, keep_memory, policy, allocation, block, chunk, chat, overlay, threads,
+            backend, accuracy, json,
+        )
+    )  # fmt: skip
+
+
+@contexts.command("policies")
+def kv_policies(json: Json = False) -> None:
+    """What can score the pairs of a cache, and how a budget can be spread."""
+    from dpllm.commands.context import show_policies
+
+    show_policies(json)
 
 
 @app.command()
