@@ -25,22 +25,21 @@ from typing import Any
 import kv_documents
 import numpy as np
 import torch
-from kv_cells import BLOCKWISE, CHUNK, POLICIES, RATIOS, WIDTHS, measure, read
+from kv_cells import BLOCKWISE, POLICIES, RATIOS, WIDTHS, measure
 from kv_plot import plot
 from report import report
 
 from dpllm import reference
 from dpllm.engine import Engine, load
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kvzip_bridge.policies import make_kv_policy
-from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.kv_heads import head_profile
 from dpllm.loading import LoadOptions
 
 # name: (documents, how one is made, its arguments, whether the weights' width is varied too)
 TASKS: dict[str, tuple[int, str, tuple[int, ...], bool]] = {
     "needle, 512 tokens": (1000, "recall", (512, 1), False),
     "10 facts, 1024 tokens": (100, "recall", (1024, 10), True),
-    "10 facts, 3072 tokens": (100, "recall", (3072, 10), False),
+    "20 facts, 3072 tokens": (50, "recall", (3072, 20), False),
     "continuation of 1024 tokens": (100, "continuation", (1024,), False),
 }
 CALIBRATION = 8  # documents of facts from which the profile of heads is made, none of them asked
@@ -64,11 +63,7 @@ def _measure(task: str, number: int) -> tuple[str, int, dict]:
 
 def profile_of_heads() -> torch.Tensor:
     """The largest KVzip score of every head over texts of facts, float32 [P, KVH]."""
-    engine, best = load(), []
-    for number in range(CALIBRATION):
-        pruner = read(engine, kv_documents.recall(-1 - number, 1024, 10), QueriesWanted())
-        best.append(make_kv_policy("kvzip", chunk=CHUNK).score(pruner.seen())[..., 1:].amax(-1))
-    return torch.stack(best).amax(0)
+    return head_profile(load(), [kv_documents.recall(-1 - i, 1024, 10).context for i in range(CALIBRATION)])
 
 
 def results(work: Path, jobs: int) -> dict[str, dict[int, dict]]:

@@ -139,6 +139,10 @@ def calibrate(
     dp_llm: Annotated[
         bool, typer.Option("--dp-llm", help="Also calibrate the paper's own policy for each of --targets.")
     ] = False,
+    kv_heads: Annotated[
+        bool,
+        typer.Option("--kv-heads", help="Also score the KV heads, for 'context build --kv-policy heads'."),
+    ] = False,
     out: Annotated[
         str | None, typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")
     ] = None,
@@ -157,7 +161,7 @@ def calibrate(
     run(
         CalibrateArguments(
             overlay, targets, memory_bits, data, granularity, samples, sequence_length, asynchronous, dp_llm, out,
-            device, threads, seed, json,
+            device, threads, seed, json, kv_heads,
         )
     )  # fmt: skip
 

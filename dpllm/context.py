@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ SINKS = (
     4  # first tokens of any text, on which attention rests (StreamingLLM, arXiv:2309.17453): never evicted
 )
 SMALLEST_BLOCK = 32
+REQUEST = 256  # tokens of room for what asks for a repetition
 DEFAULT_KEEP = 0.3  # what the paper finds near-lossless
 HEADS = "kv.heads"  # of a calibration profile's extra arrays: float32 [P, KVH], the most a head's pairs were ever worth
 PIECE = 512  # tokens of the text in one forward pass
@@ -135,13 +137,15 @@ def build_context(
     whole = pruner.share(len(ids))  # raises before anything is read
     block = options.block or len(ids)
     for start in range(0, len(ids), block):
-        pruner.read(
-            ids[start : start + block], lambda done, at=start: progress("reading", at + done, len(ids))
-        )
+        pruner.read(ids[start : start + block], partial(_reading, progress, start, len(ids)))
         pruner.prune(whole)
         progress("pruning", min(len(ids), start + block), len(ids))
     context.facts = {k: v for k, v in asdict(options).items() if k != "chat"}
     return context
+
+
+def _reading(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("reading", before + done, total)
 
 
 def prune_tail(engine: Engine, context: KVContext, options: ContextOptions = ContextOptions()) -> None:
@@ -180,7 +184,7 @@ class Pruner:
     def read(self, ids: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> None:
         """Prefill, in pieces."""
         cache = self.context.cache
-        cache.reserve(len(ids) + self.policy.scratch)
+        cache.reserve(len(ids) + min(self.policy.scratch, len(ids) + REQUEST))
         watched = WatchedCache(cache, self.queries.watch)
         done = 0
         for piece in torch.tensor(ids, device=self.decoder.device).split(PIECE):
