@@ -302,7 +302,9 @@ def kv_policies(json: Json = False) -> None:
 
 @app.command()
 def inspect(
-    directory: Annotated[str, typer.Argument(help="Overlay, checkpoint or calibration profile.")],
+    directory: Annotated[
+        str, typer.Argument(help="Overlay, checkpoint, calibration profile or saved context.")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read every tensor and check its sha256.")
     ] = False,

@@ -178,7 +178,8 @@ class Pruner:
         """Pairs to keep of so many tokens, over all pairs of the layers that are pruned. Raises InputError."""
         layers, heads = len(self.view.layers), self.view.kv_heads
         key = self.context.cache.k[0]
-        pairs = self.options.budget.pairs(layers, heads, tokens, self.context.protected, 2 * key[:1].nbytes)
+        size = 2 * key.shape[1] * key.element_size()
+        pairs = self.options.budget.pairs(layers, heads, tokens, self.context.protected, size)
         return pairs / (layers * heads * tokens)
 
     def read(self, ids: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from dpllm.kvzip_bridge.budget import over_all
 from dpllm.kvzip_bridge.policies.common import Policy, protect
 from dpllm.kvzip_bridge.policy import Context, Hidden
 from dpllm.kvzip_bridge.repeat import Repetition, repeat, repetitions
+
+BLOCK = 1 << 18  # logits looked at together
 
 
 class KVzip(Policy):
@@ -41,11 +44,10 @@ class KVzip(Policy):
 
 
 class ChunkScorer:
-    """Scores one chunk while it is repeated.
+    """Scores one chunk while it is repeated: section 3.2 of the paper.
 
-    Keys are a subset of the cache's: the protected prefix, the chunk, and the repetition so far. Logarithms are
-    compared, for the softmax's denominator is then all that has to be computed of the other columns.
-    """
+    Keys are a subset of the cache's: the protected prefix, the chunk, and the repetition so far. Logarithms of
+    attention are compared, because what is near zero still has an order there."""
 
     hidden: Hidden | None = None  # sees each layer's input before its queries are scored
 
@@ -65,32 +67,43 @@ class ChunkScorer:
         if layer not in self.row:
             return
         best = self.best[self.row[layer]]
-        queries = (
-            (q.float() * self.context.model.scale).transpose(0, 1).chunk(len(best))
-        )  # KVH times [G, T, D]
-        parts = self._keys(layer, position + len(q))
-        for h, own in enumerate(queries):
-            attention = self.log_attention(own, [k[h].float() for k in parts])
-            self.weigh(attention, layer, h)
-            torch.maximum(best[h], attention.amax((0, 1)), out=best[h])
+        before, own = self._keys(layer, position + len(q))
+        columns = slice(before.shape[1] - best.shape[1], before.shape[1])
+        for h, queries in enumerate((q.float() * self.context.model.scale).chunk(len(best), dim=1)):
+            keys = torch.cat([before[h], own[h]]).float()
+            for rows, logits in causal_logits(queries, keys):
+                less = logits.logsumexp(-1, keepdim=True) + self.of_query(rows)
+                most = (logits[..., columns] - less).amax(0) + self.of_value(layer, h)  # [G, chunk]
+                torch.maximum(best[h], most.amax(0), out=best[h])
 
-    def weigh(self, attention: Tensor, layer: int, head: int) -> None:
-        """Changes log-attention [G, T, chunk] in place before the maximum is taken."""
+    def of_query(self, rows: slice) -> Tensor | float:
+        """What is taken off the log-attention of some of the queries at hand, [B, 1, 1]."""
+        return 0.0
 
-    def _keys(self, layer: int, end: int) -> list[Tensor]:
-        """Keys [KVH, ., D] of the protected prefix, the chunk, and the repetition up to a position."""
+    def of_value(self, layer: int, head: int) -> Tensor | float:
+        """What is added to the log-attention to the chunk's pairs, [G, chunk]."""
+        return 0.0
+
+    def _keys(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys [KVH, ., D] of the protected prefix and the chunk, and of the repetition up to a position."""
         n, r = len(self.context.ids), self.repetition
-        ranges = [(0, self.context.protected), (r.start, r.end), (n, end)]
-        return [self.context.cache.pairs(layer, a, b)[0] for a, b in ranges if a < b]
+        ranges = [(0, self.context.protected), (r.start, r.end)]
+        before = [self.context.cache.pairs(layer, a, b)[0] for a, b in ranges if a < b]
+        return torch.cat(before, dim=1), self.context.cache.pairs(layer, n, end)[0]
 
-    @staticmethod
-    def log_attention(q: Tensor, keys: list[Tensor]) -> Tensor:
-        """log softmax of q [G, T, D] over keys [., D], of the chunk's columns: [G, T, chunk]. keys: a prefix or none,
-        then the chunk, then the repetition, whose last T keys are the queries' own."""
-        logits = q @ torch.cat(keys).T
-        tokens, total = logits.shape[1:]
-        column = torch.arange(total - tokens, total, device=q.device)
-        later = column[None] > column[:, None]
-        logits[..., -tokens:].masked_fill_(later, -math.inf)
-        begin = total - len(keys[-1]) - len(keys[-2])
-        return logits[..., begin : begin + len(keys[-2])] - logits.logsumexp(-1, keepdim=True)
+
+def causal_logits(q: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, logits [B, G, .]) of queries [T, G, D] in blocks, over keys [S, D] of which the last T are the queries' own.
+
+    Keys behind a block are left out, those inside that come later are -inf. What follows takes several passes over the
+    logits: a block of them stays in a core's cache.
+    """
+    tokens, group, total = q.shape[0], q.shape[1], len(keys)
+    size = max(8, BLOCK // (group * total))
+    for a in range(0, tokens, size):
+        b = min(a + size, tokens)
+        seen = keys[: total - tokens + b]
+        logits = (q[a:b].flatten(0, 1) @ seen.T).unflatten(0, (b - a, group))
+        column = torch.arange(b - a, device=q.device)
+        logits[..., a - b :].masked_fill_((column > column[:, None])[:, None], -math.inf)
+        yield slice(a, b), logits

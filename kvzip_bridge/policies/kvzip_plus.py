@@ -35,12 +35,15 @@ class PlusScorer(ChunkScorer):
             norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
             self._input = norm.log().masked_fill_(norm == 0, math.inf)  # an empty token (padding) has no say
 
-    def weigh(self, attention: Tensor, layer: int, head: int) -> None:
-        """Changes log-attention [G, T, chunk] in place before the maximum is taken."""
+    def of_query(self, rows: slice) -> Tensor:
+        """What is taken off the log-attention of some of the queries at hand, [B, 1, 1]."""
+        return self._input[rows, None, None]
+
+    def of_value(self, layer: int, head: int) -> Tensor:
+        """What is added to the log-attention to the chunk's pairs, [G, chunk]."""
         if layer not in self._values:
             self._values[layer] = self._value_norms(layer).log()
-        attention += self._values[layer][head][:, None]
-        attention -= self._input[:, None]
+        return self._values[layer][head]
 
     def _value_norms(self, layer: int) -> Tensor:
         """||W_O v|| of the chunk's values, [KVH, G, chunk]: v.(W_O^T W_O).v keeps vectors as short as v."""
