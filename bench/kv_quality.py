@@ -40,7 +40,7 @@ TASKS: dict[str, tuple[int, str, tuple[int, ...], bool]] = {
     "needle, 512 tokens": (1000, "recall", (512, 1), False),
     "10 facts, 1024 tokens": (100, "recall", (1024, 10), True),
     "20 facts, 3072 tokens": (50, "recall", (3072, 20), False),
-    "continuation of 1024 tokens": (100, "continuation", (1024,), False),
+    "continuation of 1024 tokens": (60, "continuation", (1024,), False),
 }
 CALIBRATION = 8  # documents of facts from which the profile of heads is made, none of them asked
 

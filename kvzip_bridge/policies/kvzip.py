@@ -93,7 +93,7 @@ class ChunkScorer:
 
 
 def causal_logits(q: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [B, G, .]) of queries [T, G, D] in blocks, over keys [S, D] of which the last T are the queries' own.
+    """(rows, logits [B, G, .]) of queries [T, G, D] in blocks, over keys [S, D], the last T of them the queries' own.
 
     Keys behind a block are left out, those inside that come later are -inf. What follows takes several passes over the
     logits: a block of them stays in a core's cache.
