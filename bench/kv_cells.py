@@ -9,12 +9,13 @@ import torch
 from kv_documents import Document
 from torch import Tensor
 
-from dpllm.context import ContextOptions, KVContext, Pruner
+from dpllm.context import SINKS, KVContext
 from dpllm.engine import Engine
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
 from dpllm.kvzip_bridge.recording import Queries, QueriesWanted
 from dpllm.policy import make_policy
+from dpllm.pruner import ContextOptions, Pruner
 
 RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CHUNK = (
@@ -42,7 +43,7 @@ def asked(engine: Engine, context: KVContext, document: Document) -> list[Outcom
 
 
 def asked_at(engine: Engine, context: KVContext, document: Document, bits: float) -> list[Outcome]:
-    """The same token by token, every one at widths of its own, as `generate` decodes."""
+    """The same token by token, every one (those of the question, too) at widths of its own."""
     assert engine.native is not None
     policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile)
     found = []
@@ -64,8 +65,8 @@ def _outcome(logits: Tensor, answer: Tensor) -> Outcome:
 
 def read(engine: Engine, document: Document, wants: QueriesWanted) -> Pruner:
     """The document's context in a cache of its own, with what `wants` says recorded."""
-    context = KVContext(engine.decoder.new_ragged_cache(0), protected=1)
-    pruner = Pruner(engine, context, ContextOptions(chunk=CHUNK))
+    context = KVContext(engine.decoder.new_ragged_cache(0), protected=SINKS)
+    pruner = Pruner(engine, context, ContextOptions(chunk=CHUNK), len(document.context))
     pruner.queries = Queries(wants, pruner.view)
     pruner.read(document.context)
     return pruner
@@ -102,9 +103,10 @@ def _blockwise(engine: Engine, document: Document) -> Iterator[tuple[str, float,
     if len(document.context) <= CHUNK:
         return
     for ratio in RATIOS:
-        context = KVContext(engine.decoder.new_ragged_cache(0), protected=1)
-        pruner = Pruner(engine, context, ContextOptions(Budget(keep_ratio=ratio), chunk=CHUNK))
+        context = KVContext(engine.decoder.new_ragged_cache(0), protected=SINKS)
+        options = ContextOptions(Budget(keep_ratio=ratio), chunk=CHUNK)
+        pruner = Pruner(engine, context, options, len(document.context))
         for start in range(0, len(document.context), CHUNK):
             pruner.read(document.context[start : start + CHUNK])
-            pruner.prune(ratio)
+            pruner.prune(ratio, pruner.room(CHUNK))
         yield BLOCKWISE, ratio, context

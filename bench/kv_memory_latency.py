@@ -4,7 +4,7 @@ Limits measured, on random keys, values and weights (no effect on bytes or time)
 held against the kept share of the whole cache, slack apart; (2) decode attention over all layers, pruned against
 whole, interleaved; (3) appending a token, at every context length; (4) reading a context, scoring it by KVzip and
 pruning it, against reading it, with two of the shape's layers (what a layer costs does not depend on how many there
-are); (5) the most cache held meanwhile, pruned at the end and block by block.
+are); (5) the most cache held meanwhile, slack included, and the process's peak, pruned at the end and block by block.
 
     python bench/kv_memory_latency.py [--contexts 4096,16384,32768] [--build 4096,16384]
 """
@@ -12,27 +12,30 @@ are); (5) the most cache held meanwhile, pruned at the end and block by block.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from report import report
 
 from dpllm.config import ModelConfig
+from dpllm.context import SINKS, KVContext
 from dpllm.decoder import Decoder
-from dpllm.kv_view import view_of
-from dpllm.kvzip_bridge.budget import over_all
-from dpllm.kvzip_bridge.policies import make_kv_policy
-from dpllm.kvzip_bridge.policy import Context, RepeatPrompts
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
-from dpllm.kvzip_bridge.recording import Queries
+from dpllm.kvzip_bridge.budget import Budget, over_all
+from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
 from dpllm.loading import LoadOptions
+from dpllm.memory import peak_bytes
+from dpllm.pruner import ContextOptions, Pruner
 from dpllm.shapes import random_decoder, shape
 
-KEEP, SLACK, ROUNDS, BLOCK = 0.3, 256, 9, 2048
-PROMPTS = RepeatPrompts(tuple(range(12)), tuple(range(20)))
+KEEP, ROUNDS, BLOCK = 0.3, 9, 2048
 
 
 def filled(config: ModelConfig, tokens: int) -> RaggedKVCache:
@@ -123,62 +126,67 @@ def held_and_read(name: str, decoder: Decoder, tokens: int) -> dict:
 # -- building ----------------------------------------------------------------------------------------------------
 
 
-class Build:
-    """Reads a context of random tokens, watching how much cache there is."""
+class WatchedCache(RaggedKVCache):
+    """Remembers how large its buffers were at most."""
 
-    def __init__(self, decoder: Decoder, tokens: int):
-        self.decoder, self.view = decoder, view_of(decoder)
-        self.ids = torch.randint(
-            0, decoder.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)
-        )
-        self.policy = make_kv_policy("kvzip")
-        self.cache = decoder.new_ragged_cache(0)
-        self.most = 0
+    most = 0
 
-    def read(self, ids: torch.Tensor, room: int = 0) -> None:
-        """Prefill in pieces of 512."""
-        self.cache.reserve(len(ids) + room)
-        self.most = max(self.most, self.cache.allocated_nbytes)
-        for piece in ids.split(512):
-            self.view.forward(piece, self.cache)
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(layer, k, v)
+        self.most = max(self.most, self.allocated_nbytes)
 
-    def prune(self, last: bool) -> None:
-        """Scores what was read since the last pruning, and keeps its share."""
-        queries = Queries(self.policy.wants, self.view)
-        ids = self.ids[: self.cache.length]
-        context = Context(ids, self.cache, self.cache.base, 4, queries, PROMPTS, self.view)
-        scores = self.policy.score(context)
-        self.most = max(self.most, self.cache.allocated_nbytes)
-        keep = over_all(scores, round(KEEP * scores.numel()))
-        self.cache.prune(keep, self.decoder.config.windows, SLACK if last else BLOCK + self.policy.scratch)
+
+def build(decoder: Decoder, ids: list[int], keep: float, block: int) -> tuple[float, float, WatchedCache]:
+    """(seconds, peak MB above what was held before, cache) of reading ids and pruning to a share, block by block."""
+    engine: Any = SimpleNamespace(
+        decoder=decoder, tokenizer=lambda text, **_: {"input_ids": [1] * 12}, profile=None
+    )
+    before = reset_peak()
+    began = time.perf_counter()
+    c = decoder.config
+    cache = WatchedCache(c.num_layers, c.num_kv_heads, c.head_dim, 0, decoder.kv_dtype)
+    context = KVContext(cache, protected=SINKS)
+    pruner = Pruner(engine, context, ContextOptions(Budget(keep_ratio=keep)), len(ids))
+    share = pruner.share()
+    if keep == 1:
+        pruner.policy.scratch = 0  # nothing will be scored
+    for start in range(0, len(ids), block):
+        pruner.read(ids[start : start + block])
+        pruner.prune(share, pruner.room(block) if start + block < len(ids) else SLACK)
+    seconds = time.perf_counter() - began
+    return seconds, (peak_bytes() - before) / 1e6, cache
+
+
+def reset_peak() -> int:
+    """Starts the process's peak of memory anew (Linux), and returns what it holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
 
 
 def built(name: str, decoder: Decoder, tokens: int) -> list[dict]:
     """Limits 4 and 5."""
-    warm = Build(decoder, 512)
-    warm.read(warm.ids)
-    plain = Build(decoder, tokens)
-    read_s = milliseconds(lambda: plain.read(plain.ids)) / 1e3
+    ids = torch.randint(
+        0, decoder.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    build(decoder, ids[:512], 1.0, 512)  # to warm up
+    read_s, read_peak, whole = build(decoder, ids, 1.0, tokens)
+    full = whole.nbytes
+    del whole
     rows = []
     for kind, block in (("pruned once", tokens), (f"blocks of {BLOCK}", BLOCK)):
-        build = Build(decoder, tokens)
-
-        def whole(build: Build = build, block: int = block) -> None:
-            for piece in build.ids.split(block):
-                build.read(piece, min(build.policy.scratch, len(piece) + 256))
-                build.prune(build.cache.length == tokens)
-
-        seconds = milliseconds(whole) / 1e3
-        full = plain.cache.nbytes
+        seconds, peak, cache = build(decoder, ids, KEEP, block)
         rows.append(
             {
                 "what": f"build, {kind}", "shape": name, "layers": decoder.config.num_layers, "context": tokens,
                 "kept": KEEP, "read_s": round(read_s, 2), "build_s": round(seconds, 2),
-                "build_over_read": round(seconds / read_s, 2), "scoring_over_read": round(seconds / read_s - 1, 2),
-                "most_cache_over_whole": round(build.most / full, 3), 
-                "held_over_whole": round(build.cache.nbytes / full, 4),
+                "scoring_over_read": round(seconds / read_s - 1, 2), "whole_cache_mb": round(full / 1e6, 1),
+                "read_peak_mb": round(read_peak, 1), "build_peak_mb": round(peak, 1),
+                "most_cache_over_whole": round(cache.most / full, 3), "held_over_whole": round(cache.nbytes / full, 4),
             }
         )  # fmt: skip
+        del cache
     return rows
 
 

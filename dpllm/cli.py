@@ -268,7 +268,12 @@ def build_context(
             help="Prune after every so many tokens: the whole cache never exists. Default: once, at the end."
         ),
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens that KVzip lets the model repeat at a time.")] = 2048,
+    chunk: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Tokens KVzip has repeated at a time; default: 2048, or what the model's positions leave."
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The text opens a chat; questions follow in the model's template.")
     ] = False,

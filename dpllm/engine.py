@@ -24,7 +24,7 @@ from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep, decode_one
 from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import encode, load_tokenizer
+from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import sample
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class Engine:
         """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
         if not prompt:
             raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of bytes that are no UTF-8
-            raise InputError("the prompt is not UTF-8 text. Convert it first.")
+        check_text(prompt, "the prompt")
         if chat:
             return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
         return encode(self.tokenizer, prompt)
@@ -147,11 +146,13 @@ class Engine:
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
         said: list[int] = []
+        if context is not None:
+            context.begin_turn()
         try:
             yield from self._generate(ids, cache, replace(options, max_new_tokens=budget), clock, began, said)
         finally:
             if context is not None:
-                context.end_turn([*ids, *said], read, keep)
+                context.end_turn(ids, said, read, keep)
 
     def _generate(
         self, ids: list[int], cache: KVCache, options: GenerateOptions, clock: Callable[[], float], began: float,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dpllm.context import ContextOptions, KVContext, Pruner
+from dpllm.context import KVContext
 from dpllm.engine import Engine
+from dpllm.pruner import ContextOptions, Pruner
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def head_profile(
     best: list[Tensor] = []
     for ids in texts:
         context = KVContext(engine.decoder.new_ragged_cache(0), protected=1)
-        pruner = Pruner(engine, context, ContextOptions(chunk=max(len(ids), 32)))
+        pruner = Pruner(engine, context, ContextOptions(), len(ids))
         pruner.read(ids)
         best.append(pruner.policy.score(pruner.seen())[..., 1:].amax(-1))
         progress(len(best))

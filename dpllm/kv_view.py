@@ -6,20 +6,14 @@ import torch
 from torch import Tensor
 
 from dpllm.decoder import Decoder, Group
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.kvzip_bridge.policy import Hidden, ModelView
 
 
 def view_of(decoder: Decoder) -> ModelView:
-    """The decoder as KV policies see it, read at the resident maximum.
-
-    Raises InputError where every layer has a sliding window: there is nothing to prune.
-    """
+    """The decoder as KV policies see it, read at the resident maximum."""
     c = decoder.config
     layers = tuple(i for i, window in enumerate(c.windows) if window is None)
-    if not layers:
-        raise InputError("every layer of this model has a sliding window: its cache is bounded as it is.")
     first_of = {layer.qkv[0].index: layer.index for layer in decoder.layers}
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ from dpllm.quant.source import read_json
 
 FORMAT, FORMAT_VERSION = "dpllm-context", 1
 MANIFEST, PAIRS = "context.json", "pairs.safetensors"
-KEYS = ("model", "tokens", "base", "protected", "kept_ratio", "nbytes", "chat", "pending", "made", "sha256")
-SAMPLE = 1 << 16  # bytes of each weight file that enter a checkpoint's hash
+KEYS: dict[str, Any] = {
+    "model": dict, "tokens": int, "base": int, "protected": int, "kept_ratio": (int, float), "nbytes": int,
+    "chat": dict, "pending": list, "made": dict, "sha256": str,
+}  # fmt: skip
+SAMPLE = 1024  # bytes at the beginning and in the middle of each tensor that enter a checkpoint's hash
 
 
 def is_context(path: Path) -> bool:
@@ -42,33 +46,41 @@ def is_context(path: Path) -> bool:
 
 
 def model_hash(path: Path) -> str:
-    """What a context is bound to: an overlay's own hash, or that of a checkpoint's config and the beginnings of its
-    files."""
+    """What a context is bound to: an overlay's own hash; of a checkpoint its config, and a sample of every tensor
+    (all of it would take as long as loading)."""
     if is_overlay(path):
         return Overlay.open(path).hash
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as f:
-            header = int.from_bytes(f.read(8), "little")
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            digest.update(f.read(header + SAMPLE))
+            size = int.from_bytes(f.read(8), "little")
+            header = f.read(size)
+            digest.update(file.name.encode() + header)
+            for name, entry in sorted(json.loads(header).items()):
+                begin, end = (0, 0) if name == "__metadata__" else entry["data_offsets"]
+                for at in (begin, (begin + end) // 2):
+                    f.seek(8 + size + at)
+                    digest.update(f.read(min(SAMPLE, end - at)))
     return digest.hexdigest()
 
 
 def check_free(path: Path) -> None:
-    """Raises InputError where a context cannot be written because something is there."""
-    if path.exists():
-        raise InputError(f"{path} exists already. Choose another name, or delete it first.")
+    """Raises InputError where a context cannot be written: something is there, or no directory can be made."""
+    try:
+        if path.exists():
+            raise InputError(f"{path} exists already. Choose another name, or delete it first.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path} cannot be made: {e.strerror or e}. Choose another place.") from None
 
 
 def save_context(context: KVContext, path: Path, engine: Engine) -> dict[str, Any]:
     """Writes the context and returns its manifest. Raises InputError where it cannot be written; then nothing is
     left."""
     check_free(path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
     try:
-        partial.mkdir(parents=True)
+        partial.chmod(0o755)
         write_tensors(partial / PAIRS, _tensors(context))
         manifest = _manifest(context, engine) | {"sha256": _sha256(partial / PAIRS)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -96,10 +108,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST}: format version {manifest.get('format_version')}; this dpllm reads {FORMAT_VERSION}. "
             "Build the context again, or use the dpllm that wrote it."
         )
-    missing = [key for key in KEYS if key not in manifest]
-    if missing:
-        raise InputError(f"{path / MANIFEST} lacks '{missing[0]}'. Build the context again.")
+    wrong = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    wrong += [f"model.{key}" for key in ("path", "sha256") if not _holds(manifest.get("model"), key)]
+    wrong += [f"chat.{key}" for key in ("behind", "between") if not _holds(manifest.get("chat"), key)]
+    if wrong:
+        raise InputError(
+            f"{path / MANIFEST}: '{wrong[0]}' is missing or of another kind. Build the context again."
+        )
     return manifest
+
+
+def _holds(part: Any, key: str) -> bool:
+    return isinstance(part, dict) and isinstance(part.get(key), str)
 
 
 def load_context(path: Path, engine: Engine) -> KVContext:
@@ -179,7 +199,10 @@ def _check(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], eng
     try:
         lengths, kept, tail = tensors["lengths"], tensors["kept"], manifest["tokens"] - manifest["base"]
         fits = lengths.shape == (c.num_layers, c.num_kv_heads) and torch.equal(lengths, kept + tail)
+        ids = [*tensors["ids"].tolist(), *manifest["pending"]]
         fits = fits and len(tensors["ids"]) == manifest["tokens"] and int(kept.min()) >= 0
+        fits = fits and 0 <= manifest["protected"] <= manifest["base"] <= manifest["tokens"]
+        fits = fits and all(isinstance(i, int) and 0 <= i < c.vocab_size for i in ids)
         for layer, (held, pruned) in enumerate(
             zip(lengths.sum(1).tolist(), kept.sum(1).tolist(), strict=True)
         ):

@@ -78,7 +78,7 @@ class RaggedKVCache:
             for which in (0, 1)
         )
         return RaggedKVCache.of_runs(
-            [t.to(device, dtype) for t in k], [t.to(device, dtype) for t in v], self._stored.to(device),
+            [t.to(device, dtype) for t in k], [t.to(device, dtype) for t in v], self.lengths.to(device),
             [[p.to(device) for p in heads] for heads in self.kept], self.base, self.length,
         )  # fmt: skip
 
@@ -174,7 +174,8 @@ class RaggedKVCache:
         free = int((self._room - self._stored).min())
         if free < tokens:
             more = max(tokens, self.length - self.base, 32)
-            self._rebuild([None] * len(self.k), more)
+            for layer in range(len(self.k)):
+                self._rebuild(layer, None, more)
 
     def rewind(self, length: int) -> None:
         """Forgets every token from this position on. Only the tail can be forgotten."""
@@ -192,27 +193,39 @@ class RaggedKVCache:
         other.k, other.v, other._even = list(self.k), list(self.v), list(self._even)
         other.kept = [list(heads) for heads in self.kept]
         other._stored, other._given = self._stored.clone(), self._given.clone()
-        other._rebuild([None] * len(self.k), room)
+        other._room, other._start = self._room.clone(), self._start.clone()
+        for layer in range(len(self.k)):
+            other._rebuild(layer, None, room)
         return other
 
     def prune(self, keep: Tensor, windows: Sequence[int | None], room: int = SLACK) -> None:
         """Drops pairs of the tail for good; what is kept of it joins the pruned part.
 
         keep: bool [layers, KVH, tail]. windows: a layer with a sliding window keeps its last pairs, as many as it can
-        see, whatever `keep` says. room: slack behind each head. Layer by layer, so that little is held twice."""
+        see, whatever `keep` says. room: slack behind each head. Layer by layer, so that little is held twice;
+        interrupted, the cache is empty."""
         tail = self.length - self.base
         if keep.shape != (*self._stored.shape, tail) or keep.dtype != torch.bool:
-            raise ValueError(
-                f"a mask bool {[*self._stored.shape, tail]} is needed, not {keep.dtype} {list(keep.shape)}."
-            )
-        chosen = [self._chosen(layer, keep[layer], window) for layer, window in enumerate(windows)]
-        self._rebuild(chosen, room)
+            shape = [*self._stored.shape, tail]
+            raise ValueError(f"a mask bool {shape} is needed, not {keep.dtype} {list(keep.shape)}.")
         new = torch.arange(self.base, self.length, dtype=torch.int32, device=keep.device)
-        for layer, heads in enumerate(chosen):
-            self.kept[layer] = [
-                torch.cat([old, new])[i] for old, i in zip(self.kept[layer], heads, strict=True)
-            ]
+        try:
+            for layer, window in enumerate(windows):
+                chosen = self._chosen(layer, keep[layer], window)
+                self._rebuild(layer, chosen, room)
+                self.kept[layer] = [
+                    torch.cat([old, new])[i] for old, i in zip(self.kept[layer], chosen, strict=True)
+                ]
+        except BaseException:
+            self._empty()
+            raise
         self.base = self.length
+
+    def _empty(self) -> None:
+        self.kept = [[p[:0] for p in heads] for heads in self.kept]
+        self._stored.zero_()
+        self._even = [False] * len(self.k)  # the buffers have room for unlike numbers of pairs
+        self.length = self.base = 0
 
     def _chosen(self, layer: int, keep: Tensor, window: int | None) -> list[Tensor]:
         """Indices into each head's run that stay, ascending."""
@@ -226,30 +239,30 @@ class RaggedKVCache:
                 found.append(torch.cat([before, len(old) + keep[h].nonzero()[:, 0]]))
         return found
 
-    def _rebuild(self, chosen: Sequence[list[Tensor] | None], room: int) -> None:
-        """Buffers anew, with the chosen pairs of each run (None: all) and so much room behind them."""
-        stored = self._stored.clone()
-        for layer, heads in enumerate(chosen):
-            if heads is not None:
-                stored[layer] = torch.tensor([len(i) for i in heads], dtype=torch.int32)
+    def _rebuild(self, layer: int, chosen: list[Tensor] | None, room: int) -> None:
+        """A layer's buffers anew, with the chosen pairs of each run (None: all) and so much room behind them."""
+        runs = zip(self._start[layer].tolist(), self._stored[layer].tolist(), strict=True)
+        slots = [torch.arange(s, s + n, device=self._start.device) for s, n in runs]
+        if chosen is not None:
+            slots = [own[i] for own, i in zip(slots, chosen, strict=True)]
+        stored = torch.tensor([len(own) for own in slots], dtype=torch.int32, device=self._stored.device)
         capacity = stored.to(torch.int64) + room
         start = _starts(capacity)
-        for layer, heads in enumerate(chosen):
-            for flat in (self.k, self.v):
-                old, new = (
-                    flat[layer],
-                    flat[layer].new_empty(int(capacity[layer].sum()), flat[layer].shape[1]),
-                )
-                for h in range(stored.shape[1]):
-                    first, begin = int(self._start[layer, h]), int(start[layer, h])
-                    run = old[first : first + int(self._stored[layer, h])]
-                    kept = run if heads is None else run[heads[h]]
-                    new[begin : begin + len(kept)] = kept
-                flat[layer] = new
-            self._even[layer] = bool((stored[layer] == stored[layer, 0]).all())
-        self._stored, self._room, self._start = stored, capacity, start
+        k, v = (_copied(flat[layer], slots, start.tolist(), int(capacity.sum())) for flat in (self.k, self.v))
+        # All of it at once: an interrupted copy leaves the layer as it was.
+        self.k[layer], self.v[layer] = k, v
+        self._stored[layer], self._room[layer], self._start[layer] = stored, capacity, start
+        self._even[layer] = bool((stored == stored[0]).all())
+
+
+def _copied(flat: Tensor, slots: list[Tensor], start: list[int], size: int) -> Tensor:
+    """[size, D] with flat[slots[h]] from start[h] on."""
+    new = flat.new_empty(size, flat.shape[1])
+    for own, begin in zip(slots, start, strict=True):
+        torch.index_select(flat, 0, own, out=new[begin : begin + len(own)])
+    return new
 
 
 def _starts(capacity: Tensor) -> Tensor:
-    """First slot of each head's run in its layer, int64 [layers, KVH]."""
-    return capacity.cumsum(1) - capacity
+    """First slot of each head's run in its layer, int64 [..., KVH]."""
+    return capacity.cumsum(-1) - capacity

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dpllm.kernels.errors import InputError
-from dpllm.kvzip_bridge.policy import Context, Hidden
+from dpllm.kvzip_bridge.policy import Context, Hidden, ModelView, RepeatPrompts
 from dpllm.kvzip_bridge.recording import Watch, watched
 
 PIECE = 512  # tokens in one forward pass
 CUE = 8  # tokens of the chunk before, which say where to go on
+USEFUL = 32  # tokens of a chunk worth suggesting
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def repetitions(context: Context, chunk: int) -> list[Repetition]:
     begin = max(context.first, context.protected)
     starts = range(begin, len(context.ids), chunk)
     found = [_repetition(context, s, min(s + chunk, len(context.ids))) for s in starts]
-    _check_room(context, max((len(r.ids) for r in found), default=0))
+    longest = max((r.end - r.start for r in found), default=0)
+    check_room(context.model, context.prompts, len(context.ids), longest)
     return found
 
 
@@ -58,15 +60,23 @@ def _repetition(context: Context, start: int, end: int) -> Repetition:
     return Repetition(start, end, torch.cat([*asked, ids.new_tensor(prompts.after), ids[start:end]]))
 
 
-def _check_room(context: Context, longest: int) -> None:
-    model, prompts, tokens = context.model, context.prompts, len(context.ids)
-    over = tokens + longest - model.max_positions
-    if over <= 0:
+def largest_chunk(model: ModelView, prompts: RepeatPrompts, tokens: int) -> int:
+    """How many tokens can be repeated at a time behind a context of so many; none where it is not positive."""
+    return model.max_positions - tokens - _frame(prompts)
+
+
+def check_room(model: ModelView, prompts: RepeatPrompts, tokens: int, chunk: int) -> None:
+    """Raises InputError where a context and the repetition of a chunk are longer than the model's positions."""
+    fits = largest_chunk(model, prompts, tokens)
+    if chunk <= fits:
         return
-    frame = max(len(prompts.first), len(prompts.later) + CUE) + len(prompts.after)
-    fits = model.max_positions - tokens - frame
-    cure = f"Choose a chunk of {fits} tokens, or shorten" if fits > 0 else "Shorten"
+    cure = f"Choose a chunk of {fits} tokens, or shorten" if fits >= USEFUL else "Shorten"
     raise InputError(
-        f"a context of {tokens} tokens and {longest} to repeat it are {over} more than the {model.max_positions} "
-        f"positions of this model. {cure} the context, or choose a policy that does not repeat it."
+        f"a context of {tokens} tokens and {chunk + _frame(prompts)} to repeat it are {chunk - fits} more than the "
+        f"{model.max_positions} positions of this model. {cure} the context, or choose a policy that does not "
+        "repeat it."
     )
+
+
+def _frame(prompts: RepeatPrompts) -> int:
+    return max(len(prompts.first), len(prompts.later) + CUE) + len(prompts.after)

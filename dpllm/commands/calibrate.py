@@ -25,13 +25,13 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
-from dpllm.context import HEADS
 from dpllm.decoder import Decoder
 from dpllm.engine import Engine
 from dpllm.kernels.errors import InputError
 from dpllm.kv_heads import head_profile
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.memory import peak_bytes
+from dpllm.pruner import HEADS
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 

@@ -19,12 +19,13 @@ from dpllm.commands.common import (
     stage_bars,
     stdout,
 )
-from dpllm.context import DEFAULT_KEEP, ContextOptions, KVContext, build_context
+from dpllm.context import KVContext, build_context
 from dpllm.engine import Engine, load
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.loading import LoadOptions
+from dpllm.pruner import DEFAULT_KEEP, ContextOptions
 from dpllm.saved_context import check_free, save_context
 
 
@@ -40,7 +41,7 @@ class BuildArguments:
     policy: str
     allocation: str | None
     block: int | None
-    chunk: int
+    chunk: int | None
     chat: bool
     overlay: str | None
     threads: int | None
@@ -90,7 +91,8 @@ def read_text(name: str) -> str:
     """The text of a file, or standard input for '-'."""
     path = Path(name).expanduser()
     if name != "-" and not path.is_file():
-        raise InputError(f"{path} does not exist. Give a text file, or '-' to read standard input.")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}. Give a text file, or '-' to read standard input.")
     try:
         return sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:

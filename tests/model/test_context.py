@@ -10,7 +10,7 @@ import torch
 from cpu_cases import needs_library, options_of
 from safetensors.torch import load_file, save_file
 
-from dpllm.context import ContextOptions, build_context, prune_tail
+from dpllm.context import KVContext, build_context, prune_tail
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.attention import causal_attention
@@ -18,6 +18,7 @@ from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.loading import LoadOptions
+from dpllm.pruner import ContextOptions, Pruner, plain_ids
 from dpllm.quant.text import load_tokenizer
 from dpllm.saved_context import load_context, read_manifest, save_context
 
@@ -85,7 +86,7 @@ def test_pruned_is_masked(plain, text, policy):
         plain.decoder.forward(ids, masked)
         expected = plain.decoder.forward(question, masked)
         found = plain.decoder.forward(question, context.cache)
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     layers, heads = context.cache.lengths.shape
     pairs = layers * heads * len(ids)
     assert sum(len(p) for own in context.cache.kept for p in own) == round(0.4 * pairs)
@@ -178,15 +179,79 @@ def test_block_by_block(plain, text, policy):
 def test_block_by_block_never_holds_the_whole(plain, text, monkeypatch):
     most = []
     context_type = type(plain.decoder.new_ragged_cache(1))
-    reserve = context_type.reserve
+    write = context_type.write
     monkeypatch.setattr(
-        context_type, "reserve", lambda self, n: (most.append(self.nbytes), reserve(self, n))[1]
+        context_type, "write", lambda self, *a: (write(self, *a), most.append(self.allocated_nbytes))
     )
     context = build_context(plain, text, options(0.2, block=64))
-    whole = context.cache.nbytes / context.kept_ratio
-    assert max(most) <= 0.2 * whole + whole * (64 + 64 + 80) / len(context.ids), (
+    token = context.cache.nbytes / context.kept_ratio / len(context.ids)
+    assert max(most) <= token * (0.2 * len(context.ids) + 64 + 64 + 256 + 64), (
         "budget, a block, its repetition"
     )
+
+
+@pytest.mark.parametrize("model", ["mistral-window", "qwen2-window"])
+def test_layers_with_a_window_keep_what_they_see(checkpoints, tokenizer, model, tmp_path):
+    shutil.copytree(checkpoints / model, tmp_path / model)
+    tokenizer.save_pretrained(tmp_path / model)
+    engine, ids, question = load(tmp_path / model), torch.arange(3, 73), torch.tensor([9, 8, 7])
+    windows = engine.decoder.config.windows
+    context = KVContext(engine.decoder.new_ragged_cache(0), protected=4)
+    pruner = Pruner(engine, context, options(0.5, policy="recent"), len(ids))
+    pruner.read(ids.tolist())
+    pruner.prune(pruner.share())
+    for heads, window in zip(context.cache.kept, windows, strict=True):
+        assert window is None or all(p.tolist() == list(range(70 - window, 70)) for p in heads)
+    whole = [torch.arange(70, dtype=torch.int32)] * engine.decoder.config.num_kv_heads
+    kept = [p if w is None else whole for p, w in zip(context.cache.kept, windows, strict=True)]
+    masked = MaskedCache(engine.decoder, kept, 70, 80)
+    with torch.no_grad():
+        engine.decoder.forward(ids, masked)
+        for piece in (question, question[:1]):
+            expected = engine.decoder.forward(piece, masked)
+            found = engine.decoder.forward(piece, context.cache)
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_conversation_that_does_not_fit_is_left_alone(plain, text):
+    context = build_context(plain, text, options(0.4))
+    answer(plain, context, keep=True)
+    before, ids = held(context.cache), list(context.ids)
+    with pytest.raises(InputError, match="nothing of the conversation would be kept"):
+        prune_tail(plain, context, options(0.3))
+    assert all(map(torch.equal, held(context.cache), before)) and context.ids == ids
+
+
+def interrupted(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_interrupted_pruning_loses_nothing(plain, text, monkeypatch):
+    context = build_context(plain, text, options(policy="snapkv"))
+    answer(plain, context, keep=True)
+    before, ids = held(context.cache), list(context.ids)
+    monkeypatch.setattr(plain.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_tail(plain, context, options(policy="snapkv"))
+    assert all(map(torch.equal, held(context.cache), before)) and context.ids == ids
+
+
+def test_a_question_that_failed_was_not_asked(plain, text, monkeypatch):
+    context = build_context(plain, text, options())
+    monkeypatch.setattr(plain.decoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer(plain, context, keep=True)
+    assert (context.pending, context.cache.length) == ([], len(context.ids))
+
+
+def test_one_question_at_a_time(engine, text):
+    context = build_context(engine, text, options())
+    first = engine.generate("import os", GenerateOptions(LENGTH), context=context)
+    next(first)
+    with pytest.raises(InputError, match="still being answered"):
+        answer(engine, context)
+    first.close()
+    answer(engine, context)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------
@@ -237,7 +302,8 @@ def test_damaged_files_are_refused(engine, text, tmp_path):
         load_context(tmp_path / "short", engine)
     for change, says in (
         ({"format": "other"}, "not in the format"), ({"format_version": 99}, "format version 99"),
-        ({"tokens": None}, "lacks 'tokens'"),
+        ({"tokens": None}, "'tokens' is missing"), ({"chat": []}, "'chat' is missing"),
+        ({"model": {"path": 3, "sha256": ""}}, "'model.path' is missing"),
     ):  # fmt: skip
         manifest = {k: v for k, v in (read_manifest(path) | change).items() if v is not None}
         (tmp_path / "short" / "context.json").write_text(json.dumps(manifest))
@@ -250,6 +316,12 @@ def test_damaged_files_are_refused(engine, text, tmp_path):
 
 def test_tensors_that_do_not_match_the_manifest_are_refused(engine, text, tmp_path, monkeypatch):
     path = saved(engine, text, tmp_path / "ctx")
+    manifest = read_manifest(path)
+    for change in ({"pending": [99999]}, {"protected": -1}, {"base": 3}):
+        (path / "context.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(InputError, match="do not fit together"):
+            load_context(path, engine)
+    (path / "context.json").write_text(json.dumps(manifest))
     tensors = load_file(path / "pairs.safetensors")
     save_file(tensors | {"k.0": tensors["k.0"][:-1]}, path / "pairs.safetensors")
     monkeypatch.setattr("dpllm.saved_context._sha256", lambda p: read_manifest(path)["sha256"])
@@ -274,7 +346,7 @@ def test_a_place_that_is_taken(engine, text, tmp_path):
         ({"block": 3}, "a block of 3 tokens is too small"),
         ({"chunk": 1}, "a chunk of 1 tokens is too small"),
         ({"keep": 0.001}, "are the least"),
-        ({"chunk": 2048}, "positions"),
+        ({"chunk": 512}, "Choose a chunk of"),
         ({"policy": "heads"}, "needs a profile of heads"),
         ({"policy": "keep-all"}, "Choose another policy"),
     ],
@@ -323,3 +395,24 @@ def test_a_chat_is_the_template(plain, text, tiny_checkpoint):
     context.pending = [tokenizer.eos_token_id]
     again = tokenizer.decode(context.question(chatting, "How?", True))
     assert again == f"{tokenizer.eos_token}\n[user]How?\n[assistant]A"
+    context.pending = plain_ids(
+        chatting, "x"
+    )  # the answer was cut short: the template's end token follows it
+    again = tokenizer.decode(context.question(chatting, "How?", True))
+    assert again == f"x{tokenizer.eos_token}\n[user]How?\n[assistant]A"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match="does not frame a conversation"):
+        build_context(chatting, text, options(1.0, chat=True))
+
+
+def test_a_frame_longer_than_a_block(tiny_checkpoint, text):
+    chatting = load(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
+    chatting.tokenizer.chat_template = (
+        "You are one who answers truthfully, at length and with patience, whatever the question may be about. "
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    context = build_context(chatting, text[:300], options(0.6, chat=True, block=32))
+    assert context.protected > 32
+    assert all(
+        p[: context.protected].tolist() == list(range(context.protected)) for p in context.cache.kept[0]
+    )

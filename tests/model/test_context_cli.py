@@ -105,7 +105,7 @@ def test_what_build_refuses(refused, tiny_overlay, text_file, tmp_path):
     build("--kv-policy", "h2o", says="Choose one of")
     build("--allocation", "even", says="Choose one of")
     build("--block", 1, says="at least 32")
-    build(says="Choose a chunk of")
+    build("--chunk", 512, says="Choose a chunk of")
     build(says="is empty", text="-", stdin=" ")
     build("--chat", *SMALL, says="no chat template")
     binary = tmp_path / "binary"
@@ -124,7 +124,7 @@ def test_what_generate_refuses(refused, tiny_overlay, tiny_checkpoint, built, tm
     for broken, says in (
         ("[]", "context.json"),
         ("{", "context.json"),
-        (json.dumps(manifest | {"tokens": "x"}), "fit"),
+        (json.dumps(manifest | {"tokens": "x"}), "of another kind"),
     ):
         (built / "context.json").write_text(broken)
         ask("--overlay", tiny_overlay, "--context", built, says=says)

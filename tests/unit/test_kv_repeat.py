@@ -185,14 +185,13 @@ def test_the_last_position_is_used(positions):
 
 
 def test_too_few_positions():
-    model = TinyAttention(max_positions=60)
-    context = context_of(model, 40, 3)
+    context = context_of(TinyAttention(max_positions=84), 40, 3)
     with pytest.raises(
-        InputError, match=r"40 tokens and 27 to repeat it are 7 more than the 60 positions.*chunk of 9 tok"
+        InputError, match=r"40 tokens and 48 to repeat it are 4 more than the 84 positions.*chunk of 33 tok"
     ):
-        KVzip(CHUNK).score(context)
+        KVzip(40).score(context)
     assert context.cache.length == 40
-    KVzip(9).score(context)  # as the message says
+    KVzip(33).score(context)  # as the message says
 
 
 def test_positions_that_no_chunk_fits():
