@@ -37,10 +37,10 @@ from dpllm.loading import LoadOptions
 
 # name: (documents, how one is made, its arguments, whether the weights' width is varied too)
 TASKS: dict[str, tuple[int, str, tuple[int, ...], bool]] = {
-    "needle, 512 tokens": (1000, "recall", (512, 1), False),
     "10 facts, 1024 tokens": (100, "recall", (1024, 10), True),
     "20 facts, 3072 tokens": (50, "recall", (3072, 20), False),
     "continuation of 1024 tokens": (60, "continuation", (1024,), False),
+    "needle, 512 tokens": (1000, "recall", (512, 1), False),
 }
 CALIBRATION = 8  # documents of facts from which the profile of heads is made, none of them asked
 
@@ -67,14 +67,14 @@ def profile_of_heads() -> torch.Tensor:
 
 
 def results(work: Path, jobs: int) -> dict[str, dict[int, dict]]:
-    """Outcomes by task and document; measures what is not in the work directory yet."""
+    """Outcomes by task and document; measures what is not in the work directory yet (jobs 0: nothing)."""
     found: dict[str, dict[int, dict]] = {task: {} for task in TASKS}
     path = work / "outcomes.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         task, number, outcomes = json.loads(line)
         found[task][number] = outcomes
     missing = [(t, n) for t, (count, *_) in TASKS.items() for n in range(count) if n not in found[t]]
-    if missing:
+    if missing and jobs:
         with path.open("a") as out:
             for i, (task, number, outcomes) in enumerate(_run(missing, jobs)):
                 found[task][number] = outcomes
@@ -137,11 +137,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/kv_quality"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with a share of the cores")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--available", action="store_true", help="report what is measured, measure no more")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    found = results(args.work, args.jobs)
-    rows = [row for task, documents in found.items() for row in rows_of(task, documents)]
+    found = results(args.work, 0 if args.available else args.jobs)
+    rows = [row for task, documents in found.items() if documents for row in rows_of(task, documents)]
     if args.plot:
         plot(rows, args.plot)
     report(
