@@ -74,6 +74,9 @@ def results(work: Path, jobs: int) -> dict[str, dict[int, dict]]:
         task, number, outcomes = json.loads(line)
         found[task][number] = outcomes
     missing = [(t, n) for t, (count, *_) in TASKS.items() for n in range(count) if n not in found[t]]
+    missing.sort(
+        key=lambda item: (item[1] + 1) / TASKS[item[0]][0]
+    )  # all tasks grow alike: stopped early, each has some
     if missing and jobs:
         with path.open("a") as out:
             for i, (task, number, outcomes) in enumerate(_run(missing, jobs)):
