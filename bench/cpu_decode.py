@@ -3,8 +3,8 @@
 Limits measured, each as a ratio of interleaved medians on random weights (1.1B shape) or absolutely on the bundled
 reference model: (1) tokens per second of `Engine.generate` on the 7 M reference model, everything included; (2) time
 per token of a whole Python step around the native call, as a share of the call; (3) deciding widths against replaying
-the same ones; (4) growth with context: a step behind 2048 tokens against one behind none, beside the bytes of keys and
-values that this adds.
+the same ones, by our rule and by DP-LLM's estimator; (4) growth with context: a step behind 2048 tokens against one
+behind none, beside the bytes of keys and values that this adds.
 
     python bench/cpu_decode.py
 """
@@ -18,7 +18,7 @@ import torch
 from cpu_vs_llama_cpp import Thresholds
 from report import report
 
-from dpllm.decoder import Decoder
+from dpllm.decoder import Decoder, Group
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kvzip_bridge.cache import DenseKVCache
@@ -67,19 +67,44 @@ def pair(name: str, a: list[float], b: list[float]) -> dict:
     }  # fmt: skip
 
 
+class Projections:
+    """DP-LLM's estimator with k = 64 as dpllm/dp_policy.py computes it, one for each matrix, each time choosing 3
+    bits."""
+
+    name = "projections"
+
+    def __init__(self, decoder: Decoder):
+        matrices = {"qkv": 3, "gate_up": 2}
+        self.of = [
+            [
+                torch.randn(64, g.weight.in_features).half()
+                for _ in range(matrices.get(g.name.split(".")[-1], 1))
+            ]
+            for g in decoder.groups
+        ]
+        self.extra_bytes = sum(p.nbytes for own in self.of for p in own)
+
+    def __call__(self, group: Group, x: torch.Tensor) -> torch.Tensor:
+        estimates = torch.stack([(x.float() @ p.float().T).norm(dim=1) for p in self.of[group.index]])
+        return 3 + (estimates.amax(0) > float("inf")).to(torch.int32)
+
+
 def large_model(rounds: int = 60) -> list[dict]:
     """Overheads at the 1.1B shape, three bits."""
     decoder = random_decoder(shape("1.1B"), 6)
     step, cache = NativeStep(decoder), decoder.new_cache(2100)
     fixed, chosen = StaticPolicy([3] * len(decoder.groups)), Thresholds.always(decoder, 3)
-    plain, choosing, long, native = [], [], [], []
+    paper = Projections(decoder)
+    plain, choosing, estimating, long, native = [], [], [], [], []
     for _ in range(rounds):
         plain.append(step_ms(step, cache, fixed, 0))
         choosing.append(step_ms(step, cache, chosen, 0))
+        estimating.append(step_ms(step, cache, paper, 0))
         long.append(step_ms(step, cache, fixed, 2048))
         native.append(native_ms(decoder, step, cache, fixed))
     return [
         pair("choosing widths / replaying them", choosing, plain),
+        pair(f"DP-LLM's estimator, {paper.extra_bytes / 1e6:.0f} MB / replaying", estimating, plain),
         pair("whole Python step / native call", plain, native),
         pair("2048 tokens of context / none", long, plain),
     ]

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/quality_vs_bits"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with a share of the cores")
     parser.add_argument("--tokens", type=int, default=102_000, help="scored tokens at 6 resident bits")
-    parser.add_argument("--budget-tokens", type=int, default=51_000, help="scored tokens at 5 resident bits")
+    parser.add_argument("--budget-tokens", type=int, default=102_000, help="scored tokens at 5 resident bits")
     parser.add_argument("--few", type=int, default=40_000, help="of controls, oracles, ablations, prose")
     parser.add_argument("--prompts", type=int, default=24, help="texts that the model continues freely")
     parser.add_argument(

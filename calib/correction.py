@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Per bit missed: a time constant of about 30 tokens where a factor e is worth 0.7 bits. Slower misses on short texts, faster
-# takes bits from texts that need more than their share (docs/log.md has both prices).
+# Per bit missed: a time constant of about 30 tokens where a factor e is worth 0.7 bits. Slower misses on short texts,
+# faster takes bits from texts that need more than their share (docs/log.md has both prices).
 RATE = 0.05
 LIMIT = 4.0
 

@@ -27,6 +27,11 @@ app = typer.Typer(
     "Your own model: [bold]quantize[/bold], [bold]calibrate[/bold], [bold]generate[/bold].",
 )
 
+contexts = typer.Typer(
+    no_args_is_help=True, help="Texts read once, their KV caches pruned (KVzip), asked often."
+)
+app.add_typer(contexts, name="context")
+
 Overlay = Annotated[
     str | None,
     typer.Option("--overlay", help="Overlay or checkpoint directory; default: the bundled reference model."),
@@ -134,6 +139,10 @@ def calibrate(
     dp_llm: Annotated[
         bool, typer.Option("--dp-llm", help="Also calibrate the paper's own policy for each of --targets.")
     ] = False,
+    kv_heads: Annotated[
+        bool,
+        typer.Option("--kv-heads", help="Also score the KV heads, for 'context build --kv-policy heads'."),
+    ] = False,
     out: Annotated[
         str | None, typer.Option(help="Profile to write; default: OVERLAY/profile.safetensors.")
     ] = None,
@@ -152,7 +161,7 @@ def calibrate(
     run(
         CalibrateArguments(
             overlay, targets, memory_bits, data, granularity, samples, sequence_length, asynchronous, dp_llm, out,
-            device, threads, seed, json,
+            device, threads, seed, json, kv_heads,
         )
     )  # fmt: skip
 
@@ -180,6 +189,9 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
+    context: Annotated[
+        str | None, typer.Option("--context", help="What the prompt is about: made by dpllm context build.")
+    ] = None,
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -206,6 +218,7 @@ def generate(
             backend,
             accuracy,
             json,
+            context,
         ),
         options,
     )
@@ -233,9 +246,70 @@ def evaluate(
     run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, accuracy, seed, json)
 
 
+@contexts.command("build")
+def build_context(
+    text_file: Annotated[str, typer.Argument(help="Text to read; '-' reads standard input.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Directory to make; must not exist.")],
+    keep: Annotated[Optional[float], typer.Option(help="Share of the cache to keep, e.g. 0.3.")] = None,  # noqa: UP045
+    keep_tokens: Annotated[int | None, typer.Option(help="Keep so many tokens a head, on average.")] = None,
+    keep_memory: Annotated[Optional[str], typer.Option(help="Keep as much as fits, e.g. 100MB.")] = None,  # noqa: UP045
+    policy: Annotated[
+        str, typer.Option("--kv-policy", help="What scores the pairs; see 'dpllm context policies'.")
+    ] = "kvzip",
+    allocation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="How the budget is spread over layers and heads; default: as the policy's paper does."
+        ),
+    ] = None,
+    block: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Prune after every so many tokens: the whole cache never exists. Default: once, at the end."
+        ),
+    ] = None,
+    chunk: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Tokens KVzip has repeated at a time; default: 2048, or what the model's positions leave."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The text opens a chat; questions follow in the model's template.")
+    ] = False,
+    overlay: Overlay = None,
+    threads: Threads = None,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """Read a text once, keep the part of its KV cache that matters, and save it for any number of questions.
+
+    Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
+    """
+    from dpllm.commands.context import BuildArguments, run
+
+    run(
+        BuildArguments(
+            text_file, out, keep, keep_tokens, keep_memory, policy, allocation, block, chunk, chat, overlay, threads,
+            backend, accuracy, json,
+        )
+    )  # fmt: skip
+
+
+@contexts.command("policies")
+def kv_policies(json: Json = False) -> None:
+    """What can score the pairs of a cache, and how a budget can be spread."""
+    from dpllm.commands.context import show_policies
+
+    show_policies(json)
+
+
 @app.command()
 def inspect(
-    directory: Annotated[str, typer.Argument(help="Overlay, checkpoint or calibration profile.")],
+    directory: Annotated[
+        str, typer.Argument(help="Overlay, checkpoint, calibration profile or saved context.")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read every tensor and check its sha256.")
     ] = False,

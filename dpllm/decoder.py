@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from dpllm.config import ModelConfig
 from dpllm.kernels.backend import Backend
 from dpllm.kernels.weight import Int8Weight
-from dpllm.kvzip_bridge.cache import DenseKVCache, causal_attention
+from dpllm.kvzip_bridge.attention import causal_attention, rotate
+from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
+from dpllm.kvzip_bridge.ragged import RaggedKVCache
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Decoder:
     def forward(
         self,
         ids: Tensor,
-        cache: DenseKVCache | None = None,
+        cache: KVCache | None = None,
         select: Select | None = None,
         *,
         last_only: bool = False,
@@ -123,8 +125,8 @@ class Decoder:
     def _apply(self, group: Group, x: Tensor, select: Select | None, observe: Observe | None) -> Tensor:
         """y [T, N] = x [T, K] times the group's matrix, each row at its own width."""
         if group.dense:
-            return F.linear(x, group.weight, group.bias)
-        if select is None:
+            y = F.linear(x, group.weight)
+        elif select is None:
             y = self.backend.matmul(x, group.weight)
         else:
             y = self.backend.gemv(x, group.weight, select(group, x))
@@ -133,14 +135,14 @@ class Decoder:
             observe(group, x, y)
         return y
 
-    def _attention(self, layer: Layer, qkv: Tensor, rope, cache: DenseKVCache | None) -> Tensor:
+    def _attention(self, layer: Layer, qkv: Tensor, rope, cache: KVCache | None) -> Tensor:
         c = self.config
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in qkv.split([heads, kv, kv], dim=-1))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
         if c.uses_rope[layer.index]:
-            q, k = _rotate(q, *rope), _rotate(k, *rope)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         scale, window = c.head_dim**-0.5, c.windows[layer.index]
         if cache is None:
             k, v = (
@@ -185,6 +187,11 @@ class Decoder:
         c = self.config
         return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
+    def new_ragged_cache(self, capacity: int) -> RaggedKVCache:
+        """An empty cache that can be pruned; it grows where `capacity` is exceeded."""
+        c = self.config
+        return RaggedKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
+
     def head_bytes(self) -> int:
         """Bytes of the head that every token reads."""
         if isinstance(self.head, Int8Weight):
@@ -192,9 +199,3 @@ class Decoder:
         if isinstance(self.head, Tensor):
             return self.head.numel() * self.head.element_size()
         return self.head.nbytes(self.head.resident_bits)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [T, heads, D], halves paired as in Hugging Face checkpoints."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

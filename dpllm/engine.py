@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,13 +19,16 @@ from dpllm import reference
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
-from dpllm.kvzip_bridge.cache import DenseKVCache
+from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep, decode_one
 from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import encode, load_tokenizer
+from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import sample
+
+if TYPE_CHECKING:
+    from dpllm.context import KVContext
 
 PREFILL_CHUNK = 512
 DEFAULT_TARGET_BITS = 3.5
@@ -89,18 +92,21 @@ class Engine:
         """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
         if not prompt:
             raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of bytes that are no UTF-8
-            raise InputError("the prompt is not UTF-8 text. Convert it first.")
+        check_text(prompt, "the prompt")
         if chat:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise InputError(f"{self.path} has no chat template. Leave out --chat.")
-            turn = [{"role": "user", "content": prompt}]
-            return list(
-                self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-            )
+            return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
         return encode(self.tokenizer, prompt)
 
-    def _check_prompt(self, ids: list[int]) -> None:
+    def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
+        """Messages in the model's own frame, up to where its answer begins: text, or token ids."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.path} has no chat template. Leave out --chat.")
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
+        )
+
+    def check_prompt(self, ids: Sequence[int], read: int = 0) -> None:
+        """Raises InputError where the model cannot continue these tokens behind `read` others."""
         c = self.decoder.config
         if not ids:
             raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
@@ -109,9 +115,10 @@ class Engine:
                 f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
                 "Copy the model's own tokenizer files there."
             )
-        if len(ids) >= c.max_positions:
+        if read + len(ids) >= c.max_positions:
+            behind = f" behind {read} of context" if read else ""
             raise InputError(
-                f"the prompt has {len(ids)} tokens; the model has {c.max_positions} positions. Shorten the prompt."
+                f"the prompt has {len(ids)} tokens{behind}; the model has {c.max_positions} positions. Shorten it."
             )
 
     def generate(
@@ -119,14 +126,42 @@ class Engine:
         prompt: str,
         options: GenerateOptions = GenerateOptions(),
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        context: KVContext | None = None,
+        keep: bool = False,
     ) -> Iterator[Step]:
-        """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens."""
+        """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens.
+
+        context: what the prompt is about; it is as before when the generator ends. keep: the prompt and what was
+        generated stay in it, for another turn.
+        """
         began = clock()
-        ids = self.prompt_ids(prompt, options.chat)
-        self._check_prompt(ids)
-        budget = min(options.max_new_tokens, self.decoder.config.max_positions - len(ids))
+        ids = (
+            self.prompt_ids(prompt, options.chat)
+            if context is None
+            else context.question(self, prompt, options.chat)
+        )
+        read = 0 if context is None else context.cache.length
+        self.check_prompt(ids, read)
+        budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
+        cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
+        said: list[int] = []
+        if context is not None:
+            context.begin_turn()
+        try:
+            yield from self._generate(ids, cache, replace(options, max_new_tokens=budget), clock, began, said)
+        finally:
+            if context is not None:
+                context.end_turn(ids, said, read, keep)
+
+    def _generate(
+        self, ids: list[int], cache: KVCache, options: GenerateOptions, clock: Callable[[], float], began: float,
+        said: list[int],
+    ) -> Iterator[Step]:  # fmt: skip
+        """The steps behind ids; the tokens go to `said`."""
+        budget = options.max_new_tokens
         generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-        cache = self.decoder.new_cache(len(ids) + budget)
+        cache.runs(len(ids) + budget)  # room for all of it at once
         pending = _Pending(self.tokenizer, options.stop)
         bits, chosen = None, self.policy
         deciding = None if chosen is None else begin_text(chosen)
@@ -134,6 +169,7 @@ class Engine:
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
             token = sample(logits[-1], options.temperature, options.top_p, generator)
+            said.append(token)
             ms, ended = (clock() - began) * 1e3, token in self.decoder.config.eos_ids
             last = ended or count == budget - 1
             text = pending.push(None if ended else token, last=last)
@@ -148,14 +184,14 @@ class Engine:
             logits, bits = self._decode(token, cache, deciding)
 
     @torch.no_grad()
-    def _prefill(self, ids: torch.Tensor, cache: DenseKVCache) -> torch.Tensor:
+    def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits after the prompt, read at the resident maximum, chunk by chunk."""
         for chunk in ids.split(PREFILL_CHUNK):
             logits = self.decoder.forward(chunk, cache, last_only=True)
         return logits
 
     def _decode(
-        self, token: int, cache: DenseKVCache, policy: PrecisionPolicy | None
+        self, token: int, cache: KVCache, policy: PrecisionPolicy | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [1, vocab] behind one more token, and the width of each group, int32 [1, G], if quantised."""
         if policy is None:
@@ -163,7 +199,7 @@ class Engine:
                 return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache), None
         return decode_one(self.decoder, self.native, token, cache, policy)
 
-    def _step(self, token: int, text: str, ms: float, cache: DenseKVCache, bits: torch.Tensor | None) -> Step:
+    def _step(self, token: int, text: str, ms: float, cache: KVCache, bits: torch.Tensor | None) -> Step:
         """bits: what this token read; None: the resident maximum, as for a prompt (0: never quantised)."""
         first = self.decoder.groups[0]
         widths = [g.resident_bits for g in self.decoder.groups] if bits is None else bits[0].tolist()

@@ -21,7 +21,7 @@ from dpllm.decoder import Layer as DecoderLayer
 from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
-from dpllm.kvzip_bridge.cache import DenseKVCache
+from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
@@ -51,6 +51,8 @@ class NativeStep:
         self._runner = native.StepRunner(decoder.backend.cpu.handle, self._model())
         self._logits = torch.empty(1, decoder.config.vocab_size)
         self._bits = torch.empty(len(decoder.groups), dtype=torch.int32)
+        pointers = ctypes.c_void_p * decoder.config.num_layers
+        self._layers = pointers(), pointers()  # of a cache's keys and values
         self._policy: PrecisionPolicy | None = None
         self._selection = native.Selection()
         self._held: Any = None  # what the selection points to
@@ -64,7 +66,7 @@ class NativeStep:
             return None
         return cls(decoder) if decoder.kv_dtype in STORAGE else None
 
-    def __call__(self, token: int, cache: DenseKVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
+    def __call__(self, token: int, cache: KVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
         """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.
 
         Both tensors are overwritten by the next call. Raises what the policy raises.
@@ -81,8 +83,8 @@ class NativeStep:
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
         )
         view = native.Cache(
-            k=cache.k.data_ptr(), v=cache.v.data_ptr(), slots=cache.k[0].numel() // cache.k.shape[-1],
-            start=starts.data_ptr(), length=lengths.data_ptr(), storage=STORAGE[cache.k.dtype],
+            k=self._addresses(cache.k, 0), v=self._addresses(cache.v, 1), start=starts.data_ptr(),
+            length=lengths.data_ptr(), storage=STORAGE[cache.k[0].dtype],
         )  # fmt: skip
         began = time.perf_counter()
         done = self._runner(self._selection, view, request)
@@ -100,6 +102,13 @@ class NativeStep:
         """Makes a policy the one that decides; what calling with it does, too, when it is another than before."""
         if policy is not self._policy:
             self._policy, self._selection = policy, self._select(policy)
+
+    def _addresses(self, layers: list[Tensor], which: int) -> int:
+        """Address of the addresses of a cache's layers (which: 0 keys, 1 values)."""
+        held = self._layers[which]
+        for layer, tensor in enumerate(layers):
+            held[layer] = tensor.data_ptr()
+        return ctypes.addressof(held)
 
     # -- who decides -------------------------------------------------------------------------------------
 
@@ -211,7 +220,7 @@ def _resident(group: Group, bits: int) -> int:
 
 
 def decode_one(
-    decoder: Decoder, step: NativeStep | None, token: int, cache: DenseKVCache, policy: PrecisionPolicy
+    decoder: Decoder, step: NativeStep | None, token: int, cache: KVCache, policy: PrecisionPolicy
 ) -> tuple[Tensor, Tensor]:
     """(logits [1, vocab], bits int32 [1, G]) behind one more token, natively where there is a native step."""
     if step is not None:

@@ -1,29 +1,76 @@
-"""The dense KV cache: every pair of every head is kept.
+"""The KV caches' common ground, and the dense cache: every pair of every head is kept.
 
-Storage is head-major and flat per layer, so a decode kernel sees each KV head as a run (start, length) of
-slots; a pruned cache differs only in having runs of different lengths. Position is counted apart from
-stored length.
+Storage is head-major and flat per layer, so a decode kernel sees each KV head as a run (start, length) of slots; a
+pruned cache (ragged.py) differs only in having runs of different lengths. Position is counted apart from stored
+length: `length` is where the next token stands, whatever was evicted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dpllm.kvzip_bridge.attention import causal_attention
+
+DecodeAttention = Callable[..., Tensor]  # kernels/reference.py: decode_attention
+
+
+class KVCache(Protocol):
+    """What the decoder and the scoring of pairs ask of a cache.
+
+    k, v: one tensor a layer, flat in slots of D elements. length: the position of the next token.
+    """
+
+    k: list[Tensor]
+    v: list[Tensor]
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pairs held, keys and values, all layers: what decoding one more token reads."""
+        ...
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts k, v [T, KVH, D] behind the pairs held; `advance` makes them part of the cache."""
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` written pairs, once every layer has written them."""
+        ...
+
+    def attend(
+        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+    ) -> Tensor:
+        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        ...
+
+    def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """(k, v), both [KVH, last - first, D], of positions that every head still holds, written ones included."""
+        ...
+
+    def runs(self, room: int) -> tuple[Tensor, Tensor]:
+        """(start int64, length int32), both [layers, KVH], in slots of a layer, with room for more pairs behind each
+        run. The tensors are the cache's own: lengths change with every call."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forgets every token from this position on."""
+        ...
 
 
 class DenseKVCache:
-    """Preallocated keys and values [layers, KVH, capacity, D]; appending writes in place."""
+    """Preallocated keys and values, a layer [KVH, capacity, D]; appending writes in place."""
 
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, capacity: int,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        shape = (layers, kv_heads, capacity, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (kv_heads, capacity, head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.length = 0
         self.capacity = capacity
         self._starts = torch.arange(kv_heads, dtype=torch.int64, device=device) * capacity
@@ -33,16 +80,15 @@ class DenseKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pairs held so far, keys and values, all layers."""
-        layers, heads, _, dim = self.k.shape
-        return 2 * layers * heads * self.length * dim * self.k.element_size()
+        heads, _, dim = self.k[0].shape
+        return 2 * len(self.k) * heads * self.length * dim * self.k[0].element_size()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts k, v [T, KVH, D] behind the `length` pairs held; `advance` makes them part of the cache."""
         end = self.length + k.shape[0]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were written.")
-        self.k[layer, :, self.length : end] = k.transpose(0, 1)
-        self.v[layer, :, self.length : end] = v.transpose(0, 1)
+        self._check(end)
+        self.k[layer][:, self.length : end] = k.transpose(0, 1)
+        self.v[layer][:, self.length : end] = v.transpose(0, 1)
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` written pairs, once every layer has written them."""
@@ -53,10 +99,13 @@ class DenseKVCache:
 
         Checks that `room` more pairs fit. The tensors are the cache's own: lengths change with every call.
         """
-        if self.length + room > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + room} were written.")
+        self._check(self.length + room)
         self._lengths.fill_(self.length)
         return self._layer_starts, self._lengths
+
+    def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """(k, v), views [KVH, last - first, D] of the tokens at positions first .. last - 1."""
+        return self.k[layer][:, first:last], self.v[layer][:, first:last]
 
     def rewind(self, length: int) -> None:
         """Forgets everything behind the first `length` tokens."""
@@ -65,12 +114,12 @@ class DenseKVCache:
         self.length = length
 
     def attend(
-        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: Callable[..., Tensor]
+        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         tokens, end = q.shape[0], self.length + q.shape[0]
         if tokens > 1:
-            k, v = (t[layer, :, :end].to(q.dtype) for t in (self.k, self.v))
+            k, v = (t[layer][:, :end].to(q.dtype) for t in (self.k, self.v))
             return causal_attention(q, k, v, scale, window)
         first = 0 if window is None else max(0, end - window)
         starts = self._starts + first
@@ -78,22 +127,6 @@ class DenseKVCache:
         k, v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
         return decode_attention(q[0], k, v, starts, lengths, scale)[None]
 
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Causal attention of the last T of S positions. q: [T, H, D]; k, v: [KVH, S, D]. Returns [T, H, D]."""
-    tokens, total = q.shape[0], k.shape[1]
-    mask = None
-    if tokens != total or window is not None:
-        distance = torch.arange(total - tokens, total, device=q.device)[:, None] - torch.arange(
-            total, device=q.device
-        )
-        mask = distance >= 0
-        if window is not None:
-            mask &= distance < window
-    repeat = q.shape[1] // k.shape[0]
-    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
-    q = q.transpose(0, 1)
-    out = F.scaled_dot_product_attention(
-        q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return out[0].transpose(0, 1)
+    def _check(self, tokens: int) -> None:
+        if tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {tokens} were written.")

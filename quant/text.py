@@ -75,6 +75,12 @@ def load_tokenizer(path: Path) -> Any:
         raise InputError(f"the tokenizer in {path} cannot be loaded: {reason[:200]}") from None
 
 
+def check_text(text: str, what: str) -> None:
+    """Raises InputError where bytes that are no UTF-8 were read as text: Python keeps them as lone surrogates."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{what} is not UTF-8 text. Convert it first.")
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids with the special tokens the tokenizer adds in front; none at the end."""
     ids = cast("list[int]", tokenizer(text, verbose=False)["input_ids"])

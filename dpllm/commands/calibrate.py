@@ -26,9 +26,12 @@ from dpllm.commands.common import (
     stage_bars,
 )
 from dpllm.decoder import Decoder
+from dpllm.engine import Engine
 from dpllm.kernels.errors import InputError
+from dpllm.kv_heads import head_profile
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.memory import peak_bytes
+from dpllm.pruner import HEADS
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 
@@ -38,7 +41,7 @@ LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices
 @dataclass(frozen=True)
 class CalibrateArguments:
     """The command line. memory_bits: mean resident bits to allot planes for, '5' or '4.5,5'; dp_llm: also
-    calibrate the paper's policy for every target."""
+    calibrate the paper's policy for every target; kv_heads: also score the KV heads."""
 
     overlay: str
     targets: str | None = None
@@ -54,6 +57,7 @@ class CalibrateArguments:
     threads: int | None = None
     seed: int = 0
     json: bool = False
+    kv_heads: bool = False
 
 
 def run(a: CalibrateArguments) -> None:
@@ -94,6 +98,12 @@ def run(a: CalibrateArguments) -> None:
         profile = calibrator.run(opened.hash, a.granularity, origin, progress)
         if a.dp_llm:
             profile = _with_dp_llm(decoder, sequences, profile, wanted, progress, a.seed)
+        if a.kv_heads:
+            engine = Engine(path, decoder, load_tokenizer(path), profile)
+            heads = head_profile(
+                engine, sequences.tolist(), lambda done: progress("KV heads", done, len(sequences))
+            )
+            profile = replace(profile, extra=dict(profile.extra) | {HEADS: heads.cpu().numpy()})
         checked = _check(calibrator, profile, wanted, budgets or [float(hi)], progress)
     _merged(profile, target).save(target)
     _report(a, path, target, profile, checked, time.perf_counter() - began)

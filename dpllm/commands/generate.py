@@ -16,6 +16,7 @@ from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, is_overlay
 from dpllm.memory import resident_bits_within
+from dpllm.saved_context import load_context
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class GenerateArguments:
     backend: str | None
     accuracy: str
     json: bool
+    context: str | None
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -79,12 +81,13 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     if not prompt:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
     engine = open_engine(args)
+    context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
     note_slow_backend(engine.decoder.backend, args.backend)
     if args.resident_bits is not None or args.max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
     steps = []
-    for step in engine.generate(prompt, options):
+    for step in engine.generate(prompt, options, context=context):
         steps.append(step)
         if not args.json:
             sys.stdout.write(step.text)
@@ -98,6 +101,9 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     bits = "" if summary["effective_bits"] is None else f" · {summary['effective_bits']:.2f} bits"
     speed = "" if tpot is None else f" · {tpot['p50']:.1f} ms/token (p95 {tpot['p95']:.1f})"
     traffic = f" · {summary['weight_bytes_per_token'] / 1e6:.2f} MB of weights a token" if bits else ""
+    if context is not None:
+        kept = f"{context.kept_ratio:.0%} of a context of {context.cache.length} tokens kept"
+        traffic += f" · {summary['kv_bytes'] / 1e6:.2f} MB of cache ({kept})"
     note(
         f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]"
     )

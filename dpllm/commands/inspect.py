@@ -16,15 +16,18 @@ from dpllm.loading import is_overlay
 from dpllm.memory import resident_bytes
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import ModelSource
+from dpllm.saved_context import is_context, read_manifest
 
 
 def run(directory: str, verify: bool, as_json: bool) -> None:
-    """Describes an overlay, a checkpoint or a profile."""
+    """Describes an overlay, a checkpoint, a profile or a saved context."""
     path = Path(directory).expanduser()
     if path.is_file():
         facts = {"kind": "profile", "path": str(path), **describe_profile(CalibrationProfile.load(path))}
     elif not path.is_dir():
         raise InputError(f"{path} does not exist. Give an overlay, a checkpoint directory or a profile.")
+    elif is_context(path):
+        facts = {"kind": "context", "path": str(path), **read_manifest(path)}
     elif is_overlay(path):
         facts = describe_overlay(path, verify)
     else:

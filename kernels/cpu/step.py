@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
+from dpllm.kernels.cpu.library import Handle, Int, Matrix, Pointer
 
 Float = ctypes.c_float
 Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read, 0 to stop
@@ -63,13 +63,12 @@ class Selection(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """Per-head runs of a flat cache."""
+    """Per-head runs of each layer's flat pairs; k and v point to a pointer a layer."""
 
     __slots__ = ()
     _fields_ = (
         ("k", Pointer),
         ("v", Pointer),
-        ("slots", Long),
         ("start", Pointer),
         ("length", Pointer),
         ("storage", Int),

@@ -13,17 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Result, complaint
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
 from dpllm import __version__
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.cli import main
 from dpllm.commands.common import parse_size
 from dpllm.kernels.errors import InputError
 from dpllm.quant.overlay import Overlay
@@ -31,68 +31,6 @@ from dpllm.quant.source import INDEX
 
 FAST = ("--fisher", "none", "--jobs", "1")
 SMALL = ("--samples", "2", "--sequence-length", "32")
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def dpllm(capsys, monkeypatch):
-    """Runs the command in this process."""
-
-    def run(*args, stdin: str | None = None) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dpllm", *map(str, args)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        threads = torch.get_num_threads()
-        capsys.readouterr()
-        try:
-            with pytest.raises(SystemExit) as e:
-                main()
-        finally:
-            torch.set_num_threads(threads)
-        return Result(e.value.code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def ok(dpllm):
-    def run(*args, **options) -> Result:
-        result = dpllm(*args, **options)
-        assert result.code == 0, result.err
-        return result
-
-    return run
-
-
-def complaint(result: Result, alone: bool) -> str:
-    """The one line of a refusal; with `alone`, nothing else was said before it."""
-    lines = result.err.splitlines()
-    assert result.code == 2, result
-    assert result.out == ""
-    assert lines[-1].startswith("dpllm: ") and len(lines[-1]) > 20
-    assert [line for line in lines if "dpllm: " in line] == lines[-1:]
-    assert "Traceback" not in result.err
-    assert len(lines) == 1 or not alone, lines
-    return lines[-1]
-
-
-@pytest.fixture
-def refused(dpllm):
-    def run(*args, says: str, alone: bool = True, **options) -> None:
-        line = complaint(dpllm(*args, **options), alone)
-        assert re.search(says, line), line
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -131,6 +131,10 @@ def test_every_instruction_set(overlay, name, isa):
     assert_same(natively(decoder, varied(decoder), IDS), by_operations(decoder, varied(decoder), IDS))
 
 
+def held(cache):
+    return torch.stack(cache.k), torch.stack(cache.v)
+
+
 @pytest.mark.parametrize(("dtype", "last_bit"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)], ids=str)
 def test_a_cache_of_half_precision(overlay, dtype, last_bit):
     decoder = load_exact(overlay("llama"), kv_dtype=dtype)
@@ -139,8 +143,8 @@ def test_a_cache_of_half_precision(overlay, dtype, last_bit):
     found = natively(decoder, varied(decoder), IDS, caches[1])
     assert (found[0] - expected[0]).norm() < last_bit * expected[0].norm()
     assert torch.equal(found[1], expected[1])
-    assert caches[1].k.dtype == dtype
-    for one, other in zip((caches[0].k, caches[0].v), (caches[1].k, caches[1].v), strict=True):
+    assert caches[1].k[0].dtype == dtype
+    for one, other in zip(held(caches[0]), held(caches[1]), strict=True):
         assert (one.float() - other.float()).abs().max() < 2 * last_bit * one.float().abs().max()
         assert (one == other).double().mean() > 0.75, "rounded to the nearest"
 
@@ -171,7 +175,7 @@ def test_caches_are_halved_unless_exactness_is_asked_for(overlay):
     kinds = {}
     for accuracy in ("exact", "balanced", "fast"):
         decoder = load_decoder(overlay("llama"), LoadOptions(cpu=options_of(accuracy=accuracy)))
-        kinds[accuracy] = decoder.new_cache(4).k.dtype
+        kinds[accuracy] = decoder.new_cache(4).k[0].dtype
     assert kinds == {"exact": torch.float32, "balanced": torch.float16, "fast": torch.float16}
 
 
@@ -337,11 +341,11 @@ def test_a_full_cache(overlay):
     decoder = load_exact(overlay("llama"))
     step, cache = NativeStep.of(decoder), decoder.new_cache(3)
     natively(decoder, varied(decoder), IDS[:3], cache, step)
-    held = cache.k.clone(), cache.v.clone()
+    before = held(cache)
     with pytest.raises(ValueError, match="holds 3 tokens; 4"):
         step(IDS[3], cache, varied(decoder))
     assert cache.length == 3
-    assert torch.equal(cache.k, held[0]) and torch.equal(cache.v, held[1])
+    assert all(map(torch.equal, held(cache), before))
 
 
 @pytest.mark.parametrize("token", [-1, COMMON["vocab_size"], 2**31 - 1])

@@ -44,7 +44,12 @@ class Memory : public Sizes {
     const size_t n = size_t(layers) * slots * dim * dpllm::storage_bytes(storage) / 2;  // in units of two bytes
     k_ = Buffer<float>((n + 1) / 2), v_ = Buffer<float>((n + 1) / 2);
     for (int i = 0; i < layers * kv_heads; i++) start_[i] = i % kv_heads * (slots / kv_heads) + 1, length_[i] = 0;
-    cache = {k_.data(), v_.data(), slots, start_, length_, storage};
+    const size_t layer = size_t(slots) * dim * dpllm::storage_bytes(storage);
+    for (int l = 0; l < layers; l++) {
+      layer_k_[l] = reinterpret_cast<char*>(k_.data()) + l * layer;
+      layer_v_[l] = reinterpret_cast<char*>(v_.data()) + l * layer;
+    }
+    cache = {layer_k_, layer_v_, start_, length_, storage};
   }
   Memory(const Memory&) = delete;
   const int32_t* length() const { return length_; }
@@ -52,6 +57,7 @@ class Memory : public Sizes {
 
  private:
   Buffer<float> k_, v_;
+  void *layer_k_[layers], *layer_v_[layers];
   int64_t start_[layers * kv_heads];
   int32_t length_[layers * kv_heads];
 };

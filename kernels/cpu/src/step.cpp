@@ -122,9 +122,9 @@ void Step::store_pair(const Layer& l, int layer, Cache& cache) {
     if (l.k_norm) c_.isa.rms_norm(k + h * d, l.k_norm, m_.eps, d, k + h * d);
     if (l.uses_rope) c_.isa.rope(k + h * d, cos_.data(), sin_.data(), d);
     const int i = layer * m_.kv_heads + h;
-    const size_t at = (size_t(layer) * cache.slots + cache.start[i] + cache.length[i]) * d;
+    const size_t at = size_t(cache.start[i] + cache.length[i]) * d;
     for (int which = 0; which < 2; which++) {
-      char* flat = static_cast<char*>(which ? cache.v : cache.k);
+      char* flat = static_cast<char*>((which ? cache.v : cache.k)[layer]);
       c_.isa.store((which ? v : k) + h * d, cache.storage, flat + at * size_t(storage_bytes(cache.storage)), d);
     }
     cache.length[i]++;
@@ -144,11 +144,9 @@ bool Step::attention(const Layer& l, int index, Cache& cache) {
     start_[size_t(h)] = cache.start[i] + skip;
     length_[size_t(h)] = cache.length[i] - skip;
   }
-  const size_t layer_bytes = size_t(cache.slots) * m_.head_dim * size_t(storage_bytes(cache.storage));
-  attention_.run(c_, Attention{qkv_.data(), static_cast<char*>(cache.k) + index * layer_bytes,
-                               static_cast<char*>(cache.v) + index * layer_bytes, start_.data(),
-                               length_.data(), m_.heads, m_.kv_heads, m_.head_dim,
-                               1.f / std::sqrt(float(m_.head_dim)), cache.storage,
+  attention_.run(c_, Attention{qkv_.data(), static_cast<const char*>(cache.k[index]),
+                               static_cast<const char*>(cache.v[index]), start_.data(), length_.data(), m_.heads,
+                               m_.kv_heads, m_.head_dim, 1.f / std::sqrt(float(m_.head_dim)), cache.storage,
                                mixed_.data()});
   if (!decide(&l.o, 1, mixed_.data(), m_.heads * m_.head_dim, input)) return false;
   project(&l.o, 1, input, h_.data());

@@ -57,8 +57,7 @@ struct Selection {
 // The key-value cache of one sequence: layer l, KV head h owns length[l, h] slots from start[l, h] of the
 // layer's flat [slots, head_dim]; the step writes the new pair behind them.
 struct Cache {
-  void *k, *v;          // [layers, slots, head_dim]
-  int64_t slots;        // per layer
+  void *const *k, *const *v;  // [layers]
   const int64_t* start;
   int32_t* length;      // advanced by the step
   Storage storage;

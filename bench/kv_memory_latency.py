@@ -1,0 +1,221 @@
+"""What pruning a KV cache saves: bytes really held, and time of decode attention; and what it costs to build.
+
+Limits measured, on random keys, values and weights (no effect on bytes or time) at the 1.1B and 8B shapes: (1) bytes
+held against the kept share of the whole cache, slack apart; (2) decode attention over all layers, pruned against
+whole, interleaved; (3) appending a token, at every context length; (4) reading a context, scoring it by KVzip and
+pruning it, against reading it, with two of the shape's layers (what a layer costs does not depend on how many there
+are); (5) the most cache held meanwhile, slack included, and the process's peak, pruned at the end and block by block.
+
+    python bench/kv_memory_latency.py [--contexts 4096,16384,32768] [--build 4096,16384]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from report import report
+
+from dpllm.config import ModelConfig
+from dpllm.context import SINKS, KVContext
+from dpllm.decoder import Decoder
+from dpllm.kvzip_bridge.budget import Budget, over_all
+from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
+from dpllm.loading import LoadOptions
+from dpllm.memory import peak_bytes
+from dpllm.pruner import ContextOptions, Pruner
+from dpllm.shapes import random_decoder, shape
+
+KEEP, ROUNDS, BLOCK = 0.3, 9, 2048
+
+
+def filled(config: ModelConfig, tokens: int) -> RaggedKVCache:
+    """A cache of random pairs."""
+    cache = RaggedKVCache(
+        config.num_layers, config.num_kv_heads, config.head_dim, tokens + SLACK, torch.float16
+    )
+    for t in (*cache.k, *cache.v):
+        t.normal_()
+    cache.advance(tokens)
+    return cache
+
+
+def uneven_mask(config: ModelConfig, tokens: int) -> torch.Tensor:
+    """The best of random scores whose size differs between heads, as it does in real models."""
+    rng = torch.Generator().manual_seed(0)
+    size = torch.rand(config.num_layers, config.num_kv_heads, 1, generator=rng) + 0.2
+    scores = size * torch.rand(config.num_layers, config.num_kv_heads, tokens, generator=rng)
+    return over_all(scores, round(KEEP * scores.numel()))
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """One call."""
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1e3
+
+
+def attention_of(decoder: Decoder, cache: RaggedKVCache) -> Callable[[], None]:
+    """Decode attention of one token in every layer."""
+    c = decoder.config
+    q = torch.randn(c.num_heads, c.head_dim)
+
+    def work() -> None:
+        start, length = cache.runs(1)
+        for layer in range(c.num_layers):
+            decoder.backend.decode_attention(
+                q, cache.k[layer], cache.v[layer], start[layer], length[layer], 0.1
+            )
+
+    return work
+
+
+def append_to(cache: RaggedKVCache, kv_heads: int, dim: int) -> Callable[[], None]:
+    """One more token in every layer."""
+    k = torch.randn(1, kv_heads, dim)
+
+    def work() -> None:
+        for layer in range(len(cache.k)):
+            cache.write(layer, k, k)
+        cache.advance(1)
+
+    return work
+
+
+def held_and_read(name: str, decoder: Decoder, tokens: int) -> dict:
+    """Limits 1 to 3."""
+    config = decoder.config
+    whole, pruned = filled(config, tokens), filled(config, tokens)
+    pruned.prune(uneven_mask(config, tokens), config.windows, SLACK)
+    pair = 2 * config.head_dim * 2
+    slack = config.num_layers * config.num_kv_heads * SLACK * pair
+    expected = KEEP * whole.nbytes + slack
+    works = {"whole": attention_of(decoder, whole), "pruned": attention_of(decoder, pruned)}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(ROUNDS + 2):
+        for kind, work in works.items():
+            took = milliseconds(work)
+            if i >= 2:
+                times[kind].append(took)
+    append = append_to(pruned, config.num_kv_heads, config.head_dim)
+    appends = [milliseconds(append) for _ in range(64)]
+    p90 = lambda values: round(sorted(values)[int(0.9 * len(values))], 3)  # noqa: E731
+    middle = {kind: statistics.median(t) for kind, t in times.items()}
+    return {
+        "what": "held and read", "shape": name, "context": tokens, "kept": KEEP,
+        "whole_mb": round(whole.nbytes / 1e6, 1),
+        "held_mb": round(pruned.allocated_nbytes / 1e6, 1),
+        "held_over_expected": round(pruned.allocated_nbytes / expected, 4),
+        "whole_ms_p50": round(middle["whole"], 3), "whole_ms_p90": p90(times["whole"]),
+        "pruned_ms_p50": round(middle["pruned"], 3), "pruned_ms_p90": p90(times["pruned"]),
+        "ratio": round(middle["pruned"] / middle["whole"], 3), 
+        "append_us_p50": round(statistics.median(appends) * 1e3, 1),
+        "append_us_p90": round(p90(appends) * 1e3, 1),
+    }  # fmt: skip
+
+
+# -- building ----------------------------------------------------------------------------------------------------
+
+
+class WatchedCache(RaggedKVCache):
+    """Remembers how large its buffers were at most."""
+
+    most = 0
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(layer, k, v)
+        self.most = max(self.most, self.allocated_nbytes)
+
+
+def build(decoder: Decoder, ids: list[int], keep: float, block: int) -> tuple[float, float, WatchedCache]:
+    """(seconds, peak MB above what was held before, cache) of reading ids and pruning to a share, block by block."""
+    engine: Any = SimpleNamespace(
+        decoder=decoder, tokenizer=lambda text, **_: {"input_ids": [1] * 12}, profile=None
+    )
+    before = reset_peak()
+    began = time.perf_counter()
+    c = decoder.config
+    cache = WatchedCache(c.num_layers, c.num_kv_heads, c.head_dim, 0, decoder.kv_dtype)
+    context = KVContext(cache, protected=SINKS)
+    pruner = Pruner(engine, context, ContextOptions(Budget(keep_ratio=keep)), len(ids))
+    share = pruner.share()
+    if keep == 1:
+        pruner.policy.scratch = 0  # nothing will be scored
+    for start in range(0, len(ids), block):
+        pruner.read(ids[start : start + block])
+        pruner.prune(share, pruner.room(block) if start + block < len(ids) else SLACK)
+    seconds = time.perf_counter() - began
+    return seconds, (peak_bytes() - before) / 1e6, cache
+
+
+def reset_peak() -> int:
+    """Starts the process's peak of memory anew (Linux), and returns what it holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def built(name: str, decoder: Decoder, tokens: int) -> list[dict]:
+    """Limits 4 and 5."""
+    ids = torch.randint(
+        0, decoder.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    build(decoder, ids[:512], 1.0, 512)  # to warm up
+    read_s, read_peak, whole = build(decoder, ids, 1.0, tokens)
+    full = whole.nbytes
+    del whole
+    rows = []
+    for kind, block in (("pruned once", tokens), (f"blocks of {BLOCK}", BLOCK)):
+        seconds, peak, cache = build(decoder, ids, KEEP, block)
+        rows.append(
+            {
+                "what": f"build, {kind}", "shape": name, "layers": decoder.config.num_layers, "context": tokens,
+                "kept": KEEP, "read_s": round(read_s, 2), "build_s": round(seconds, 2),
+                "scoring_over_read": round(seconds / read_s - 1, 2), "whole_cache_mb": round(full / 1e6, 1),
+                "read_peak_mb": round(read_peak, 1), "build_peak_mb": round(peak, 1),
+                "most_cache_over_whole": round(cache.most / full, 3), "held_over_whole": round(cache.nbytes / full, 4),
+            }
+        )  # fmt: skip
+        del cache
+    return rows
+
+
+def sizes(text: str) -> list[int]:
+    """'4096,16384' -> [4096, 16384]."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", default="1.1B,8B")
+    parser.add_argument("--contexts", type=sizes, default=[4096, 16384, 32768])
+    parser.add_argument("--build", type=sizes, default=[4096, 16384])
+    args = parser.parse_args()
+    rows: list[dict] = []
+    for name in args.shapes.split(","):
+        config = shape(name)
+        two = replace(config, num_layers=2, windows=(None,) * 2, uses_rope=(True,) * 2)
+        decoder = random_decoder(two, 4, LoadOptions())
+        for tokens in args.build:
+            rows += built(name, decoder, tokens)
+        decoder.config = config  # attention alone: no weights are needed
+        rows += [held_and_read(name, decoder, tokens) for tokens in args.contexts]
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    report(
+        "kv_memory_latency", [{c: row.get(c, "") for c in columns} for row in rows], threads=torch.get_num_threads(),
+        measured_on="random weights, keys and values at the named shapes",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""A text read once, its KV cache pruned, and then asked many questions.
+
+    context = build_context(engine, text, ContextOptions(Budget(keep_ratio=0.3)))
+    for step in engine.generate("What does it say about bees?", context=context):
+        print(step.text, end="")
+
+A question and its answer are forgotten afterwards, unless the conversation is to go on (`keep=True`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
+from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.pruner import ContextOptions, Pruner, plain_ids
+from dpllm.quant.text import check_text, encode
+
+if TYPE_CHECKING:
+    from dpllm.engine import Engine
+
+SINKS = (
+    4  # first tokens of any text, on which attention rests (StreamingLLM, arXiv:2309.17453): never evicted
+)
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+@dataclass
+class KVContext:
+    """A pruned cache and what is needed to go on from it.
+
+    ids: the tokens the cache has read. protected: how many leading ones are never evicted. behind, between: what a chat
+    template puts behind a question, and between an answer and the next one. pending: the end of the last answer, not
+    read yet. facts: how it was made.
+    """
+
+    cache: RaggedKVCache
+    ids: list[int] = field(default_factory=list)
+    protected: int = 0
+    behind: str = ""
+    between: str = ""
+    pending: list[int] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    _busy: bool = field(default=False, repr=False)
+
+    def question(self, engine: Engine, prompt: str, chat: bool) -> list[int]:
+        """Token ids of what is asked next. Raises InputError for an empty prompt, or a chat where there is none."""
+        if not prompt:
+            raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+        check_text(prompt, "the prompt")
+        if chat and not self.behind:
+            raise InputError(
+                "the context was not built as a chat. Leave out --chat, or build it with --chat."
+            )
+        ids = plain_ids(engine, (self.between if self.pending else "") + prompt + self.behind)
+        # An answer that ended by itself has said the end token with which the template goes on.
+        said = self.pending and ids and self.pending[-1] == ids[0]
+        return [*self.pending, *(ids[1:] if said else ids)]
+
+    def begin_turn(self) -> None:
+        """Claims the cache for one question. Raises InputError while another is being answered."""
+        if self._busy:
+            raise InputError(
+                "another question to this context is still being answered. Exhaust or close that generator first."
+            )
+        if len(self.ids) != self.cache.length:
+            raise InputError("this context was interrupted while it was being pruned. Build it again.")
+        self._busy = True
+
+    def end_turn(self, asked: Sequence[int], said: Sequence[int], read: int, keep: bool) -> None:
+        """After a question and its answer: the cache had read `read` tokens before. Without an answer, or without
+        `keep`, it is as it was then."""
+        self._busy = False
+        if not keep or not said:
+            self.cache.rewind(read)
+            return
+        tokens, count = [*asked, *said], self.cache.length - read
+        self.ids += tokens[:count]
+        self.pending = tokens[count:]
+
+    @property
+    def kept_ratio(self) -> float:
+        """Pairs held over pairs read, all layers and heads."""
+        lengths = self.cache.lengths
+        return float(lengths.sum()) / max(1, lengths.numel() * self.cache.length)
+
+
+def build_context(
+    engine: Engine,
+    text: str,
+    options: ContextOptions = ContextOptions(),
+    progress: Progress = lambda *_: None,
+) -> KVContext:
+    """Reads a text at the resident maximum and prunes its cache.
+
+    Raises InputError for an empty text, one too long for the model, or a budget that cannot be met.
+    """
+    if not text.strip():
+        raise InputError("the context is empty. Give some text.")
+    check_text(text, "the context")
+    before, behind, between = chat_frame(engine) if options.chat else ("", "", "")
+    lead = plain_ids(engine, before)
+    ids = [*lead, *plain_ids(engine, text)] if options.chat else encode(engine.tokenizer, text)
+    engine.check_prompt(ids)
+    context = KVContext(engine.decoder.new_ragged_cache(0), behind=behind, between=between)
+    context.protected = max(len(lead), min(SINKS, len(ids)))
+    pruner = Pruner(engine, context, options, len(ids))
+    share = pruner.share()
+    blocks = _blocks(ids, options.block, context.protected)
+    for block, after in zip(blocks, [*blocks[1:], []], strict=True):
+        pruner.read(block, partial(_reading, progress, len(context.ids), len(ids)))
+        pruner.prune(share, pruner.room(len(after)) if after else SLACK)
+        progress("pruning", len(context.ids), len(ids))
+    context.facts = {k: v for k, v in asdict(options).items() if k != "chat"}
+    return context
+
+
+def prune_tail(engine: Engine, context: KVContext, options: ContextOptions = ContextOptions()) -> None:
+    """Prunes what a conversation has added since the context was last pruned.
+
+    The budget is that of both together. Raises InputError where it leaves nothing to the conversation. Interrupted, the
+    context is as before.
+    """
+    cache, ids = context.cache, list(context.ids)
+    if cache.length == cache.base:
+        return
+    pruner = Pruner(engine, context, options, cache.length)
+    share = pruner.share()
+    if pruner.pairs(share)[0] == 0 and pruner.held():
+        raise InputError(
+            f"{pruner.held():,} pairs of the context were kept before, and {options.budget} holds no more: nothing of "
+            "the conversation would be kept. Give a larger budget."
+        )
+    saved = cache.fork(SLACK)
+    try:
+        if pruner.policy.wants != QueriesWanted():  # decoding did not record them
+            cache.rewind(cache.base)
+            del context.ids[cache.base :]
+            pruner.read(ids[cache.base :])
+        pruner.prune(share)
+    except BaseException:
+        context.cache, context.ids = saved, ids
+        raise
+
+
+def _blocks(ids: list[int], size: int | None, protected: int) -> list[list[int]]:
+    """The tokens between two prunings. The protected ones belong to the first block, whatever its size."""
+    if size is None:
+        return [ids]
+    first = protected + size
+    return [ids[:first], *(ids[i : i + size] for i in range(first, len(ids), size))]
+
+
+def _reading(progress: Progress, before: int, total: int, done: int) -> None:
+    progress("reading", before + done, total)
+
+
+def chat_frame(engine: Engine) -> tuple[str, str, str]:
+    """What the model's chat template puts before a user's first message, between a message's end and the answer, and
+    between an answer and the next message. Raises InputError for a template that cannot be taken apart like this."""
+    marks = [f"\u241e{i}\u241e" for i in range(3)]
+    roles = ("user", "assistant", "user")
+    try:
+        text = engine.chat_template([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
+        before, rest = text.split(marks[0])
+        _, rest = rest.split(marks[1])
+        between, behind = rest.split(marks[2])
+    except InputError:
+        raise
+    except Exception as e:  # a template may raise anything
+        raise InputError(
+            f"the chat template of {engine.path} does not frame a conversation message by message ({e}). "
+            "Leave out --chat."
+        ) from None
+    return before, behind, between

@@ -1,0 +1,223 @@
+"""A pruned context on disk: one directory, pairs in safetensors, everything else in JSON.
+
+    context.json        format, the model it belongs to, tokens, how it was made, sha256 of the pairs
+    pairs.safetensors   k.LAYER, v.LAYER [pairs, D]: head after head; positions.LAYER int32; lengths, kept [layers,
+    KVH]; ids
+
+Written to a sibling directory that is renamed when all is there, so a reader sees a whole context or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dpllm import __version__
+from dpllm.context import KVContext
+from dpllm.engine import Engine
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.loading import is_overlay
+from dpllm.quant.files import write_tensors
+from dpllm.quant.overlay import Overlay
+from dpllm.quant.source import read_json
+
+FORMAT, FORMAT_VERSION = "dpllm-context", 1
+MANIFEST, PAIRS = "context.json", "pairs.safetensors"
+KEYS: dict[str, Any] = {
+    "model": dict, "tokens": int, "base": int, "protected": int, "kept_ratio": (int, float), "nbytes": int,
+    "chat": dict, "pending": list, "made": dict, "sha256": str,
+}  # fmt: skip
+SAMPLE = 1024  # bytes at the beginning and in the middle of each tensor that enter a checkpoint's hash
+
+
+def is_context(path: Path) -> bool:
+    """Whether this directory holds a saved context."""
+    return (path / MANIFEST).is_file()
+
+
+def model_hash(path: Path) -> str:
+    """What a context is bound to: an overlay's own hash; of a checkpoint its config, and a sample of every tensor
+    (all of it would take as long as loading)."""
+    if is_overlay(path):
+        return Overlay.open(path).hash
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = f.read(size)
+            digest.update(file.name.encode() + header)
+            for name, entry in sorted(json.loads(header).items()):
+                begin, end = (0, 0) if name == "__metadata__" else entry["data_offsets"]
+                for at in (begin, (begin + end) // 2):
+                    f.seek(8 + size + at)
+                    digest.update(f.read(min(SAMPLE, end - at)))
+    return digest.hexdigest()
+
+
+def check_free(path: Path) -> None:
+    """Raises InputError where a context cannot be written: something is there, or no directory can be made."""
+    try:
+        if path.exists():
+            raise InputError(f"{path} exists already. Choose another name, or delete it first.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path} cannot be made: {e.strerror or e}. Choose another place.") from None
+
+
+def save_context(context: KVContext, path: Path, engine: Engine) -> dict[str, Any]:
+    """Writes the context and returns its manifest. Raises InputError where it cannot be written; then nothing is
+    left."""
+    check_free(path)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
+    try:
+        partial.chmod(0o755)
+        write_tensors(partial / PAIRS, _tensors(context))
+        manifest = _manifest(context, engine) | {"sha256": _sha256(partial / PAIRS)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        partial.rename(path)
+    except OSError as e:
+        raise InputError(
+            f"{path} cannot be written: {e.strerror or e}. Free space or choose another place."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a saved context says of itself. Raises InputError for anything else."""
+    if not is_context(path):
+        raise InputError(
+            f"{path} is no saved context: it has no {MANIFEST}. Make one: dpllm context build FILE -o {path}"
+        )
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path / MANIFEST} is not in the format '{FORMAT}' but '{manifest.get('format')}'.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path / MANIFEST}: format version {manifest.get('format_version')}; this dpllm reads {FORMAT_VERSION}. "
+            "Build the context again, or use the dpllm that wrote it."
+        )
+    wrong = [key for key, kind in KEYS.items() if not isinstance(manifest.get(key), kind)]
+    wrong += [f"model.{key}" for key in ("path", "sha256") if not _holds(manifest.get("model"), key)]
+    wrong += [f"chat.{key}" for key in ("behind", "between") if not _holds(manifest.get("chat"), key)]
+    if wrong:
+        raise InputError(
+            f"{path / MANIFEST}: '{wrong[0]}' is missing or of another kind. Build the context again."
+        )
+    return manifest
+
+
+def _holds(part: Any, key: str) -> bool:
+    return isinstance(part, dict) and isinstance(part.get(key), str)
+
+
+def load_context(path: Path, engine: Engine) -> KVContext:
+    """A saved context, for the model it was made with.
+
+    Raises InputError for another model, another format, or a file that is damaged.
+    """
+    manifest = read_manifest(path)
+    made_with, found = manifest["model"], model_hash(engine.path)
+    if made_with["sha256"] != found:
+        raise InputError(
+            f"{path} was made with another model ({made_with['path']}, hash {made_with['sha256'][:12]}) "
+            f"than {engine.path} (hash {found[:12]}). Give that model with --overlay, or build the context again."
+        )
+    tensors = _read(path / PAIRS, manifest)
+    _check(path / PAIRS, tensors, manifest, engine)
+    cache = RaggedKVCache.of_runs(
+        [tensors[f"k.{i}"] for i in range(len(tensors["lengths"]))],
+        [tensors[f"v.{i}"] for i in range(len(tensors["lengths"]))],
+        tensors["lengths"], _by_head(tensors), int(manifest["base"]), int(manifest["tokens"]),
+    )  # fmt: skip
+    cache = cache.to(engine.decoder.kv_dtype, engine.decoder.device)
+    frame = manifest["chat"]
+    return KVContext(
+        cache, tensors["ids"].tolist(), manifest["protected"], frame["behind"], frame["between"], manifest["pending"],
+        manifest["made"],
+    )  # fmt: skip
+
+
+def _tensors(context: KVContext) -> dict[str, Tensor]:
+    cache = context.cache
+    tensors = {"ids": torch.tensor(context.ids, dtype=torch.int64), "lengths": cache.lengths}
+    tensors["kept"] = torch.tensor([[len(p) for p in heads] for heads in cache.kept], dtype=torch.int32)
+    for layer, heads in enumerate(cache.kept):
+        k, v = zip(*(cache.run(layer, h) for h in range(len(heads))), strict=True)
+        tensors |= {
+            f"k.{layer}": torch.cat(k),
+            f"v.{layer}": torch.cat(v),
+            f"positions.{layer}": torch.cat(heads),
+        }
+    return {name: t.cpu() for name, t in tensors.items()}
+
+
+def _by_head(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
+    sizes = tensors["kept"].tolist()
+    return [list(tensors[f"positions.{layer}"].split(counts)) for layer, counts in enumerate(sizes)]
+
+
+def _manifest(context: KVContext, engine: Engine) -> dict[str, Any]:
+    cache = context.cache
+    return {
+        "format": FORMAT, "format_version": FORMAT_VERSION, "dpllm": __version__,
+        "model": {"path": str(engine.path), "sha256": model_hash(engine.path)},
+        "tokens": cache.length, "base": cache.base, "protected": context.protected,
+        "kept_ratio": round(context.kept_ratio, 6), "nbytes": cache.nbytes,
+        "chat": {"behind": context.behind, "between": context.between}, "pending": context.pending,
+        "made": context.facts,
+    }  # fmt: skip
+
+
+def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path} is missing. Build the context again.")
+    if _sha256(path) != manifest["sha256"]:
+        raise InputError(
+            f"{path} is damaged: its sha256 is not the one in {MANIFEST}. Build the context again."
+        )
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path} cannot be read: {e}. Build the context again.") from None
+
+
+def _check(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], engine: Engine) -> None:
+    """Every size against every other: what follows trusts them."""
+    c = engine.decoder.config
+    try:
+        lengths, kept, tail = tensors["lengths"], tensors["kept"], manifest["tokens"] - manifest["base"]
+        fits = lengths.shape == (c.num_layers, c.num_kv_heads) and torch.equal(lengths, kept + tail)
+        ids = [*tensors["ids"].tolist(), *manifest["pending"]]
+        fits = fits and len(tensors["ids"]) == manifest["tokens"] and int(kept.min()) >= 0
+        fits = fits and 0 <= manifest["protected"] <= manifest["base"] <= manifest["tokens"]
+        fits = fits and all(isinstance(i, int) and 0 <= i < c.vocab_size for i in ids)
+        for layer, (held, pruned) in enumerate(
+            zip(lengths.sum(1).tolist(), kept.sum(1).tolist(), strict=True)
+        ):
+            shape = (held, c.head_dim)
+            fits = fits and tensors[f"k.{layer}"].shape == tensors[f"v.{layer}"].shape == shape
+            fits = fits and tensors[f"positions.{layer}"].shape == (pruned,)
+    except (KeyError, TypeError, RuntimeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: its tensors do not fit together. Build the context again.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

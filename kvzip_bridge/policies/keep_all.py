@@ -1,0 +1,31 @@
+"""No pruning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.policies.common import Policy, protect
+from dpllm.kvzip_bridge.policy import Context
+
+
+class KeepAll(Policy):
+    """Keeps every pair."""
+
+    name = "keep-all"
+
+    def score(self, context: Context) -> Tensor:
+        """float32 [P, KVH, tokens]: all alike."""
+        model = context.model
+        shape = (len(model.layers), model.kv_heads, context.tokens)
+        return protect(torch.zeros(shape, device=context.ids.device), context)
+
+    def allocate(self, scores: Tensor, pairs: int) -> Tensor:
+        """Everything. Raises InputError for a budget that does not hold everything."""
+        if pairs != scores.numel():
+            raise InputError(
+                f"KV policy 'keep-all' keeps all {scores.numel():,} pairs, but the budget holds {pairs:,}. Choose "
+                "another policy, or a keep_ratio of 1."
+            )
+        return torch.ones_like(scores, dtype=torch.bool)

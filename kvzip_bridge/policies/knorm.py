@@ -1,0 +1,25 @@
+"""Keys of small norm draw attention (arXiv:2406.11430)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpllm.kvzip_bridge.budget import per_head
+from dpllm.kvzip_bridge.policies.common import Policy, by_layer
+from dpllm.kvzip_bridge.policy import Context
+
+
+class Knorm(Policy):
+    """Every head keeps the keys of least L2 norm."""
+
+    name = "knorm"
+    allocate = staticmethod(per_head)
+
+    def score(self, context: Context) -> Tensor:
+        """float32 [P, KVH, tokens]: -||k||."""
+        return by_layer(context, self._layer)
+
+    def _layer(self, context: Context, layer: int) -> Tensor:
+        k, _ = context.cache.pairs(layer, context.first, len(context.ids))
+        return -torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)

@@ -1,0 +1,268 @@
+"""A KV cache that can be pruned and is really smaller then: every (layer, KV head) holds its own number of pairs.
+
+A layer's pairs lie in one flat buffer, head after head, with slack behind each head's pairs:
+
+    head 0: [kept pairs | tail | slack]  head 1: [kept pairs | tail | slack]  ...
+
+The tail is the tokens since the last pruning, which every head holds. A new pair is written at the end of its head's
+run, so appending copies and allocates nothing until the slack is used up. Keys were rotated for their positions
+before they were stored and stay valid; `length` counts positions, kept or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpllm.kvzip_bridge.attention import causal_attention
+from dpllm.kvzip_bridge.cache import DecodeAttention
+
+SLACK = 256  # tokens of room behind each head after a pruning, unless told otherwise
+
+
+class RaggedKVCache:
+    """Keys and values, a layer [slots, D], and each head's run of slots in them.
+
+    length: the position of the next token. base: the tail begins at this position; what lies before it was pruned.
+    kept: positions int32 of the pairs before `base`, by layer and head.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, head_dim: int, capacity: int,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        empty = torch.empty(0, dtype=torch.int32, device=device)
+        self.length = self.base = 0
+        self.kept: list[list[Tensor]] = [[empty] * kv_heads for _ in range(layers)]
+        self.k = [
+            torch.empty(kv_heads * capacity, head_dim, dtype=dtype, device=device) for _ in range(layers)
+        ]
+        self.v = [torch.empty_like(k) for k in self.k]
+        self._stored = torch.zeros(layers, kv_heads, dtype=torch.int32, device=device)
+        self._room = torch.full((layers, kv_heads), capacity, dtype=torch.int64, device=device)
+        self._start = _starts(self._room)
+        self._given = self._stored.clone()
+        self._even = [True] * layers  # whether all heads of a layer have runs of one length
+
+    @classmethod
+    def of_runs(
+        cls,
+        k: list[Tensor],
+        v: list[Tensor],
+        lengths: Tensor,
+        kept: list[list[Tensor]],
+        base: int,
+        length: int,
+    ) -> RaggedKVCache:
+        """A cache of given runs, without slack.
+
+        k, v: a layer [pairs, D], head after head. lengths: int32 [layers, KVH]. kept: positions of the pairs before
+        `base`."""
+        cache = cls(len(k), lengths.shape[1], k[0].shape[1], 0, k[0].dtype, k[0].device)
+        cache.k, cache.v, cache.kept, cache.base, cache.length = k, v, kept, base, length
+        cache._stored, cache._given, cache._room = lengths, lengths.clone(), lengths.to(torch.int64)
+        cache._start = _starts(cache._room)
+        cache._even = [bool((row == row[0]).all()) for row in lengths]
+        return cache
+
+    def to(self, dtype: torch.dtype, device: torch.device | str) -> RaggedKVCache:
+        """The same cache in another precision or place, without slack unless nothing changes."""
+        if (dtype, torch.device(device)) == (self.k[0].dtype, self.k[0].device):
+            return self
+        k, v = (
+            [
+                torch.cat([self.run(i, h)[which] for h in range(len(heads))])
+                for i, heads in enumerate(self.kept)
+            ]
+            for which in (0, 1)
+        )
+        return RaggedKVCache.of_runs(
+            [t.to(device, dtype) for t in k], [t.to(device, dtype) for t in v], self.lengths.to(device),
+            [[p.to(device) for p in heads] for heads in self.kept], self.base, self.length,
+        )  # fmt: skip
+
+    # -- what is held ------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pairs held, keys and values, all layers: what decoding one more token reads."""
+        return 2 * int(self._stored.sum()) * self.k[0].shape[1] * self.k[0].element_size()
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the buffers, slack included."""
+        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Pairs held by each head, int32 [layers, KVH]; a copy."""
+        return self._stored.clone()
+
+    def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """(k, v), both [KVH, last - first, D], of positions in the tail or of a beginning that every head has kept.
+
+        Views of the tail of a layer whose runs are even, else copies. Raises ValueError where a head lacks one of them.
+        """
+        if first < self.base:
+            if last > self.base or any(
+                len(p) < last or int(p[last - 1]) != last - 1 for p in self.kept[layer]
+            ):
+                raise ValueError(f"positions {first} to {last} were pruned in layer {layer}.")
+            skip = [first] * len(self.kept[layer])
+        else:
+            skip = [len(p) + first - self.base for p in self.kept[layer]]
+        starts = (self._start[layer] + torch.tensor(skip, device=self._start.device)).tolist()
+        if self._even[layer]:
+            k, v = (t[layer].view(len(skip), -1, t[layer].shape[1]) for t in (self.k, self.v))
+            return k[:, skip[0] : skip[0] + last - first], v[:, skip[0] : skip[0] + last - first]
+        k, v = (torch.stack([t[layer][s : s + last - first] for s in starts]) for t in (self.k, self.v))
+        return k, v
+
+    def run(self, layer: int, head: int, room: int = 0) -> tuple[Tensor, Tensor]:
+        """(k, v), views [n, D], of one head's pairs in order of position, with `room` written but not counted ones."""
+        start = int(self._start[layer, head])
+        end = start + int(self._stored[layer, head]) + room
+        return self.k[layer][start:end], self.v[layer][start:end]
+
+    # -- the decoder's side ------------------------------------------------------------------------------
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts k, v [T, KVH, D] behind each head's pairs; `advance` makes them part of the cache."""
+        self.reserve(len(k))
+        at = (self._start[layer] + self._stored[layer])[:, None] + torch.arange(len(k), device=k.device)
+        self.k[layer][at] = k.transpose(0, 1).to(self.k[layer].dtype)
+        self.v[layer][at] = v.transpose(0, 1).to(self.v[layer].dtype)
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` written pairs, once every layer has written them."""
+        self._stored += tokens
+        self.length += tokens
+
+    def runs(self, room: int) -> tuple[Tensor, Tensor]:
+        """(start int64, length int32), both [layers, KVH], in slots of a layer, with room behind each run."""
+        self.reserve(room)
+        return self._start, self._given.copy_(self._stored)
+
+    def attend(
+        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+    ) -> Tensor:
+        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        tokens, heads = q.shape[0], self._stored.shape[1]
+        if tokens == 1:
+            ends = self._stored[layer] + 1
+            skip = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
+            starts = self._start[layer] + skip
+            return decode_attention(q[0], self.k[layer], self.v[layer], starts, ends - skip, scale)[None]
+        if self._even[layer]:
+            end = int(self._stored[layer, 0]) + tokens
+            k, v = (
+                t[layer].view(heads, -1, t[layer].shape[1])[:, :end].to(q.dtype) for t in (self.k, self.v)
+            )
+            return causal_attention(q, k, v, scale, window)
+        outs = []
+        for h, own in enumerate(q.chunk(heads, dim=1)):
+            k, v = (t[None].to(q.dtype) for t in self.run(layer, h, tokens))
+            outs.append(causal_attention(own, k, v, scale, window))
+        return torch.cat(outs, dim=1)
+
+    # -- the life of a context ---------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many more tokens. Where it has to copy, it at least doubles the tail, so that copies are
+        rare."""
+        free = int((self._room - self._stored).min())
+        if free < tokens:
+            more = max(tokens, self.length - self.base, 32)
+            for layer in range(len(self.k)):
+                self._rebuild(layer, None, more)
+
+    def rewind(self, length: int) -> None:
+        """Forgets every token from this position on. Only the tail can be forgotten."""
+        if not self.base <= length <= self.length:
+            raise ValueError(
+                f"cannot rewind {self.length} tokens to {length}; the pruned part ends at {self.base}."
+            )
+        self._stored -= self.length - length
+        self.length = length
+
+    def fork(self, room: int = SLACK) -> RaggedKVCache:
+        """Another cache that goes on from here by itself: a copy of the pairs held, with room for so many tokens."""
+        other = object.__new__(RaggedKVCache)
+        other.__dict__.update(self.__dict__)
+        other.k, other.v, other._even = list(self.k), list(self.v), list(self._even)
+        other.kept = [list(heads) for heads in self.kept]
+        other._stored, other._given = self._stored.clone(), self._given.clone()
+        other._room, other._start = self._room.clone(), self._start.clone()
+        for layer in range(len(self.k)):
+            other._rebuild(layer, None, room)
+        return other
+
+    def prune(self, keep: Tensor, windows: Sequence[int | None], room: int = SLACK) -> None:
+        """Drops pairs of the tail for good; what is kept of it joins the pruned part.
+
+        keep: bool [layers, KVH, tail]. windows: a layer with a sliding window keeps its last pairs, as many as it can
+        see, whatever `keep` says. room: slack behind each head. Layer by layer, so that little is held twice;
+        interrupted, the cache is empty."""
+        tail = self.length - self.base
+        if keep.shape != (*self._stored.shape, tail) or keep.dtype != torch.bool:
+            shape = [*self._stored.shape, tail]
+            raise ValueError(f"a mask bool {shape} is needed, not {keep.dtype} {list(keep.shape)}.")
+        new = torch.arange(self.base, self.length, dtype=torch.int32, device=keep.device)
+        try:
+            for layer, window in enumerate(windows):
+                chosen = self._chosen(layer, keep[layer], window)
+                self._rebuild(layer, chosen, room)
+                self.kept[layer] = [
+                    torch.cat([old, new])[i] for old, i in zip(self.kept[layer], chosen, strict=True)
+                ]
+        except BaseException:
+            self._empty()
+            raise
+        self.base = self.length
+
+    def _empty(self) -> None:
+        self.kept = [[p[:0] for p in heads] for heads in self.kept]
+        self._stored.zero_()
+        self._even = [False] * len(self.k)  # the buffers have room for unlike numbers of pairs
+        self.length = self.base = 0
+
+    def _chosen(self, layer: int, keep: Tensor, window: int | None) -> list[Tensor]:
+        """Indices into each head's run that stay, ascending."""
+        found = []
+        for h, old in enumerate(self.kept[layer]):
+            if window is not None:
+                n = int(self._stored[layer, h])
+                found.append(torch.arange(max(0, n - window), n, device=keep.device))
+            else:
+                before = torch.arange(len(old), device=keep.device)
+                found.append(torch.cat([before, len(old) + keep[h].nonzero()[:, 0]]))
+        return found
+
+    def _rebuild(self, layer: int, chosen: list[Tensor] | None, room: int) -> None:
+        """A layer's buffers anew, with the chosen pairs of each run (None: all) and so much room behind them."""
+        runs = zip(self._start[layer].tolist(), self._stored[layer].tolist(), strict=True)
+        slots = [torch.arange(s, s + n, device=self._start.device) for s, n in runs]
+        if chosen is not None:
+            slots = [own[i] for own, i in zip(slots, chosen, strict=True)]
+        stored = torch.tensor([len(own) for own in slots], dtype=torch.int32, device=self._stored.device)
+        capacity = stored.to(torch.int64) + room
+        start = _starts(capacity)
+        k, v = (_copied(flat[layer], slots, start.tolist(), int(capacity.sum())) for flat in (self.k, self.v))
+        # All of it at once: an interrupted copy leaves the layer as it was.
+        self.k[layer], self.v[layer] = k, v
+        self._stored[layer], self._room[layer], self._start[layer] = stored, capacity, start
+        self._even[layer] = bool((stored == stored[0]).all())
+
+
+def _copied(flat: Tensor, slots: list[Tensor], start: list[int], size: int) -> Tensor:
+    """[size, D] with flat[slots[h]] from start[h] on."""
+    new = flat.new_empty(size, flat.shape[1])
+    for own, begin in zip(slots, start, strict=True):
+        torch.index_select(flat, 0, own, out=new[begin : begin + len(own)])
+    return new
+
+
+def _starts(capacity: Tensor) -> Tensor:
+    """First slot of each head's run in its layer, int64 [..., KVH]."""
+    return capacity.cumsum(-1) - capacity

@@ -1,0 +1,52 @@
+"""Fixtures of the command line."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+import torch
+from command_line import Result, complaint
+
+from dpllm.cli import main
+
+
+@pytest.fixture
+def dpllm(capsys, monkeypatch):
+    """Runs the command in this process."""
+
+    def run(*args, stdin: str | None = None) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dpllm", *map(str, args)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        threads = torch.get_num_threads()
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as e:
+                main()
+        finally:
+            torch.set_num_threads(threads)
+        return Result(e.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ok(dpllm):
+    def run(*args, **options) -> Result:
+        result = dpllm(*args, **options)
+        assert result.code == 0, result.err
+        return result
+
+    return run
+
+
+@pytest.fixture
+def refused(dpllm):
+    def run(*args, says: str, alone: bool = True, **options) -> None:
+        line = complaint(dpllm(*args, **options), alone)
+        assert re.search(says, line), line
+
+    return run
