@@ -24,12 +24,23 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from dpllm.engine import Engine, Step, load
+    from dpllm.context import KVContext, build_context, prune_tail
+    from dpllm.engine import Engine, GenerateOptions, Step, load
     from dpllm.kernels.errors import InputError
+    from dpllm.kvzip_bridge.budget import Budget
+    from dpllm.pruner import ContextOptions
+    from dpllm.saved_context import load_context, save_context
 
-__all__ = ["Engine", "InputError", "Step", "__version__", "load"]
+_EXPORTS = {
+    "Budget": "kvzip_bridge.budget", "ContextOptions": "pruner", "Engine": "engine", "GenerateOptions": "engine",
+    "InputError": "kernels.errors", "KVContext": "context", "Step": "engine", "build_context": "context",
+    "load": "engine", "load_context": "saved_context", "prune_tail": "context", "save_context": "saved_context",
+}  # fmt: skip
 
-_EXPORTS = {"Engine": "engine", "Step": "engine", "load": "engine", "InputError": "kernels.errors"}
+__all__ = [
+    "Budget", "ContextOptions", "Engine", "GenerateOptions", "InputError", "KVContext", "Step", "__version__",
+    "build_context", "load", "load_context", "prune_tail", "save_context",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
