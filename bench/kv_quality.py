@@ -128,7 +128,7 @@ def rows_of(task: str, documents: dict[int, dict]) -> Iterator[dict]:
         yield {
             "task": task, "policy": name, "kept": float(ratio), "weights": "maximum" if bits == "0" else f"{bits} bits",
             "measure": "nats per token" if scored else "share of exact answers",
-            "value": round(value.sum() / count.sum(), 4),
+            "value": round(float(value.sum() / count.sum()), 4),
             "count": int(count.sum()), "documents": len(documents),
             **{f"{of}_{k}": round(v, 4) for of, three in zip(("less_whole", "less_kvzip"), against, strict=True)
                for k, v in zip(("mean", "low", "high"), three, strict=True)},
