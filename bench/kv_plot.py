@@ -21,7 +21,9 @@ def plot(rows: list[dict], path: Path) -> None:
     """A panel for each task, a line for each policy, 95% intervals of the difference to the whole cache as bars."""
     rows = [r for r in rows if r["weights"] == "maximum"]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.1 * len(tasks), 4.6), dpi=120, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(3.8 * len(tasks) + 1.8, 4.4), dpi=120, layout="constrained"
+    )
     for ax, task in zip(axes, tasks, strict=True):
         own = [r for r in rows if r["task"] == task]
         whole = next(r["value"] for r in own if r["policy"] == "keep-all")
@@ -44,7 +46,7 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.set_xlabel("share of KV pairs kept")
         ax.set_ylabel(own[0]["measure"])
         ax.grid(alpha=0.25)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(
         "What a pruned KV cache still knows: the reference model, questions unseen at pruning", fontsize=11
     )
