@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dpllm.config import ModelConfig
 from dpllm.kernels.backend import Backend
+from dpllm.kernels.reference import causal_attention
 from dpllm.kernels.weight import Int8Weight
-from dpllm.kvzip_bridge.attention import causal_attention, rotate
+from dpllm.kvzip_bridge.attention import rotate
 from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
 
@@ -151,7 +152,7 @@ class Decoder:
             out = causal_attention(q, k, v, scale, window)
         else:
             cache.write(layer.index, k, v)
-            out = cache.attend(layer.index, q, scale, window, self.backend.decode_attention)
+            out = cache.attend(layer.index, q, scale, window, self.backend)
         return out.flatten(1)  # [T, H * D]
 
     def _embed(self, ids: Tensor) -> Tensor:

@@ -33,5 +33,5 @@ def view_of(decoder: Decoder) -> ModelView:
     return ModelView(
         layers=layers, heads=c.num_heads, kv_heads=c.num_kv_heads, head_dim=c.head_dim, hidden_size=c.hidden_size,
         scale=c.head_dim**-0.5, inv_freq=decoder.inv_freq.float(), rotates=c.uses_rope, max_positions=c.max_positions,
-        forward=forward, output_weight=output_weight,
+        kernels=decoder.backend, forward=forward, output_weight=output_weight,
     )  # fmt: skip

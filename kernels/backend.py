@@ -32,6 +32,8 @@ class Backend:
     int8_linear: Callable[..., Any]
     select: Callable[..., Any]
     decode_attention: Callable[..., Any]
+    prompt_attention: Callable[..., Any]
+    attention_peaks: Callable[..., Any]
     cpu: CpuKernels | None = None
 
 
@@ -46,6 +48,8 @@ def _reference(reason: str) -> Backend:
         int8_linear=reference.int8_linear,
         select=reference.select,
         decode_attention=reference.decode_attention,
+        prompt_attention=reference.prompt_attention,
+        attention_peaks=reference.attention_peaks,
     )
 
 
@@ -62,6 +66,8 @@ def _cpu(options: CpuOptions, reason: str) -> Backend:
         int8_linear=kernels.int8_linear,
         select=kernels.select,
         decode_attention=kernels.decode_attention,
+        prompt_attention=kernels.prompt_attention,
+        attention_peaks=kernels.attention_peaks,
         cpu=kernels,
     )
 

@@ -6,12 +6,15 @@ dequantisation, so their time does not follow the bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight, unpack
 
+PEAK_BLOCK = 1 << 18  # logits looked at together: they stay in a core's cache
 PreparedWeight = QuantizedWeight  # this backend computes from the stored layout
 
 
@@ -87,3 +90,68 @@ def decode_attention(
         scores = (q[rows].float() @ k[first : first + n].float().T) * scale  # [group, n]
         out[rows] = (scores.softmax(-1) @ v[first : first + n].float()).to(q.dtype)
     return out
+
+
+def prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of T tokens over per-head runs of a flat cache, the last T pairs of which are their own.
+
+    q: [T, H, D]; k, v: [slots, D]; start int64, length int32 [KVH], in slots, own pairs included. window: how many
+    pairs a token sees, its own included; None: all up to its own. Returns [T, H, D] in q's dtype.
+    """
+    outs = []
+    runs = zip(start.tolist(), length.tolist(), q.chunk(len(start), dim=1), strict=True)
+    for first, n, own in runs:
+        keys, values = (t[None, first : first + n].to(q.dtype) for t in (k, v))
+        outs.append(causal_attention(own, keys, values, scale, window))
+    return torch.cat(outs, dim=1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """Attention of the last T of S pairs to all up to their own; differentiable. q: [T, H, D]; k, v: [KVH, S, D].
+    Returns [T, H, D]."""
+    tokens, total, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[0]
+    if tokens == total and window is None:
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        return F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, scale=scale).transpose(
+            0, 1
+        )
+    column = torch.arange(total, device=q.device)
+    distance = column[total - tokens :, None] - column
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    # The heads of a group are more rows over the same keys, which need not be repeated then.
+    rows = q.unflatten(1, (len(k), group)).permute(1, 2, 0, 3).flatten(1, 2)  # [KVH, G * T, D]
+    out = F.scaled_dot_product_attention(rows[None], k[None], v[None], mask.repeat(group, 1), scale=scale)[0]
+    return out.unflatten(1, (group, tokens)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def attention_peaks(q: Tensor, k: Tensor, columns: slice, scale: float, cost: Tensor | None = None) -> Tensor:
+    """The most attention that any of T tokens pays to some of the keys, as a logarithm less the token's own cost:
+    near zero there still is an order.
+
+    q: [T, H, D]; k: [KVH, S, D], the last T keys the tokens' own; columns: among those before. cost: float32 [T].
+    Softmax in float32 over all keys up to a token's own. A token whose attention is not a number has no say. Returns
+    float32 [KVH, G, columns].
+    """
+    tokens, total = len(q), k.shape[1]
+    queries = (q.float() * scale).unflatten(1, (len(k), -1)).transpose(0, 1)  # [KVH, T, G, D]
+    best = q.new_full(
+        (len(k), queries.shape[2], columns.stop - columns.start), -math.inf, dtype=torch.float32
+    )
+    size = max(8, PEAK_BLOCK // (queries.shape[2] * total))
+    for own, keys, peak in zip(queries, k.float(), best, strict=True):
+        for a in range(0, tokens, size):
+            b = min(a + size, tokens)
+            logits = (own[a:b].flatten(0, 1) @ keys[: total - tokens + b].T).unflatten(0, (b - a, -1))
+            column = torch.arange(b - a, device=q.device)
+            logits[..., a - b :].masked_fill_((column > column[:, None])[:, None], -math.inf)
+            less = logits.logsumexp(-1, keepdim=True)
+            if cost is not None:
+                less += cost[a:b, None, None]
+            logits.masked_fill_(less.isnan(), -math.inf)  # -inf less NaN
+            less.nan_to_num_(0.0, math.inf)
+            torch.maximum(peak, (logits[..., columns] - less).amax(0), out=peak)
+    return best

@@ -1,10 +1,57 @@
-"""Attention and rotary positions as the caches and the scoring of pairs need them, in plain torch."""
+"""How the caches ask kernels for attention, and rotary positions."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+
+class AttentionKernels(Protocol):
+    """Those functions of a kernel backend (kernels/reference.py says what they compute) that caches and the scoring of
+    pairs use."""
+
+    def decode_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float, /
+    ) -> Tensor:
+        """Of one token."""
+        ...
+
+    def prompt_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor,
+        length: Tensor,
+        scale: float,
+        window: int | None,
+        /,
+    ) -> Tensor:
+        """Of many tokens."""
+        ...
+
+    def attention_peaks(
+        self, q: Tensor, k: Tensor, columns: slice, scale: float, cost: Tensor | None, /
+    ) -> Tensor:
+        """The most attention that any of many tokens pays to some of the keys."""
+        ...
+
+
+def attend(
+    kernels: AttentionKernels, q: Tensor, pairs: tuple[Tensor, Tensor], runs: tuple[Tensor, Tensor],
+    scale: float, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Attention of T tokens, the last of every head's run. q: [T, H, D]; pairs: k, v [slots, D]; runs: start int64,
+    length [KVH], own pairs included. Returns [T, H, D]."""
+    start, length = runs
+    if len(q) > 1:
+        return kernels.prompt_attention(q, *pairs, start, length, scale, window)
+    if window is not None:
+        skip = (length - window).clamp(min=0)
+        start, length = start + skip, length - skip
+    return kernels.decode_attention(q[0], *pairs, start, length, scale)[None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -12,22 +59,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     against [..., D / 2]; a negative sin turns back."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of the last T of S pairs to all up to their own. q: [T, H, D]; k, v: [KVH, S, D]. Returns [T, H, D]."""
-    tokens, total, group = q.shape[0], k.shape[1], q.shape[1] // k.shape[0]
-    if tokens == total and window is None:
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        return F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, scale=scale).transpose(
-            0, 1
-        )
-    column = torch.arange(total, device=q.device)
-    distance = column[total - tokens :, None] - column
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    # The heads of a group are more rows over the same keys, which need not be repeated then.
-    rows = q.unflatten(1, (len(k), group)).permute(1, 2, 0, 3).flatten(1, 2)  # [KVH, G * T, D]
-    out = F.scaled_dot_product_attention(rows[None], k[None], v[None], mask.repeat(group, 1), scale=scale)[0]
-    return out.unflatten(1, (group, tokens)).permute(2, 0, 1, 3).flatten(1, 2)

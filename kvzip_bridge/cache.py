@@ -7,15 +7,12 @@ length: `length` is where the next token stands, whatever was evicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dpllm.kvzip_bridge.attention import causal_attention
-
-DecodeAttention = Callable[..., Tensor]  # kernels/reference.py: decode_attention
+from dpllm.kvzip_bridge.attention import AttentionKernels, attend
 
 
 class KVCache(Protocol):
@@ -42,7 +39,7 @@ class KVCache(Protocol):
         ...
 
     def attend(
-        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+        self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         ...
@@ -114,18 +111,12 @@ class DenseKVCache:
         self.length = length
 
     def attend(
-        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+        self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
-        tokens, end = q.shape[0], self.length + q.shape[0]
-        if tokens > 1:
-            k, v = (t[layer][:, :end].to(q.dtype) for t in (self.k, self.v))
-            return causal_attention(q, k, v, scale, window)
-        first = 0 if window is None else max(0, end - window)
-        starts = self._starts + first
-        lengths = torch.full_like(starts, end - first, dtype=torch.int32)
-        k, v = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
-        return decode_attention(q[0], k, v, starts, lengths, scale)[None]
+        lengths = torch.full_like(self._starts, self.length + len(q), dtype=torch.int32)
+        pairs = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
+        return attend(kernels, q, pairs, (self._starts, lengths), scale, window)
 
     def _check(self, tokens: int) -> None:
         if tokens > self.capacity:

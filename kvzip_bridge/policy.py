@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dpllm.kvzip_bridge.attention import AttentionKernels
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.kvzip_bridge.recording import Queries, QueriesWanted
 
@@ -40,6 +41,7 @@ class ModelView:
     inv_freq: Tensor  # float32 [D / 2], of the rotary embedding
     rotates: tuple[bool, ...]  # by layer: whether it applies the rotary embedding
     max_positions: int
+    kernels: AttentionKernels
     forward: Forward
     output_weight: Callable[[int], Tensor]  # layer -> W_O, float32 [hidden, H * D]
 

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpllm.kvzip_bridge.attention import causal_attention
-from dpllm.kvzip_bridge.cache import DecodeAttention
+from dpllm.kvzip_bridge.attention import AttentionKernels, attend
 
 SLACK = 256  # tokens of room behind each head after a pruning, unless told otherwise
 
@@ -145,26 +144,11 @@ class RaggedKVCache:
         return self._start, self._given.copy_(self._stored)
 
     def attend(
-        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+        self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
-        tokens, heads = q.shape[0], self._stored.shape[1]
-        if tokens == 1:
-            ends = self._stored[layer] + 1
-            skip = torch.zeros_like(ends) if window is None else (ends - window).clamp(min=0)
-            starts = self._start[layer] + skip
-            return decode_attention(q[0], self.k[layer], self.v[layer], starts, ends - skip, scale)[None]
-        if self._even[layer]:
-            end = int(self._stored[layer, 0]) + tokens
-            k, v = (
-                t[layer].view(heads, -1, t[layer].shape[1])[:, :end].to(q.dtype) for t in (self.k, self.v)
-            )
-            return causal_attention(q, k, v, scale, window)
-        outs = []
-        for h, own in enumerate(q.chunk(heads, dim=1)):
-            k, v = (t[None].to(q.dtype) for t in self.run(layer, h, tokens))
-            outs.append(causal_attention(own, k, v, scale, window))
-        return torch.cat(outs, dim=1)
+        runs = self._start[layer], self._stored[layer] + len(q)
+        return attend(kernels, q, (self.k[layer], self.v[layer]), runs, scale, window)
 
     # -- the life of a context ---------------------------------------------------------------------------
 

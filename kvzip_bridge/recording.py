@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dpllm.kvzip_bridge.attention import rotate
-from dpllm.kvzip_bridge.cache import DecodeAttention, KVCache
+from dpllm.kvzip_bridge.attention import AttentionKernels, rotate
+from dpllm.kvzip_bridge.cache import KVCache
 
 if TYPE_CHECKING:
     from dpllm.kvzip_bridge.policy import ModelView
@@ -32,11 +32,11 @@ class WatchedCache:
         return getattr(self._cache, name)
 
     def attend(
-        self, layer: int, q: Tensor, scale: float, window: int | None, decode_attention: DecodeAttention
+        self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         self._watch(layer, q, self._cache.length)
-        return self._cache.attend(layer, q, scale, window, decode_attention)
+        return self._cache.attend(layer, q, scale, window, kernels)
 
 
 def watched(cache: KVCache, watch: Watch) -> KVCache:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpllm.kernels.reference import decode_attention
+from dpllm.kernels import reference
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policy import Context, ModelView, RepeatPrompts
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
@@ -53,7 +53,7 @@ class TinyAttention:
     def view(self) -> ModelView:
         return ModelView(
             self.pruned, self.heads, self.kv_heads, self.dim, self.hidden_size, self.scale, self.inv_freq.float(),
-            self.rotates, self.max_positions, self.forward, lambda layer: self.weights["o"][layer].float(),
+            self.rotates, self.max_positions, reference, self.forward, lambda layer: self.weights["o"][layer].float(),
         )  # fmt: skip
 
     def projected(self, layer: int, x: Tensor, first: int) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ class TinyAttention:
             if hidden is not None:
                 hidden(layer, h.float())
             cache.write(layer, k.float(), v.float())
-            out = cache.attend(layer, q.float(), self.scale, None, decode_attention)
+            out = cache.attend(layer, q.float(), self.scale, None, reference)
             x = x + out.flatten(1).double() @ self.weights["o"][layer].T
         cache.advance(len(ids))
 

@@ -194,8 +194,7 @@ class CpuKernels:
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of one token over per-head runs of a flat cache (float32, float16 or bfloat16)."""
-        if k.dtype not in STORAGE or v.dtype != k.dtype:
-            raise ValueError(f"the cache holds {k.dtype}; float32, float16 and bfloat16 are read.")
+        _check_storage(k, v)
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
@@ -204,6 +203,39 @@ class CpuKernels:
             starts.data_ptr(), lengths.data_ptr(), q.shape[0], len(start), q.shape[1], scale, y.data_ptr(),
         )  # fmt: skip
         return y.to(q.dtype) if out is None else out.copy_(y)
+
+    def prompt_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float,
+        window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention of many tokens over per-head runs whose last pairs are their own."""
+        _check_storage(k, v)
+        queries, y = _floats(q), torch.empty(q.shape)
+        k, v = k.contiguous(), v.contiguous()
+        starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
+        self.lib.dpllm_prompt_attention(
+            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
+            starts.data_ptr(), lengths.data_ptr(), *q.shape[:2], len(start), q.shape[2], window or 0, scale,
+            y.data_ptr(),
+        )  # fmt: skip
+        return y.to(q.dtype)
+
+    def attention_peaks(
+        self, q: Tensor, k: Tensor, columns: slice, scale: float, cost: Tensor | None = None
+    ) -> Tensor:
+        """The most attention, as a logarithm, that any token pays to some of the keys."""
+        _check_storage(k, k)
+        if not 0 <= columns.start <= columns.stop <= k.shape[1] - len(q):
+            raise ValueError(f"{columns} does not lie among the keys before the tokens' own.")
+        queries, k = _floats(q), k.contiguous()
+        costs = None if cost is None else _floats(cost)
+        best = torch.empty(q.shape[1], columns.stop - columns.start)
+        self.lib.dpllm_attention_peaks(
+            self.context, queries.data_ptr(), k.data_ptr(), STORAGE[k.dtype], *q.shape[:2], len(k),
+            q.shape[2], k.shape[1], columns.start, best.shape[1], scale,
+            None if costs is None else costs.data_ptr(), best.data_ptr(),
+        )  # fmt: skip
+        return best.unflatten(0, (len(k), -1))
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes per second of one plain parallel read of all of `memory`, which should be larger than any cache."""
@@ -220,6 +252,11 @@ def _check_input(x: Tensor, columns: int) -> None:
     """The library trusts its caller; what does not match would be read beyond its end."""
     if x.ndim != 2 or x.shape[1] != columns:
         raise ValueError(f"activations {list(x.shape)} do not match a matrix of {columns} columns.")
+
+
+def _check_storage(k: Tensor, v: Tensor) -> None:
+    if k.dtype not in STORAGE or v.dtype != k.dtype:
+        raise ValueError(f"the cache holds {k.dtype}; float32, float16 and bfloat16 are read.")
 
 
 def _check_resident(w: PreparedWeight, low: int, high: int) -> None:

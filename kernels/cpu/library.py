@@ -101,6 +101,14 @@ def load_library() -> ctypes.CDLL:
             None, Pointer, Pointer, Pointer, Pointer, Int, Pointer, Pointer, Int, Int, Int,
             ctypes.c_float, Pointer,
         ),
+        "dpllm_prompt_attention": (
+            None, Pointer, Pointer, Pointer, Pointer, Int, Pointer, Pointer, Int, Int, Int, Int, Int,
+            ctypes.c_float, Pointer,
+        ),
+        "dpllm_attention_peaks": (
+            None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Int, Int, Int, ctypes.c_float,
+            Pointer, Pointer,
+        ),
         "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
         "dpllm_step_open": (Pointer, Pointer, Pointer),
         "dpllm_step_close": (None, Pointer),

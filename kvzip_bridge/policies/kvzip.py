@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,14 +12,12 @@ from dpllm.kvzip_bridge.policies.common import Policy, protect
 from dpllm.kvzip_bridge.policy import Context, Hidden
 from dpllm.kvzip_bridge.repeat import Repetition, repeat, repetitions
 
-BLOCK = 1 << 18  # logits looked at together
-
 
 class KVzip(Policy):
     """A pair is worth the most attention that any query pays to it while the model repeats the chunk it is in.
 
-    chunk: tokens repeated at a time. Memory is that of the attention of one KV head's queries of a piece to the
-    protected prefix, the chunk and the repetition.
+    chunk: tokens repeated at a time. Memory is that of the keys of one layer's protected prefix, chunk and repetition,
+    and of a few queries' attention to them.
     """
 
     name = "kvzip"
@@ -67,43 +64,23 @@ class ChunkScorer:
         if layer not in self.row:
             return
         best = self.best[self.row[layer]]
-        before, own = self._keys(layer, position + len(q))
-        columns = slice(before.shape[1] - best.shape[1], before.shape[1])
-        for h, queries in enumerate((q.float() * self.context.model.scale).chunk(len(best), dim=1)):
-            keys = torch.cat([before[h], own[h]]).float()
-            for rows, logits in causal_logits(queries, keys):
-                less = logits.logsumexp(-1, keepdim=True) + self.of_query(rows)
-                most = (logits[..., columns] - less).amax(0) + self.of_value(layer, h)  # [G, chunk]
-                torch.maximum(best[h], most.amax(0), out=best[h])
+        keys = self._keys(layer, position + len(q))
+        end = self.context.protected + best.shape[1]
+        columns = slice(self.context.protected, end)
+        kernels, scale = self.context.model.kernels, self.context.model.scale
+        most = kernels.attention_peaks(q, keys, columns, scale, self.of_query())  # [KVH, G, chunk]
+        torch.maximum(best, (most + self.of_value(layer)).amax(1), out=best)
 
-    def of_query(self, rows: slice) -> Tensor | float:
-        """What is taken off the log-attention of some of the queries at hand, [B, 1, 1]."""
+    def of_query(self) -> Tensor | None:
+        """What is taken off the log-attention of the queries at hand, [T]; None: nothing."""
+        return None
+
+    def of_value(self, layer: int) -> Tensor | float:
+        """What is added to the log-attention to the chunk's pairs, [KVH, G, chunk]."""
         return 0.0
 
-    def of_value(self, layer: int, head: int) -> Tensor | float:
-        """What is added to the log-attention to the chunk's pairs, [G, chunk]."""
-        return 0.0
-
-    def _keys(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys [KVH, ., D] of the protected prefix and the chunk, and of the repetition up to a position."""
+    def _keys(self, layer: int, end: int) -> Tensor:
+        """Keys [KVH, ., D] of the protected prefix, the chunk, and the repetition up to a position."""
         n, r = len(self.context.ids), self.repetition
-        ranges = [(0, self.context.protected), (r.start, r.end)]
-        before = [self.context.cache.pairs(layer, a, b)[0] for a, b in ranges if a < b]
-        return torch.cat(before, dim=1), self.context.cache.pairs(layer, n, end)[0]
-
-
-def causal_logits(q: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [B, G, .]) of queries [T, G, D] in blocks, over keys [S, D], the last T of them the queries' own.
-
-    Keys behind a block are left out, those inside that come later are -inf. What follows takes several passes over the
-    logits: a block of them stays in a core's cache.
-    """
-    tokens, group, total = q.shape[0], q.shape[1], len(keys)
-    size = max(8, BLOCK // (group * total))
-    for a in range(0, tokens, size):
-        b = min(a + size, tokens)
-        seen = keys[: total - tokens + b]
-        logits = (q[a:b].flatten(0, 1) @ seen.T).unflatten(0, (b - a, group))
-        column = torch.arange(b - a, device=q.device)
-        logits[..., a - b :].masked_fill_((column > column[:, None])[:, None], -math.inf)
-        yield slice(a, b), logits
+        ranges = [(0, self.context.protected), (r.start, r.end), (n, end)]
+        return torch.cat([self.context.cache.pairs(layer, a, b)[0] for a, b in ranges if a < b], dim=1)

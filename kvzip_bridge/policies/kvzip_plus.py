@@ -35,15 +35,15 @@ class PlusScorer(ChunkScorer):
             norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
             self._input = norm.log().masked_fill_(norm == 0, math.inf)  # an empty token (padding) has no say
 
-    def of_query(self, rows: slice) -> Tensor:
-        """What is taken off the log-attention of some of the queries at hand, [B, 1, 1]."""
-        return self._input[rows, None, None]
+    def of_query(self) -> Tensor:
+        """What is taken off the log-attention of the queries at hand, [T]."""
+        return self._input
 
-    def of_value(self, layer: int, head: int) -> Tensor:
-        """What is added to the log-attention to the chunk's pairs, [G, chunk]."""
+    def of_value(self, layer: int) -> Tensor:
+        """What is added to the log-attention to the chunk's pairs, [KVH, G, chunk]."""
         if layer not in self._values:
             self._values[layer] = self._value_norms(layer).log()
-        return self._values[layer][head]
+        return self._values[layer]
 
     def _value_norms(self, layer: int) -> Tensor:
         """||W_O v|| of the chunk's values, [KVH, G, chunk]: v.(W_O^T W_O).v keeps vectors as short as v."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dpllm.context import KVContext, build_context, prune_tail
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.errors import InputError
-from dpllm.kvzip_bridge.attention import causal_attention
+from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
@@ -64,7 +64,7 @@ class MaskedCache(DenseKVCache):
         super().__init__(c.num_layers, c.num_kv_heads, c.head_dim, capacity)
         self.kept, self.base = kept, base
 
-    def attend(self, layer, q, scale, window, decode_attention):
+    def attend(self, layer, q, scale, window, kernels):
         end, outs = self.length + len(q), []
         for h, own in enumerate(q.chunk(len(self.k[0]), dim=1)):
             seen = torch.ones(end, dtype=torch.bool)

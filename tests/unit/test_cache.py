@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.kernels.reference import decode_attention
-from dpllm.kvzip_bridge.attention import causal_attention
+from dpllm.kernels import reference
+from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.cache import DenseKVCache
 
 LAYERS, DIM, SCALE = 2, 8, 8**-0.5
@@ -38,7 +38,7 @@ def run(cache: DenseKVCache, layer: int, q, k, v, sizes, window=None) -> torch.T
     outs = []
     for piece in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         cache.write(layer, *piece[1:])
-        outs.append(cache.attend(layer, piece[0], SCALE, window, decode_attention))
+        outs.append(cache.attend(layer, piece[0], SCALE, window, reference))
         cache.advance(len(piece[0]))
     return torch.cat(outs)
 
@@ -83,7 +83,7 @@ def test_layers_do_not_mix():
     cache = DenseKVCache(LAYERS, 2, DIM, 6)
     cache.write(0, k, v)
     cache.write(1, k * 0, v + 3)
-    out = cache.attend(0, q, SCALE, None, decode_attention)
+    out = cache.attend(0, q, SCALE, None, reference)
     assert (out - plain_attention(q, k, v, None)).abs().max() < 1e-5
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_cases import turn
 
-from dpllm.kernels.reference import decode_attention
+from dpllm.kernels import reference
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.recording import Queries, QueriesWanted, WatchedCache
 
@@ -110,8 +110,8 @@ def test_a_watched_cache_shows_queries_and_passes_the_rest_on():
     watched = WatchedCache(cache, lambda layer, q, position: seen.append((layer, q, position)))
     for piece in plain_queries(7).float().split([4, 3]):
         watched.write(0, piece, piece)
-        out = watched.attend(0, piece, 1.0, None, decode_attention)
-        assert torch.equal(out, cache.attend(0, piece, 1.0, None, decode_attention))
+        out = watched.attend(0, piece, 1.0, None, reference)
+        assert torch.equal(out, cache.attend(0, piece, 1.0, None, reference))
         watched.advance(len(piece))
     assert watched.length == cache.length == 7
     assert [(layer, len(q), position) for layer, q, position in seen] == [(0, 4, 0), (0, 3, 4)]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.kernels.reference import decode_attention
+from dpllm.kernels import reference
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
 
 DIM, SCALE = 8, 8**-0.5
@@ -41,7 +41,7 @@ def feed(cache: RaggedKVCache, q, k, v, sizes, window=None) -> list[torch.Tensor
     for a, b, c in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         for layer, out in enumerate(outs):
             cache.write(layer, b, c)
-            out.append(cache.attend(layer, a, SCALE, window, decode_attention))
+            out.append(cache.attend(layer, a, SCALE, window, reference))
         cache.advance(len(a))
     return [torch.cat(out) for out in outs]
 

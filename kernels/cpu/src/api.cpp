@@ -20,16 +20,14 @@ const Isa* const kIsas[] = {
 };
 constexpr int kIsaCount = sizeof kIsas / sizeof kIsas[0];
 
-// This thread's scratch, on a 64-byte boundary. Here because what the instruction sets' units instantiate of the standard
-// library could be linked into the others.
+}  // namespace
+
 uint8_t* thread_scratch(size_t bytes) {
   static thread_local AlignedBytes memory;
   static thread_local size_t room = 0;
   if (room < bytes) memory = AlignedBytes(room = bytes);
   return memory.data();
 }
-
-}  // namespace
 
 // All rows of x that read `bits` planes, for rows n0..n1 of the matrix.
 static void gemm_rows(Context& c, const Matrix& w, int bits, const std::vector<Activation*>& x,
@@ -134,6 +132,39 @@ void dpllm_attention(Context* c, const float* q, const void* k, const void* v, i
   static thread_local AttentionBuffer buffer;
   buffer.run(*c, Attention{q, static_cast<const char*>(k), static_cast<const char*>(v), start, length, heads,
                            kv_heads, dim, scale, Storage(storage), out});
+}
+
+void dpllm_prompt_attention(Context* c, const float* q, const void* k, const void* v, int storage, const int64_t* start,
+                            const int32_t* length, int tokens, int heads, int kv_heads, int dim, int window, float scale,
+                            float* out) {
+  const int group = heads / kv_heads, rows = tokens * group;
+  const int blocks = (rows + PromptQueries::kMost - 1) / PromptQueries::kMost;
+  const int64_t bytes = storage_bytes(Storage(storage));
+  c->pool.run(kv_heads * blocks, [&](int i) {
+    const int h = i % kv_heads, first = (blocks - 1 - i / kv_heads) * PromptQueries::kMost;  // the longest begin
+    const int64_t at = start[h] * dim * bytes;
+    const PromptQueries p{static_cast<const char*>(k) + at, static_cast<const char*>(v) + at,
+                          q + int64_t(h) * group * dim, out + int64_t(h) * group * dim, first,
+                          std::min(PromptQueries::kMost, rows - first), group, heads, dim, length[h] - tokens, window,
+                          scale, Storage(storage)};
+    c->isa.attend_prompt(p, reinterpret_cast<float*>(thread_scratch(prompt_scratch(dim) * sizeof(float))));
+  });
+}
+
+void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads, int kv_heads,
+                           int dim, int length, int column, int columns, float scale, const float* cost, float* best) {
+  const int64_t run = int64_t(length) * dim * storage_bytes(Storage(storage));
+  c->pool.run(heads, [&](int h) {
+    float* own = best + int64_t(h) * columns;
+    std::fill_n(own, columns, -INFINITY);
+    for (int first = 0; first < tokens; first += PromptQueries::kMost) {
+      const PromptQueries p{static_cast<const char*>(k) + h / (heads / kv_heads) * run, nullptr, q + int64_t(h) * dim,
+                            nullptr, first, std::min(PromptQueries::kMost, tokens - first), 1, heads, dim,
+                            length - tokens, 0, scale, Storage(storage)};
+      float* scratch = reinterpret_cast<float*>(thread_scratch(peak_scratch(dim, length) * sizeof(float)));
+      c->isa.attention_peaks(p, cost ? cost + first : nullptr, column, columns, scratch, own);
+    }
+  });
 }
 
 double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes) {

@@ -46,5 +46,17 @@ DPLLM_EXPORT void dpllm_attention(Context* c, const float* q, const void* k, con
                                   const int64_t* start, const int32_t* length, int heads, int kv_heads, int dim,
                                   float scale, float* out);
 
+// Attention of many tokens, the last of each run: token t of `tokens` sees the run's pairs up to its own, or the last
+// `window` of these (0: all). q, out: [tokens, heads, dim].
+DPLLM_EXPORT void dpllm_prompt_attention(Context* c, const float* q, const void* k, const void* v, int storage,
+                                         const int64_t* start, const int32_t* length, int tokens, int heads,
+                                         int kv_heads, int dim, int window, float scale, float* out);
+
+// best [heads, columns] = the most attention that any token pays to keys column, column + 1, ..., as a logarithm less
+// cost [tokens] (or null). q: [tokens, heads, dim]; k: [kv_heads, length, dim], the last `tokens` of them the tokens' own.
+DPLLM_EXPORT void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads,
+                                        int kv_heads, int dim, int length, int column, int columns, float scale,
+                                        const float* cost, float* best);
+
 // Bytes per second of a plain parallel read of `bytes` from memory.
 DPLLM_EXPORT double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes);

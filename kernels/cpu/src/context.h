@@ -21,6 +21,10 @@ struct Context {
   Accuracy accuracy;
 };
 
+// Scratch of the calling thread, on a 64-byte boundary, overwritten by the next call. Not in the instruction sets' units:
+// what they instantiate of the standard library could be linked into the others.
+uint8_t* thread_scratch(size_t bytes);
+
 // A quantised activation row with its memory, reused from call to call.
 class ActivationBuffer {
  public:

@@ -80,6 +80,36 @@ struct Run {
   Storage storage;
 };
 
+// Up to kMost queries of one KV head's group, and its run of keys, the last of which are the tokens' own. Queries are
+// counted token by token, head by head within one.
+struct PromptQueries {
+  static constexpr int kMost = 64;
+  static constexpr int kKeys = 96;  // looked at together
+
+  const void *k, *v;     // [length, dim]
+  const float* q;        // [tokens, heads, dim], from the group's first head on
+  float* out;            // likewise
+  int32_t first, count;  // queries first .. first + count - 1
+  int32_t group, heads, dim;
+  int32_t before;  // keys before the first token's own
+  int32_t window;  // keys a token sees, its own included; 0: all up to its own
+  float scale;
+  Storage storage;
+
+  int64_t offset(int i) const { return (int64_t((first + i) / group) * heads + (first + i) % group) * dim; }
+  int32_t own(int i) const { return before + (first + i) / group; }
+};
+
+// Floats of scratch for Isa::attend_prompt and, with all keys, Isa::attention_peaks.
+inline size_t prompt_scratch(int dim) {
+  using P = PromptQueries;
+  return size_t(P::kMost) * (2 * size_t(dim) + P::kKeys + 3) + size_t(P::kKeys) * size_t(dim);
+}
+inline size_t peak_scratch(int dim, int keys) {
+  using P = PromptQueries;
+  return size_t(P::kMost) * (size_t(dim) + size_t(keys) + 1) + size_t(P::kKeys) * size_t(dim);
+}
+
 struct Isa {
   const char* name;
   const char* needs;  // processor features, for people
@@ -111,6 +141,14 @@ struct Isa {
   // Attention over one run: out [group, dim] unnormalised, top [group] the largest score, sum [group] of
   // exp(score - top). scratch: group * length floats.
   void (*attend)(const Run& run, float* scratch, float* out, float* top, float* sum);
+
+  // Many queries at once, to out; prompt_attention.h.
+  void (*attend_prompt)(const PromptQueries& p, float* scratch);
+
+  // best[c] = the largest of what it was and of any query's log-attention to key column + c, less the query's cost
+  // (null: none). Queries that are not numbers have no say.
+  void (*attention_peaks)(const PromptQueries& p, const float* cost, int column, int columns, float* scratch,
+                          float* best);
 
   void (*store)(const float* x, Storage storage, void* y, int n);  // n values to a cache
   float (*from_half)(uint16_t h);

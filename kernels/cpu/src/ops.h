@@ -325,6 +325,14 @@ void attend(const Run& run, float* scratch, float* out, float* top, float* sums)
   }
 }
 
+}  // namespace
+}  // namespace dpllm
+
+#include "prompt_attention.h"
+
+namespace dpllm {
+namespace {
+
 // -- activations ---------------------------------------------------------------------------------------------------
 
 struct Quantized {
@@ -438,7 +446,7 @@ template <class Layout, template <int, int, int> class Rows>
 constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
-             weighted_square, attend, store_pair, Simd::from_half, nullptr, nullptr};
+             weighted_square, attend, attend_prompt, attention_peaks, store_pair, Simd::from_half, nullptr, nullptr};
 }
 
 }  // namespace
