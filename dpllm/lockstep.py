@@ -35,7 +35,7 @@ class _Rows:
         self.k[layer, : len(k), :, self.length] = k
         self.v[layer, : len(v), :, self.length] = v
 
-    def attend(self, layer: int, q: Tensor, scale: float, window: int | None, kernel: Any) -> Tensor:
+    def attend(self, layer: int, q: Tensor, scale: float, window: int | None, kernels: Any) -> Tensor:
         """q: [R, H, D]. Returns [R, H, D]."""
         end = self.length + 1
         first = 0 if window is None else max(0, end - window)
@@ -43,7 +43,7 @@ class _Rows:
             heads = len(q) * self.k.shape[2]
             k, v = (t[layer].flatten(0, 2) for t in (self.k, self.v))
             starts, lengths = self._starts[:heads] + first, self._lengths[:heads].fill_(end - first)
-            return kernel(q.flatten(0, 1), k, v, starts, lengths, scale).view(q.shape)
+            return kernels.decode_attention(q.flatten(0, 1), k, v, starts, lengths, scale).view(q.shape)
         k, v = (t[layer, : len(q), :, first:end].to(q.dtype) for t in (self.k, self.v))
         grouped = q.unflatten(1, (k.shape[1], -1))  # [R, KVH, H / KVH, D]
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2)

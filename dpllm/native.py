@@ -22,7 +22,7 @@ from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy, extra_bytes
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
 
@@ -51,6 +51,7 @@ class NativeStep:
         self._runner = native.StepRunner(decoder.backend.cpu.handle, self._model())
         self._logits = torch.empty(1, decoder.config.vocab_size)
         self._bits = torch.empty(len(decoder.groups), dtype=torch.int32)
+        self._extra = extra_bytes(decoder.groups)
         pointers = ctypes.c_void_p * decoder.config.num_layers
         self._layers = pointers(), pointers()  # of a cache's keys and values
         self._policy: PrecisionPolicy | None = None
@@ -78,6 +79,8 @@ class NativeStep:
         if rule is not None:
             self._selection.offset = float(rule.probe.offset(rule.context))
             self._selection.correction = float(rule.correction)
+            self._selection.extra = None if rule.most_bytes is None else self._extra.data_ptr()
+            self._selection.allowance = rule.allowance
         starts, lengths = cache.runs(1)
         request = native.Request(
             token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()

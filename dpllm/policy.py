@@ -29,6 +29,9 @@ POLICIES = (
 )  # fmt: skip
 
 
+STEER = 0.05  # bits between the targets whose thresholds are kept; the correction does the rest
+
+
 class PrecisionPolicy(Protocol):
     """Chooses widths. `extra_bytes` is what choosing itself reads per token."""
 
@@ -108,6 +111,11 @@ class RateDistortionPolicy(RateDistortionRule):
         super().__init__(profile, decoder.backend.select, decoder.device, planes)
         self.extra_bytes = profile.estimator_bytes()
         self.corrected = corrected
+        self.most_bytes: int | None = None
+        self._seed_bytes = sum(g.bytes_at[0] for g in decoder.groups)
+        self._extra = extra_bytes(decoder.groups)
+        self._spare: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
+        self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
         self._total = float(profile.weights.sum())
         self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
         self.set_target(target_bits)
@@ -118,6 +126,27 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
+    def steer(self, target_bits: float, most_bytes: int | None = None) -> None:
+        """Moves the target between two tokens of a text; the correction goes on from where it is.
+
+        most_bytes: of planes, tables and scales, that no token may exceed, whatever it is worth; None: no limit. At
+        least those of the seed width. Groups that come too late for their planes get what is left.
+        """
+        self.controller.target_bits, self.most_bytes = target_bits, most_bytes
+        if self.planes.max() == self.profile.bits[0]:  # nothing to choose
+            return
+        near = round(target_bits / STEER) * STEER
+        if near not in self._steered:
+            low, high = self.profile.target_range(self.planes)
+            lam = self.profile.lambda_for(min(max(near, low), high), self.planes)
+            self._steered[near] = torch.from_numpy(self.profile.thresholds(lam, self.planes))
+        self.thresholds.copy_(self._steered[near])
+
+    @property
+    def allowance(self) -> int:
+        """Bytes beyond the seed width that a token may read; 0 where there is no limit."""
+        return 0 if self.most_bytes is None else max(0, self.most_bytes - self._seed_bytes)
+
     def reset(self) -> None:
         """A new text: no previous step, no correction (the same text is to get the same widths)."""
         self.context, self._inputs, self._used = None, {}, None
@@ -126,8 +155,21 @@ class RateDistortionPolicy(RateDistortionRule):
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
         bits = super().__call__(group, x)
+        if self.most_bytes is not None:
+            bits = self._afford(group, bits)
         used = bits.double() * group.weights
         self._used = used if group.index == 0 or self._used is None else self._used + used
+        return bits
+
+    def _afford(self, group: Group, bits: Tensor) -> Tensor:
+        """The widths, or less where the token's allowance is used up."""
+        if group.index == 0 or self._spare is None:
+            self._spare = torch.full((len(bits),), self.allowance, dtype=torch.int64, device=bits.device)
+        extra = self._extra[group.index].to(bits.device)  # [steps], ascending
+        affordable = group.seed_bits + (extra[None] <= self._spare[:, None]).sum(1)
+        bits = torch.minimum(bits, affordable.to(bits.dtype))
+        step = (bits - group.seed_bits).long()
+        self._spare = self._spare - torch.where(step > 0, extra[(step - 1).clamp(min=0)], 0)
         return bits
 
     def record(self, bits: Tensor) -> None:
@@ -142,6 +184,16 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.corrected and self._used is not None:
             self.controller.update(self._used[: len(tokens)] / self._total)
             self.correction, self._used = self.controller.value, None
+
+
+def extra_bytes(groups: list[Group]) -> Tensor:
+    """int64 [G, B - 1]: bytes that each width reads beyond the seed width's; widths a group does not hold cost what the
+    largest integer says."""
+    steps = max((len(g.bytes_at) for g in groups), default=1) - 1
+    out = torch.full((len(groups), max(steps, 0)), torch.iinfo(torch.int64).max, dtype=torch.int64)
+    for row, g in zip(out, groups, strict=True):
+        row[: len(g.bytes_at) - 1] = torch.tensor([b - g.bytes_at[0] for b in g.bytes_at[1:]])
+    return out
 
 
 class Recorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from dpllm.kernels.cpu.library import Handle, Int, Matrix, Pointer
+from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
 
 Float = ctypes.c_float
 Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read, 0 to stop
@@ -59,6 +59,7 @@ class Selection(ctypes.Structure):
     _fields_ = (
         ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer), ("steps", Int), ("seed", Int),
         ("probe", Pointer), ("offset", Float), ("limit", Float), ("correction", Float), ("choose", Choose),
+        ("extra", Pointer), ("allowance", Long),
     )  # fmt: skip
 
 

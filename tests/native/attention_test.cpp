@@ -33,9 +33,7 @@ class Cache {
     if (scene.storage == Storage::kFloat32) return single_[which].data();
     return half_[which].data();
   }
-  const double* row(int which, int head, int i) const {
-    return &values_[which][size_t(start[head] + i) * scene.dim];
-  }
+  const double* row(int which, int64_t slot) const { return &values_[which][size_t(slot) * scene.dim]; }
 
   Scene scene;
   std::vector<int64_t> start;
@@ -46,21 +44,22 @@ class Cache {
   Buffer<uint16_t> half_[2];
 };
 
-std::vector<double> expected(const Cache& cache, const Buffer<float>& q, double scale) {
+std::vector<double> expected(const Cache& cache, const std::vector<int64_t>& start, const std::vector<int32_t>& length,
+                             const Buffer<float>& q, double scale) {
   const Scene& s = cache.scene;
   std::vector<double> out(q.size());
   for (int h = 0; h < s.kv_heads * s.group; h++) {
     const int kv = h / s.group;
     std::vector<double> weight;
     double total = 0;
-    for (int i = 0; i < s.length[kv]; i++) {
+    for (int i = 0; i < length[kv]; i++) {
       double score = 0;
-      for (int d = 0; d < s.dim; d++) score += q[size_t(h) * s.dim + d] * cache.row(0, kv, i)[d];
+      for (int d = 0; d < s.dim; d++) score += q[size_t(h) * s.dim + d] * cache.row(0, start[kv] + i)[d];
       weight.push_back(std::exp(score * scale));
       total += weight.back();
     }
-    for (int i = 0; i < s.length[kv]; i++)
-      for (int d = 0; d < s.dim; d++) out[size_t(h) * s.dim + d] += weight[i] / total * cache.row(1, kv, i)[d];
+    for (int i = 0; i < length[kv]; i++)
+      for (int d = 0; d < s.dim; d++) out[size_t(h) * s.dim + d] += weight[i] / total * cache.row(1, start[kv] + i)[d];
   }
   return out;
 }
@@ -81,7 +80,7 @@ void check_scene(const Variant& v, const Scene& s, Random& random) {
   Buffer<float> q = normals(size_t(s.kv_heads) * s.group * s.dim, random);
   const float scale = 1 / std::sqrt(float(s.dim));
   const Buffer<float> out = attend(v, 1, cache, q, scale);
-  const std::vector<double> right = expected(cache, q, scale);
+  const std::vector<double> right = expected(cache, cache.start, s.length, q, scale);
   double worst = 0;
   for (size_t i = 0; i < right.size(); i++)
     worst = std::fmax(worst, std::isnan(out[i]) ? INFINITY : std::fabs(out[i] - right[i]));
@@ -110,15 +109,16 @@ void check_prompt(const Variant& v, const Scene& s, int tokens, int window, Rand
   }
   CHECK(out[0] == out[1], "threads differ");
   for (int t = 0; t < tokens; t++) {  // what one token sees is a cache of its own
-    Cache seen = cache;
+    std::vector<int64_t> start = cache.start;
+    std::vector<int32_t> length = s.length;
     for (int h = 0; h < s.kv_heads; h++) {
       const int end = s.length[size_t(h)] - tokens + t + 1, first = window ? std::max(0, end - window) : 0;
-      seen.start[size_t(h)] += first;
-      seen.scene.length[size_t(h)] = end - first;
+      start[size_t(h)] += first;
+      length[size_t(h)] = end - first;
     }
     Buffer<float> own(size_t(heads) * s.dim);
     std::memcpy(own.data(), q.data() + size_t(t) * own.size(), own.size() * sizeof(float));
-    const std::vector<double> right = expected(seen, own, scale);
+    const std::vector<double> right = expected(cache, start, length, own, scale);
     double worst = 0;
     for (size_t i = 0; i < right.size(); i++)
       worst = std::fmax(worst, std::fabs(out[0][size_t(t) * own.size() + i] - right[i]));
@@ -145,7 +145,7 @@ void check_peaks(const Variant& v, const Scene& s, int tokens, Random& random) {
       double total = 0;
       for (int i = 0; i <= before + t; i++) {
         double x = 0;
-        for (int d = 0; d < s.dim; d++) x += q[(size_t(t) * heads + g) * s.dim + d] * cache.row(0, 0, i)[d];
+        for (int d = 0; d < s.dim; d++) x += q[(size_t(t) * heads + g) * s.dim + d] * cache.row(0, cache.start[0] + i)[d];
         score.push_back(x), total += std::exp(x);
       }
       for (int i = 0; i < before; i++)

@@ -14,6 +14,7 @@ Step::Step(Context& c, const Model& m)
 bool Step::run(const Selection& s, Cache& cache, Request& request) {
   selection_ = &s;
   multiplier_ = 1;
+  allowance_ = s.allowance;
   request_ = &request;
   embed(request.token);
   rotations(request.position);
@@ -57,6 +58,11 @@ int Step::choose(const Group& g, const float* x, int columns) {
   const float error = multiplier_ * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
   const float* threshold = s.thresholds + int64_t(g.index) * s.steps;
   for (int i = 0; i < s.steps; i++) bits += error > threshold[i];
+  if (s.extra) {
+    const int64_t* extra = s.extra + int64_t(g.index) * s.steps - s.seed - 1;  // indexed by width
+    while (bits > s.seed && extra[bits] > allowance_) bits--;
+    if (bits > s.seed) allowance_ -= extra[bits];
+  }
   return bits;
 }
 

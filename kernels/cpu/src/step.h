@@ -52,6 +52,10 @@ struct Selection {
   const float* probe;                 // [hidden], or null
   float offset, limit, correction;
   int32_t (*choose)(int32_t group, const float* x);  // or null
+  // Where thresholds decide, a token reads at most `allowance` bytes beyond the seed width: extra [groups, steps], what
+  // each width costs beyond it. Groups that come too late for their planes get what is left. null: no limit.
+  const int64_t* extra;
+  int64_t allowance;
 };
 
 // The key-value cache of one sequence: layer l, KV head h owns length[l, h] slots from start[l, h] of the
@@ -94,6 +98,7 @@ class Step {
   const Model& m_;
   const Selection* selection_ = nullptr;
   float multiplier_ = 1;
+  int64_t allowance_ = 0;  // left of the token's
   Request* request_ = nullptr;
   std::vector<float> x_, h_, qkv_, mixed_, gate_up_, act_, cos_, sin_;
   std::vector<int64_t> start_;

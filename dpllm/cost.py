@@ -1,0 +1,226 @@
+"""What a decode step costs on this machine: measured in seconds, kept per overlay and device, used to plan and to steer.
+
+A step's time is that of reading the weights at some effective bits plus that of attending to the pairs a cache holds;
+both are tables of measured points, straight lines between them. What is timed is the step a user waits for: the
+native call, the policy's decisions, sampling and the Python around them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpllm.kernels.errors import InputError
+from dpllm.policy import make_policy, resident_mean
+from dpllm.quant.files import write_text
+
+if TYPE_CHECKING:
+    from dpllm.engine import Engine
+
+VERSION = 1
+POINTS = 7  # effective bits at which the step is timed
+TOKENS = 8  # decoded in a row at each point, the first two of which do not count
+WARM_UP = 2
+SECONDS = 4.0  # to spend, more or less: slow models get fewer rounds
+ROUNDS = (3, 24)  # at least, at most
+CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Milliseconds of a decode step. bits, weights_ms: the step at these effective bits with an empty cache. pairs,
+    attention_ms: what so many pairs in the cache add, over all layers and heads; both begin with 0.
+
+    device, overlay_hash, resident_bits: what it was measured with.
+    """
+
+    device: str
+    overlay_hash: str
+    resident_bits: float
+    bits: tuple[float, ...]
+    weights_ms: tuple[float, ...]
+    pairs: tuple[float, ...]
+    attention_ms: tuple[float, ...]
+
+    def step_ms(self, bits: float, pairs: float = 0.0) -> float:
+        """Time of a token at these effective bits with so many pairs in the cache."""
+        return float(np.interp(bits, self.bits, self.weights_ms)) + self.kv_ms(pairs)
+
+    def kv_ms(self, pairs: float) -> float:
+        """What attention adds; beyond the largest cache measured, in proportion."""
+        last, before = self.pairs[-1], self.pairs[-2]
+        if pairs <= last:
+            return float(np.interp(pairs, self.pairs, self.attention_ms))
+        slope = (self.attention_ms[-1] - self.attention_ms[-2]) / (last - before)
+        return self.attention_ms[-1] + slope * (pairs - last)
+
+    def bits_for(self, ms: float, pairs: float = 0.0) -> float:
+        """The most effective bits whose step takes no longer; the least there are where none does."""
+        left = ms - self.kv_ms(pairs)
+        return float(np.interp(left, self.weights_ms, self.bits))
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"cost_version": VERSION, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> CostModel:
+        """Raises InputError for a file that is no cost profile."""
+        try:
+            stored = json.loads(path.read_text())
+            version = stored.pop("cost_version")
+            if version != VERSION:
+                raise ValueError(f"version {version}, this dpllm reads {VERSION}")
+            found = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+            found._check()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            raise InputError(f"{path} is no cost profile ({e}). Run: dpllm profile") from None
+        return found
+
+    def _check(self) -> None:
+        for xs, ys in ((self.bits, self.weights_ms), (self.pairs, self.attention_ms)):
+            if not (len(xs) == len(ys) >= 2 and all(map(np.isfinite, (*xs, *ys)))):
+                raise ValueError("its tables are not whole")
+            if sorted(set(xs)) != list(xs) or sorted(ys) != list(ys):
+                raise ValueError("its tables do not ascend")
+
+
+def device_name(engine: Engine) -> str:
+    """What a measurement holds for: processor or GPU, backend, threads."""
+    backend, threads = engine.decoder.backend, ""
+    if backend.cpu is not None:
+        threads = f", {backend.cpu.handle.threads} threads, {backend.cpu.handle.options.accuracy}"
+    return f"{_processor(engine)}, {backend.name}{threads}"
+
+
+def _processor(engine: Engine) -> str:
+    if engine.decoder.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(engine.decoder.device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cost_path(engine: Engine) -> Path:
+    """Where this machine keeps the cost of this overlay, held with so many planes."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpllm"
+    key = f"{device_name(engine)} {resident_mean(engine.decoder):.4f}"
+    return root / f"{_hash(engine)[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
+
+
+def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambda *_: None) -> CostModel:
+    """The stored cost model, or a fresh one, which is then stored.
+
+    path: a file to use instead of the cache. Raises InputError where it was measured with another overlay or device.
+    """
+    if path is not None:
+        found = CostModel.load(path)
+        if found.overlay_hash != _hash(engine):
+            raise InputError(f"{path} was measured with another overlay. Run: dpllm profile")
+        if found.device != device_name(engine):
+            raise InputError(
+                f"{path} was measured on another device ({found.device}; this is {device_name(engine)}). "
+                "Run: dpllm profile"
+            )
+        return found
+    stored = cost_path(engine)
+    if stored.exists():
+        try:
+            return CostModel.load(stored)
+        except InputError:
+            pass  # a cache: what cannot be read is measured again
+    found = measure(engine, progress)
+    try:
+        found.save(stored)
+    except OSError:
+        pass  # no place to keep it; it costs seconds
+    return found
+
+
+def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+    """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
+    slows all of them alike. Raises InputError for a model without bits to choose."""
+    if engine.profile is None or not engine.quantized:
+        raise InputError(
+            f"{engine.path} has no calibration profile, so there is nothing to plan with. Run: dpllm calibrate {engine.path}"
+        )
+    targets, contexts = _targets(engine), _contexts(engine)
+    heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
+    cells = [(t, 0) for t in targets] + [(targets[0], n) for n in contexts]
+    times: dict[tuple[float, int], list[float]] = {cell: [] for cell in cells}
+    read: dict[tuple[float, int], list[float]] = {cell: [] for cell in cells}
+    began, rounds = time.perf_counter(), ROUNDS[1]
+    done = 0
+    while done < rounds:
+        for cell in cells:
+            steps = _decode(engine, *cell)
+            times[cell] += [ms for ms, _ in steps]
+            read[cell] += [bits for _, bits in steps]
+        done += 1
+        if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
+            rounds = done
+        progress("timing", done, rounds)
+    at = sorted((float(np.mean(read[t, 0])), statistics.median(times[t, 0])) for t in targets)
+    base = statistics.median(times[targets[0], 0])
+    added = [statistics.median(times[targets[0], n]) - base for n in contexts]
+    return CostModel(
+        device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
+        bits=tuple(_rising([b for b, _ in at], 1e-6)), weights_ms=tuple(_rising([ms for _, ms in at])),
+        pairs=(0.0, *(float(n * heads) for n in contexts)), attention_ms=tuple(_rising([0.0, *added])),
+    )  # fmt: skip
+
+
+def _targets(engine: Engine) -> list[float]:
+    """Effective bits to time, ends included."""
+    assert engine.profile is not None
+    low, high = engine.profile.target_range([g.resident_bits for g in engine.decoder.groups])
+    if high - low < 0.1:
+        raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
+    return [float(t) for t in np.linspace(low, high, POINTS)]
+
+
+def _contexts(engine: Engine) -> list[int]:
+    room = engine.decoder.config.max_positions - TOKENS - 1
+    return sorted({min(n, room) for n in CONTEXTS if room > 0})
+
+
+def _decode(engine: Engine, target: float, context: int) -> list[tuple[float, float]]:
+    """(ms, effective bits) of a few tokens behind a cache of so many pairs a head (their values change no time)."""
+    policy = make_policy("rate-distortion", target, engine.decoder, engine.profile)
+    steps = list(engine.decode_after(context, TOKENS, policy))
+    return [(s.tpot_ms, s.effective_bits) for s in steps[WARM_UP:]]
+
+
+def _rising(values: Sequence[float], least: float = 0.0) -> list[float]:
+    """The values made non-decreasing: more bits and more pairs never take less time, whatever noise says."""
+    out: list[float] = []
+    for v in values:
+        out.append(v if not out else max(v, out[-1] + least))
+    return out
+
+
+def _hash(engine: Engine) -> str:
+    assert engine.profile is not None
+    return engine.profile.overlay_hash
+
+
+def as_json(cost: CostModel) -> dict[str, Any]:
+    """The object of `dpllm profile --json`."""
+    return {"cost": asdict(cost)}
