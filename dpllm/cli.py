@@ -192,6 +192,14 @@ def generate(
     context: Annotated[
         str | None, typer.Option("--context", help="What the prompt is about: made by dpllm context build.")
     ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            help="Draft tokens and check several a pass: 'self' drafts with the overlay at --draft-bits, 'lookup' from "
+            "the text so far, 'auto' does both from 6 bits on where it is faster, 'off' neither."
+        ),
+    ] = "auto",
+    draft_bits: Annotated[Optional[int], typer.Option(help="Width of drafts; default: 3.")] = None,  # noqa: UP045
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -204,7 +212,9 @@ def generate(
     from dpllm.commands.generate import GenerateArguments, run
     from dpllm.engine import GenerateOptions
 
-    options = GenerateOptions(max_new_tokens, temperature, top_p, seed, tuple(stop or ()), chat)
+    options = GenerateOptions(
+        max_new_tokens, temperature, top_p, seed, tuple(stop or ()), chat, speculate, draft_bits
+    )
     run(
         GenerateArguments(
             prompt,

@@ -21,22 +21,33 @@ from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.native import NativeStep, decode_one
+from dpllm.native import NativeStep
+from dpllm.pacing import Pacer
 from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import check_text, encode, load_tokenizer
-from dpllm.sampling import sample
+from dpllm.sampling import Sampler
+from dpllm.speculation import Continuation, Draft, Passed, PromptLookup, SelfDraft, Tally, obstacle
 
 if TYPE_CHECKING:
     from dpllm.context import KVContext
 
 PREFILL_CHUNK = 512
 DEFAULT_TARGET_BITS = 3.5
+SPECULATE = ("auto", "off", "self", "lookup")
+HIGH_QUALITY = 6.0  # bits, from which 'auto' tries to speculate
+DRAFT_BITS = 3
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """temperature 0 is greedy. stop: strings that end the text (not part of it)."""
+    """temperature 0 is greedy. stop: strings that end the text (not part of it).
+
+    speculate: where drafts come from that are checked several tokens a pass (dpllm/speculation.py). 'self': the
+    overlay itself at draft_bits (None: 3, or what is resident); 'lookup': earlier occurrences in prompt and output;
+    'auto': both for targets of 6 bits or more on the native kernels, else off. Where no draft is worth its time, there
+    is none.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -44,6 +55,8 @@ class GenerateOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     chat: bool = False
+    speculate: str = "auto"
+    draft_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -54,13 +67,21 @@ class GenerateOptions:
             raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1].")
         if "" in self.stop:
             raise InputError("an empty stop string would stop at once. Give at least one character.")
+        if self.speculate not in SPECULATE:
+            raise InputError(f"speculate is '{self.speculate}'. Choose one of: {', '.join(SPECULATE)}.")
+        if self.draft_bits is not None and self.speculate not in ("auto", "self"):
+            raise InputError(
+                f"draft_bits is the width of a draft of the model itself; speculate '{self.speculate}' makes none. "
+                "Choose 'self', or leave draft_bits out."
+            )
 
 
 @dataclass(frozen=True)
 class Step:
     """One generated token. `text` is what became final with it (it may lag behind a stop string or a
     character that spans tokens); `tpot_ms` the time this token took, for the first one that of reading the
-    prompt (at the resident maximum); `bits` the width of each group."""
+    prompt (at the resident maximum); `bits` the width of each group. Tokens that one pass has checked share its time
+    and its `weight_bytes`, those of drafting included, evenly; `bits` are those of the check."""
 
     token: int
     text: str
@@ -79,9 +100,13 @@ class Engine:
         self.quantized = not decoder.groups[0].dense
         self.native = NativeStep.of(decoder)
         self._weights = sum(g.weights for g in decoder.groups)
-        self._head_bytes = decoder.head_bytes()
+        read = (g.bytes_at[-1] for g in decoder.groups) if self.quantized else ()
+        self._resident_bytes = sum(read) + decoder.head_bytes()  # what a prompt reads
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
+        self.tally = Tally()  # of the drafts of the last generation
+        self._self_drafts: dict[int, SelfDraft] = {}
+        self._pacers: dict[tuple, Pacer] = {}  # what earlier texts have taught
 
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
         """Changes policy or target; takes effect with the next token."""
@@ -145,43 +170,90 @@ class Engine:
         self.check_prompt(ids, read)
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
+        ahead = Continuation(self.decoder, self.native, cache, _sampler(options), clock)
+        if drafts := self._drafts(options):
+            before = [] if context is None else context.ids
+            ahead.speculate([*before, *ids], drafts, self._pacer(options, drafts))
+        self.tally = ahead.tally
         said: list[int] = []
         if context is not None:
             context.begin_turn()
         try:
-            yield from self._generate(ids, cache, replace(options, max_new_tokens=budget), clock, began, said)
+            yield from self._generate(ids, ahead, replace(options, max_new_tokens=budget), began, said)
         finally:
+            ahead.drop()
             if context is not None:
                 context.end_turn(ids, said, read, keep)
 
     def _generate(
-        self, ids: list[int], cache: KVCache, options: GenerateOptions, clock: Callable[[], float], began: float,
-        said: list[int],
-    ) -> Iterator[Step]:  # fmt: skip
+        self, ids: list[int], ahead: Continuation, options: GenerateOptions, began: float, said: list[int]
+    ) -> Iterator[Step]:
         """The steps behind ids; the tokens go to `said`."""
-        budget = options.max_new_tokens
-        generator = None if options.seed is None else torch.Generator().manual_seed(options.seed)
-        cache.runs(len(ids) + budget)  # room for all of it at once
+        budget, clock, eos = options.max_new_tokens, ahead.clock, self.decoder.config.eos_ids
+        ahead.cache.runs(len(ids) + budget)  # room for all of it at once
         pending = _Pending(self.tokenizer, options.stop)
-        bits, chosen = None, self.policy
+        chosen = self.policy
         deciding = None if chosen is None else begin_text(chosen)
+        ahead.follow(deciding)
 
-        logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
+        logits = self._prefill(torch.tensor(ids, device=self.decoder.device), ahead.cache)
+        passed = Passed(ahead.draw(logits[-1]), logits, nbytes=self._resident_bytes)
         for count in range(budget):
-            token = sample(logits[-1], options.temperature, options.top_p, generator)
+            token = passed.token
             said.append(token)
-            ms, ended = (clock() - began) * 1e3, token in self.decoder.config.eos_ids
-            last = ended or count == budget - 1
-            text = pending.push(None if ended else token, last=last)
-            yield self._step(token, text, ms, cache, bits)
+            last = token in eos or count == budget - 1
+            text = pending.push(None if token in eos else token, last=last)
+            ms, nbytes = ahead.rest() if last or pending.stopped else (0.0, 0.0)
+            ms += (clock() - began) * 1e3 + passed.ms
+            yield self._step(replace(passed, ms=ms, nbytes=passed.nbytes + nbytes), text, ahead.cache)
             if last or pending.stopped:
                 return
             began = clock()
             if self.policy is not chosen:  # set_policy has been called since the last token
                 chosen = self.policy
                 deciding = None if chosen is None else begin_text(chosen)
-            observe(deciding, logits, torch.tensor([token], device=logits.device))
-            logits, bits = self._decode(token, cache, deciding)
+                ahead.follow(deciding)
+            observe(deciding, passed.logits, torch.tensor([token], device=logits.device))
+            passed = ahead.next(token, budget - count - 1)
+
+    def _drafts(self, options: GenerateOptions) -> list[Draft]:
+        """Sources of drafts, the cheapest first. Raises InputError where those asked for cannot be."""
+        mode, why = options.speculate, obstacle(self.policy, self.native)
+        if mode == "auto" and (why or self.native is None or (self.target_bits or 0) < HIGH_QUALITY):
+            mode = "off"
+        if mode == "off":
+            return []
+        if why:
+            raise InputError(
+                f"{why}, so drafts cannot be checked. Choose policy uniform, static or rate-distortion, or leave "
+                "--speculate out."
+            )
+        lookup: list[Draft] = [PromptLookup()] if mode != "self" else []
+        return lookup if mode == "lookup" else [*lookup, self._self_draft(options.draft_bits)]
+
+    def _self_draft(self, bits: int | None) -> SelfDraft:
+        first = self.decoder.groups[0]
+        if first.dense:
+            raise InputError(
+                f"{self.path} is not quantised, so it holds no draft of itself. Run dpllm quantize first, or choose "
+                "--speculate lookup."
+            )
+        held = max(g.resident_bits for g in self.decoder.groups)
+        if bits is None:
+            bits = min(max(DRAFT_BITS, first.seed_bits), held)
+        if not first.seed_bits <= bits <= held:
+            raise InputError(
+                f"a draft of {bits} bits is impossible: {first.seed_bits}..{held} are resident. Choose one of these."
+            )
+        if bits not in self._self_drafts:
+            self._self_drafts[bits] = SelfDraft(self.decoder, bits)
+        return self._self_drafts[bits]
+
+    def _pacer(self, options: GenerateOptions, drafts: Sequence[Draft]) -> Pacer:
+        """What is known of drafts of this kind at this target."""
+        name = self.policy.name if self.policy else None
+        key = (name, self.target_bits, options.draft_bits, options.temperature, *(d.name for d in drafts))
+        return self._pacers.setdefault(key, Pacer([d.longest for d in drafts]))
 
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -190,33 +262,28 @@ class Engine:
             logits = self.decoder.forward(chunk, cache, last_only=True)
         return logits
 
-    def _decode(
-        self, token: int, cache: KVCache, policy: PrecisionPolicy | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [1, vocab] behind one more token, and the width of each group, int32 [1, G], if quantised."""
-        if policy is None:
-            with torch.no_grad():
-                return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache), None
-        return decode_one(self.decoder, self.native, token, cache, policy)
-
-    def _step(self, token: int, text: str, ms: float, cache: KVCache, bits: torch.Tensor | None) -> Step:
-        """bits: what this token read; None: the resident maximum, as for a prompt (0: never quantised)."""
-        first = self.decoder.groups[0]
-        widths = [g.resident_bits for g in self.decoder.groups] if bits is None else bits[0].tolist()
-        if first.dense:
-            return Step(token, text, 0.0, ms, self._head_bytes, cache.nbytes)
+    def _step(self, passed: Passed, text: str, cache: KVCache) -> Step:
+        """Of a token; without bits it was read at the resident maximum, as a prompt is, or never quantised."""
+        if not self.quantized:
+            return Step(passed.token, text, 0.0, passed.ms, round(passed.nbytes), cache.nbytes)
+        read = None if passed.bits is None else passed.bits[0].tolist()
+        widths = [g.resident_bits for g in self.decoder.groups] if read is None else read
         used = sum(b * g.weights for b, g in zip(widths, self.decoder.groups, strict=True))
-        read = sum(g.bytes_at[b - g.seed_bits] for b, g in zip(widths, self.decoder.groups, strict=True))
-        choosing = self.policy.extra_bytes if bits is not None and self.policy is not None else 0
         return Step(
-            token=token,
+            token=passed.token,
             text=text,
             effective_bits=used / self._weights,
-            tpot_ms=ms,
-            weight_bytes=read + self._head_bytes + choosing,
+            tpot_ms=passed.ms,
+            weight_bytes=round(passed.nbytes),
             kv_bytes=cache.nbytes,
-            bits=widths if bits is not None else (),
+            bits=read or (),
         )
+
+
+def _sampler(options: GenerateOptions) -> Sampler:
+    if options.seed is None:
+        return Sampler(options.temperature, options.top_p)
+    return Sampler(options.temperature, options.top_p, torch.Generator().manual_seed(options.seed))
 
 
 class _Pending:

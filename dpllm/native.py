@@ -1,8 +1,8 @@
 """A whole decode step in one native call: the decoder described to the CPU library.
 
-`NativeStep` computes what `Decoder.forward` computes for one token, without a Python operation in between. A policy
-whose rule is fixed widths, or thresholds on a weighted square, is evaluated natively; any other policy is called
-back for each group.
+`NativeStep` computes what `Decoder.forward` computes for one token, or for several of one sequence behind each other,
+without a Python operation in between. A policy whose rule is fixed widths, or thresholds on a weighted square, is
+evaluated natively; any other policy is called back for each group.
 """
 
 from __future__ import annotations
@@ -42,16 +42,19 @@ def own_inputs(policy: ThresholdRule) -> bool:
 
 
 class NativeStep:
-    """Decodes one token at a time. Made for one decoder; serves one sequence at a time."""
+    """Decodes up to MAX_ROWS tokens at a time. Made for one decoder; serves one sequence at a time."""
 
     def __init__(self, decoder: Decoder):
         assert decoder.backend.cpu is not None
         self.decoder = decoder
         self._alive: list[Any] = []
         self._runner = native.StepRunner(decoder.backend.cpu.handle, self._model())
-        self._logits = torch.empty(1, decoder.config.vocab_size)
-        self._bits = torch.empty(len(decoder.groups), dtype=torch.int32)
         self._extra = extra_bytes(decoder.groups)
+        self._logits = torch.empty(0, decoder.config.vocab_size)
+        self._bits = torch.empty(0, len(decoder.groups), dtype=torch.int32)
+        rows = native.MAX_ROWS
+        self._tokens, self._greedy = (native.Int * rows)(), (native.Int * rows)()
+        self._corrections = (native.Float * rows)()
         pointers = ctypes.c_void_p * decoder.config.num_layers
         self._layers = pointers(), pointers()  # of a cache's keys and values
         self._policy: PrecisionPolicy | None = None
@@ -72,19 +75,50 @@ class NativeStep:
 
         Both tensors are overwritten by the next call. Raises what the policy raises.
         """
-        if not 0 <= token < len(self._logits[0]):
-            raise IndexError(f"there is no token {token} in a vocabulary of {len(self._logits[0])}.")
+        rule = policy if isinstance(policy, RateDistortionPolicy) else None
+        found = self.several([token], cache, policy, None if rule is None else [float(rule.correction)])
+        if rule is not None and self.decides_natively:
+            rule.record(found[1])
+        return found
+
+    def several(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        policy: PrecisionPolicy,
+        corrections: Sequence[float] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits [T, vocab], bits int32 [T, G]) behind T more tokens (1..MAX_ROWS), whose pairs join the cache.
+
+        Weights are read once for all of them. Row by row both are, bit for bit, what T steps of one token would give at
+        the same widths. corrections: of a rate-distortion policy, for each token; its context is that of the first.
+        Nothing is recorded with the policy. Both tensors are overwritten by the next call. Raises what the policy
+        raises; ValueError for several tokens under a policy that is called back, which may remember one input a group.
+        """
+        rows = len(tokens)
+        if not 1 <= rows <= native.MAX_ROWS:
+            raise ValueError(f"{rows} tokens in one step; 1..{native.MAX_ROWS} are possible.")
+        for token in tokens:
+            if not 0 <= token < self.decoder.config.vocab_size:
+                raise IndexError(
+                    f"there is no token {token} in a vocabulary of {self.decoder.config.vocab_size}."
+                )
         self.follow(policy)
-        rule = policy if isinstance(policy, RateDistortionPolicy) and self._selection.probe else None
-        if rule is not None:
-            self._selection.offset = float(rule.probe.offset(rule.context))
-            self._selection.correction = float(rule.correction)
-            self._selection.extra = None if rule.most_bytes is None else self._extra.data_ptr()
-            self._selection.allowance = rule.allowance
-        starts, lengths = cache.runs(1)
+        if rows > 1 and not self.decides_natively:
+            raise ValueError(f"policy '{policy.name}' is called back: one token at a time.")
+        self._make_room(rows)
+        self._tokens[:rows] = tokens
+        if self._selection.probe:
+            assert isinstance(policy, RateDistortionPolicy) and corrections is not None
+            self._selection.offset = float(policy.probe.offset(policy.context))
+            self._corrections[:rows] = corrections
+            self._selection.extra = None if policy.most_bytes is None else self._extra.data_ptr()
+            self._selection.allowance = policy.allowance
+        starts, lengths = cache.runs(rows)
         request = native.Request(
-            token=token, position=cache.length, logits=self._logits.data_ptr(), bits=self._bits.data_ptr()
-        )
+            rows=rows, position=cache.length, tokens=ctypes.addressof(self._tokens), logits=self._logits.data_ptr(),
+            bits=self._bits.data_ptr(), greedy=ctypes.addressof(self._greedy),
+        )  # fmt: skip
         view = native.Cache(
             k=self._addresses(cache.k, 0), v=self._addresses(cache.v, 1), start=starts.data_ptr(),
             length=lengths.data_ptr(), storage=STORAGE[cache.k[0].dtype],
@@ -96,10 +130,20 @@ class NativeStep:
             error, self._error = self._error, None
             assert error is not None
             raise error
-        cache.advance(1)
-        if rule is not None:
-            rule.record(self._bits[None])
-        return self._logits, self._bits[None]
+        cache.advance(rows)
+        return self._logits[:rows], self._bits[:rows]
+
+    @property
+    def decides_natively(self) -> bool:
+        """Whether the policy that it follows is evaluated without calling back."""
+        return not self._selection.choose
+
+    def _make_room(self, rows: int) -> None:
+        """Memory for the results of so many tokens: one, or as many as there can be."""
+        if len(self._logits) < rows:
+            count = 1 if rows == 1 else native.MAX_ROWS
+            self._logits = torch.empty(count, self.decoder.config.vocab_size)
+            self._bits = torch.empty(count, len(self.decoder.groups), dtype=torch.int32)
 
     def follow(self, policy: PrecisionPolicy) -> None:
         """Makes a policy the one that decides; what calling with it does, too, when it is another than before."""
@@ -144,6 +188,7 @@ class NativeStep:
         if probe is not None:
             weights = probe.probe.float().contiguous()
             selection.probe, selection.limit = weights.data_ptr(), LIMIT
+            selection.correction = ctypes.addressof(self._corrections)
             self._held = (diagonals, pointers, weights)
         else:
             self._held = (diagonals, pointers)

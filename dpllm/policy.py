@@ -8,6 +8,8 @@ learns from each finished step (`observe`), and only decoding step by step is th
 from __future__ import annotations
 
 import copy
+from collections import deque
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -118,11 +120,12 @@ class RateDistortionPolicy(RateDistortionRule):
         self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
         self._total = float(profile.weights.sum())
         self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
+        self.lag = 0
         self.set_target(target_bits)
 
     def set_target(self, target_bits: float) -> None:
         """Moves lambda to where calibration measured these effective bits. The correction starts anew."""
-        self.controller, self.correction = Correction(target_bits), 0.0
+        self._begin(target_bits)
         if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
@@ -150,7 +153,22 @@ class RateDistortionPolicy(RateDistortionRule):
     def reset(self) -> None:
         """A new text: no previous step, no correction (the same text is to get the same widths)."""
         self.context, self._inputs, self._used = None, {}, None
-        self.controller, self.correction = Correction(self.controller.target_bits), 0.0
+        self._begin(self.controller.target_bits)
+
+    def _begin(self, target_bits: float) -> None:
+        self.controller, self.correction = Correction(target_bits), 0.0
+        self._coming = deque([0.0] * self.lag)
+
+    def delay(self, tokens: int) -> None:
+        """Corrects each token by what was known so many tokens before, and leaves the previous step's context out: what
+        a token reads then depends on nothing that a pass over up to so many tokens would still have to find out, so it
+        is the same however tokens are grouped into passes. For one text at a time; starts it anew."""
+        self.lag = tokens
+        self.reset()
+
+    def corrections(self, count: int) -> list[float]:
+        """Of the tokens about to be decoded; of more than one only where it is delayed by as many."""
+        return list(islice(self._coming, count)) if self.lag else [float(self.correction)]
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
@@ -179,11 +197,15 @@ class RateDistortionPolicy(RateDistortionRule):
     def observe(self, logits: Tensor, tokens: Tensor) -> None:
         """After a decode step. logits: [R, V] of R sequences side by side; tokens: int64 [R], what comes
         next in each. Fewer rows than before: the last sequences have ended."""
-        previous = None if self.context is None else self.context[: len(tokens)]
-        self.context = step_context(logits, tokens, previous)
+        if not self.lag:
+            previous = None if self.context is None else self.context[: len(tokens)]
+            self.context = step_context(logits, tokens, previous)
         if self.corrected and self._used is not None:
             self.controller.update(self._used[: len(tokens)] / self._total)
             self.correction, self._used = self.controller.value, None
+            if self.lag:
+                self._coming.append(float(self.correction))
+                self._coming.popleft()
 
 
 def extra_bytes(groups: list[Group]) -> Tensor:

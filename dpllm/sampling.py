@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,33 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
         p = torch.zeros_like(p).scatter_(0, order, ranked)
     return int(torch.multinomial(p.cpu(), 1, generator=generator))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a text's tokens are drawn, and what they are drawn with."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    generator: torch.Generator = torch.default_generator
+
+    def __call__(self, logits: Tensor) -> int:
+        """One token id from logits [vocab]."""
+        return sample(logits, self.temperature, self.top_p, self.generator)
+
+    def state(self) -> Tensor | None:
+        """What the next draw depends on; None where nothing is drawn."""
+        return None if self.temperature == 0 else self.generator.get_state()
+
+    def go_back(self, state: Tensor | None) -> None:
+        """The next draws are those that followed `state`."""
+        if state is not None:
+            self.generator.set_state(state)
+
+    def twin(self) -> Sampler:
+        """Another that will draw with the same random numbers, without using this one's up."""
+        if self.temperature == 0:
+            return self
+        generator = torch.Generator()
+        generator.set_state(self.generator.get_state())
+        return Sampler(self.temperature, self.top_p, generator)

@@ -104,6 +104,10 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     if context is not None:
         kept = f"{context.kept_ratio:.0%} of a context of {context.cache.length} tokens kept"
         traffic += f" · {summary['kv_bytes'] / 1e6:.2f} MB of cache ({kept})"
+    if (rate := summary["speculation"]["acceptance_rate"]) is not None:
+        traffic += (
+            f" · {rate:.0%} of drafts accepted, {summary['speculation']['tokens_per_pass']:.1f} tokens a pass"
+        )
     note(
         f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]"
     )
@@ -128,4 +132,5 @@ def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
         if dynamic
         else None,
         "kv_bytes": steps[-1].kv_bytes,
+        "speculation": engine.tally.summary(),
     }

@@ -112,7 +112,7 @@ def load_library() -> ctypes.CDLL:
         "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
         "dpllm_step_open": (Pointer, Pointer, Pointer),
         "dpllm_step_close": (None, Pointer),
-        "dpllm_step": (Int, Pointer, Pointer, Pointer, Pointer),
+        "dpllm_step_rows": (Int, Pointer, Pointer, Pointer, Pointer),
     }  # fmt: skip
     for name, (result, *arguments) in signatures.items():
         function = getattr(lib, name, None)

@@ -6,6 +6,7 @@ import ctypes
 
 from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
 
+MAX_ROWS = 16  # step.h: kMaxRows, tokens of one step
 Float = ctypes.c_float
 Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read, 0 to stop
 
@@ -57,9 +58,9 @@ class Selection(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = (
-        ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer), ("steps", Int), ("seed", Int),
-        ("probe", Pointer), ("offset", Float), ("limit", Float), ("correction", Float), ("choose", Choose),
-        ("extra", Pointer), ("allowance", Long),
+        ("fixed", Pointer), ("fixed_stride", Int), ("diagonal", Pointer), ("thresholds", Pointer),
+        ("steps", Int), ("seed", Int), ("probe", Pointer), ("correction", Pointer), ("offset", Float),
+        ("limit", Float), ("choose", Choose), ("extra", Pointer), ("allowance", Long),
     )  # fmt: skip
 
 
@@ -77,10 +78,13 @@ class Cache(ctypes.Structure):
 
 
 class Request(ctypes.Structure):
-    """One token in, logits and chosen widths out."""
+    """Tokens of one sequence in, logits and chosen widths of each out."""
 
     __slots__ = ()
-    _fields_ = (("token", Int), ("position", Int), ("logits", Pointer), ("bits", Pointer), ("greedy", Int))
+    _fields_ = (
+        ("rows", Int), ("position", Int), ("tokens", Pointer), ("logits", Pointer), ("bits", Pointer),
+        ("greedy", Pointer),
+    )  # fmt: skip
 
 
 class StepRunner:
@@ -92,7 +96,7 @@ class StepRunner:
 
     def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
         """Runs one step; False if a callback stopped it."""
-        run = self.handle.lib.dpllm_step
+        run = self.handle.lib.dpllm_step_rows
         return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
 
     def __del__(self) -> None:

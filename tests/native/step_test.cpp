@@ -23,10 +23,10 @@ class Deciders {
       for (int i = 0; i < 6; i++) thresholds_[g * 6 + i] = i < g % 7 ? -1.f + 0.1f * float(i) : INFINITY;
     }
   }
-  dpllm::Selection fixed() const { return {fixed_, nullptr, nullptr, 0, 0, nullptr, 0, 0, 0, nullptr}; }
-  dpllm::Selection thresholds() const { return {nullptr, diagonals_, thresholds_, 6, 2, nullptr, 0, 0, 0, nullptr}; }
+  dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr}; }
+  dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr}; }
   static dpllm::Selection callback(int32_t (*choose)(int32_t, const float*)) {
-    return {nullptr, nullptr, nullptr, 0, 0, nullptr, 0, 0, 0, choose};
+    return {nullptr, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose};
   }
   const int32_t* widths() const { return fixed_; }
 

@@ -47,11 +47,14 @@ class ActivationBuffer {
   Activation activation_{};
 };
 
-// Rows per chunk: at least four chunks a thread, of 8 to 48 KB of weights.
+// Rows per chunk: at least four chunks a thread, of 8 to 48 KB of weights. Whole vectors of any instruction set: what
+// is left at the end of a vector loop may round otherwise, and must not depend on the number of threads.
 inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
+  constexpr int64_t kVector = 16;
   const int64_t bytes = std::max<int64_t>(bytes_per_row, 1);
   const int64_t fair = rows / (4 * c.pool.threads()) + 1;
-  return int(std::max<int64_t>(std::min<int64_t>(fair, (48 << 10) / bytes + 1), (8 << 10) / bytes + 1));
+  const int64_t size = std::max<int64_t>(std::min<int64_t>(fair, (48 << 10) / bytes + 1), (8 << 10) / bytes + 1);
+  return int((size + kVector - 1) / kVector * kVector);
 }
 
 // body(first row, last row) over all rows, in parallel.

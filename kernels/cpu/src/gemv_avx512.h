@@ -175,7 +175,8 @@ struct Sums {
   }
 };
 
-// What turns added lanes into an element of y.
+// What turns added lanes into an element of y. Products are exact in double precision, so that it does not matter to
+// the result which of them the compiler fuses with an addition: it is the same however many activations there are.
 template <int B, int T>
 struct Finish {
   const Matrix& w;
@@ -183,7 +184,8 @@ struct Finish {
   DPLLM_INLINE float operator()(float sum, const Activation& x, int n) const {
     float scale = w.scales[B][n / w.rows_per_table] * (T == 1 ? kBase : 1);
     if (w.row_scale) scale *= w.row_scale[n];
-    return (sum - unsigned_correction<T>(x)) * scale + (w.bias ? w.bias[n] : 0.f);
+    const float y = sum - unsigned_correction<T>(x);  // the correction is a power of two times a float: exact
+    return float(double(y) * scale + (w.bias ? w.bias[n] : 0.f));
   }
 };
 

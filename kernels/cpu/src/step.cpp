@@ -5,198 +5,268 @@
 
 namespace dpllm {
 
-Step::Step(Context& c, const Model& m)
-    : c_(c), m_(m), x_(size_t(m.hidden)), h_(size_t(m.hidden)),
-      qkv_(size_t(m.heads + 2 * m.kv_heads) * m.head_dim), mixed_(size_t(m.heads) * m.head_dim),
-      gate_up_(2 * size_t(m.intermediate)), act_(size_t(m.intermediate)), cos_(size_t(m.head_dim / 2)),
-      sin_(size_t(m.head_dim / 2)), start_(size_t(m.kv_heads)), length_(size_t(m.kv_heads)) {}
+Step::Step(Context& c, const Model& m) : c_(c), m_(m) {}
 
 bool Step::run(const Selection& s, Cache& cache, Request& request) {
   selection_ = &s;
-  multiplier_ = 1;
-  allowance_ = s.allowance;
   request_ = &request;
-  embed(request.token);
-  rotations(request.position);
+  reserve(rows_ = request.rows);
+  std::fill(multiplier_.begin(), multiplier_.end(), 1.f);
+  std::fill(allowance_.begin(), allowance_.end(), s.allowance);
+  embed();
+  rotations();
   for (int i = 0; i < m_.layers; i++)
     if (!attention(m_.layer[i], i, cache) || !mlp(m_.layer[i])) return false;
   head();
+  greedy();
   return true;
 }
 
-void Step::embed(int token) {
-  const Table& t = m_.embedding;
-  const size_t row = size_t(token) * m_.hidden;
-  if (t.dense) {
-    std::memcpy(x_.data(), t.dense + row, sizeof(float) * m_.hidden);
-    return;
-  }
-  const float scale = c_.isa.from_half(t.scale[token]);
-  for (int i = 0; i < m_.hidden; i++) x_[size_t(i)] = float(t.int8[row + size_t(i)]) * scale;
+void Step::reserve(int rows) {
+  if (rows <= room_) return;
+  const size_t n = size_t(room_ = rows), q = size_t(m_.heads) * m_.head_dim;
+  for (std::vector<float>* v : {&x_, &h_}) v->resize(n * m_.hidden);
+  qkv_.resize(n * (q + 2 * size_t(m_.kv_heads) * m_.head_dim));
+  for (std::vector<float>* v : {&q_, &mixed_}) v->resize(n * q);
+  gate_up_.resize(n * 2 * m_.intermediate);
+  act_.resize(n * m_.intermediate);
+  for (std::vector<float>* v : {&cos_, &sin_}) v->resize(n * (m_.head_dim / 2));
+  multiplier_.resize(n);
+  allowance_.resize(n);
+  start_.resize(n * m_.kv_heads);
+  length_.resize(n * m_.kv_heads);
 }
 
-void Step::rotations(int position) {
-  for (int i = 0; i < m_.head_dim / 2; i++) {
-    const float angle = float(position) * m_.inv_freq[i];
-    cos_[size_t(i)] = std::cos(angle) * m_.rope_scale;
-    sin_[size_t(i)] = std::sin(angle) * m_.rope_scale;
+void Step::embed() {
+  const Table& t = m_.embedding;
+  const size_t n = size_t(m_.hidden);
+  for (int r = 0; r < rows_; r++) {
+    const int token = request_->tokens[r];
+    float* x = &x_[r * n];
+    if (t.dense) {
+      std::memcpy(x, t.dense + token * n, sizeof(float) * n);
+      continue;
+    }
+    const float scale = c_.isa.from_half(t.scale[token]);
+    for (size_t i = 0; i < n; i++) x[i] = float(t.int8[token * n + i]) * scale;
   }
+}
+
+void Step::rotations() {
+  const int half = m_.head_dim / 2;
+  for (int r = 0; r < rows_; r++)
+    for (int i = 0; i < half; i++) {
+      const float angle = float(request_->position + r) * m_.inv_freq[i];
+      cos_[size_t(r * half + i)] = std::cos(angle) * m_.rope_scale;
+      sin_[size_t(r * half + i)] = std::sin(angle) * m_.rope_scale;
+    }
+}
+
+// h = norm of x.
+void Step::norm(const float* weight) {
+  for (size_t at = 0; at < size_t(rows_) * m_.hidden; at += size_t(m_.hidden))
+    c_.isa.rms_norm(&x_[at], weight, m_.eps, m_.hidden, &h_[at]);
 }
 
 // The planes that a group reads for this input; below 1 if a callback refused.
-int Step::choose(const Group& g, const float* x, int columns) {
+int Step::choose(const Group& g, int row, const float* x, int columns) {
   const Selection& s = *selection_;
-  if (s.fixed) return s.fixed[g.index];
+  if (s.fixed) return s.fixed[row * s.fixed_stride + g.index];
   if (s.choose) return s.choose(g.index, x);
+  float& multiplier = multiplier_[size_t(row)];
   if (s.probe && g.index == 0) {
     float exponent;
     c_.isa.float_gemv(s.probe, x, columns, &exponent, 0, 1);
     exponent = std::min(std::max(exponent + s.offset, -s.limit), s.limit);
-    multiplier_ = std::exp(exponent + s.correction);
+    multiplier = std::exp(exponent + s.correction[row]);
   }
   int bits = s.seed;
-  const float error = multiplier_ * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
+  const float error = multiplier * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
   const float* threshold = s.thresholds + int64_t(g.index) * s.steps;
   for (int i = 0; i < s.steps; i++) bits += error > threshold[i];
   if (s.extra) {
     const int64_t* extra = s.extra + int64_t(g.index) * s.steps - s.seed - 1;  // indexed by width
-    while (bits > s.seed && extra[bits] > allowance_) bits--;
-    if (bits > s.seed) allowance_ -= extra[bits];
+    int64_t& left = allowance_[size_t(row)];
+    while (bits > s.seed && extra[bits] > left) bits--;
+    if (bits > s.seed) left -= extra[bits];
   }
   return bits;
 }
 
-// Decides for groups that share an input, and quantises it; those that want the same digits share the result.
-bool Step::decide(const Group* g, int count, const float* x, int columns, const Activation** out) {
-  const Activation* made[3] = {};
+// Decides for groups that share inputs x [rows, columns], and quantises these; what wants the same digits of a row shares
+// the result.
+bool Step::decide(const Group* g, int count, const float* x, int columns) {
+  bool wanted[3][kMaxRows] = {};
   for (int i = 0; i < count; i++) {
-    const int bits = request_->bits[g[i].index] = choose(g[i], x, columns);
-    if (bits < 1) return false;
-    const int digits = c_.accuracy.x_digits[bits];
-    if (!made[digits]) {
-      Activation* a = buffer_[digits].reserve(columns);
-      c_.isa.quantize(x, columns, digits, a);
-      made[digits] = a;
+    Reads& reads = reads_[i];
+    std::fill(std::begin(reads.count), std::end(reads.count), 0);
+    for (int r = 0; r < rows_; r++) {
+      const int bits = request_->bits[r * m_.groups + g[i].index] = choose(g[i], r, x + size_t(r) * columns, columns);
+      if (bits < 1) return false;
+      const int digits = c_.accuracy.x_digits[bits], at = reads.count[bits]++;
+      wanted[digits][r] = true;
+      reads.row[bits][at] = r;
+      reads.x[bits][at] = buffer_[digits][r].reserve(columns);
     }
-    out[i] = made[digits];
   }
+  c_.pool.run(rows_, [&](int r) {
+    for (int digits = 1; digits <= 2; digits++)
+      if (wanted[digits][r])
+        c_.isa.quantize(x + size_t(r) * columns, columns, digits, buffer_[digits][r].reserve(columns));
+  });
   return true;
 }
 
-// Rows n0..n1 of the stacked products of one to three matrices.
-void Step::rows(const Group* g, int count, const Activation* const* x, float* y, int n0, int n1) {
+// Rows n0..n1 of the stacked products of one to three matrices. y: a line of `stride` elements for each token.
+void Step::products(const Group* g, int count, float* y, int stride, int n0, int n1) {
   for (int i = 0; i < count; i++) {
     const Matrix& w = g[i].weight;
-    const int bits = request_->bits[g[i].index], a = std::max(n0, 0), b = std::min(n1, int(w.rows));
-    if (a < b) c_.isa.gemv(w, bits, c_.accuracy.table_digits[bits], &x[i], 1, &y, a, b);
+    const Reads& reads = reads_[i];
+    const int a = std::max(n0, 0), b = std::min(n1, int(w.rows));
+    for (int bits = 1; bits <= kMaxBits && a < b; bits++) {
+      float* out[kMaxRows];
+      for (int j = 0; j < reads.count[bits]; j++) out[j] = y + size_t(reads.row[bits][j]) * stride;
+      if (reads.count[bits])
+        c_.isa.gemv(w, bits, c_.accuracy.table_digits[bits], reads.x[bits], reads.count[bits], out, a, b);
+    }
     y += w.rows, n0 -= w.rows, n1 -= w.rows;
   }
 }
 
 int64_t Step::row_bytes(const Group* g, int count) const {
-  int bits = 0;
-  for (int i = 0; i < count; i++) bits = std::max(bits, request_->bits[g[i].index]);
-  return g[0].weight.row_bytes * bits;
+  int widest = 0;
+  for (int i = 0; i < count; i++)
+    for (int bits = 1; bits <= kMaxBits; bits++)
+      if (reads_[i].count[bits]) widest = std::max(widest, bits);
+  return g[0].weight.row_bytes * widest;
 }
 
-// y = all rows of the stacked products.
-void Step::project(const Group* g, int count, const Activation* const* x, float* y) {
-  int total = 0;
-  for (int i = 0; i < count; i++) total += g[i].weight.rows;
-  parallel_rows(c_, total, row_bytes(g, count), [&](int n0, int n1) { rows(g, count, x, y, n0, n1); });
+// y [tokens, stride] = all rows of the stacked products.
+void Step::project(const Group* g, int count, float* y, int stride) {
+  parallel_rows(c_, stride, row_bytes(g, count), [&](int n0, int n1) { products(g, count, y, stride, n0, n1); });
 }
 
 // act = silu(gate) * up, each stretch as soon as both products are there.
-void Step::gated(const Layer& l, const Activation* const* x) {
+void Step::gated(const Layer& l) {
   const int inner = m_.intermediate, count = l.gate_up_groups;
-  float *gate = gate_up_.data(), *up = gate + inner;
   parallel_rows(c_, inner, 2 * row_bytes(l.gate_up, count), [&](int n0, int n1) {
-    rows(l.gate_up, count, x, gate, n0, n1);
-    rows(l.gate_up, count, x, gate, inner + n0, inner + n1);
-    c_.isa.silu_mul(gate + n0, up + n0, n1 - n0, &act_[size_t(n0)]);
+    products(l.gate_up, count, gate_up_.data(), 2 * inner, n0, n1);
+    products(l.gate_up, count, gate_up_.data(), 2 * inner, inner + n0, inner + n1);
+    for (int r = 0; r < rows_; r++) {
+      const float *gate = &gate_up_[size_t(r) * 2 * inner], *up = gate + inner;
+      c_.isa.silu_mul(gate + n0, up + n0, n1 - n0, &act_[size_t(r) * inner + n0]);
+    }
   });
 }
 
-void Step::store_pair(const Layer& l, int layer, Cache& cache) {
+// One head of q or k, ready to be multiplied.
+void Step::turn(const Layer& l, const float* weight, float* head, int row) {
   const int d = m_.head_dim;
-  float *q = qkv_.data(), *k = q + m_.heads * d, *v = k + m_.kv_heads * d;
-  for (int h = 0; h < m_.heads; h++) {
-    if (l.q_norm) c_.isa.rms_norm(q + h * d, l.q_norm, m_.eps, d, q + h * d);
-    if (l.uses_rope) c_.isa.rope(q + h * d, cos_.data(), sin_.data(), d);
-  }
-  for (int h = 0; h < m_.kv_heads; h++) {
-    if (l.k_norm) c_.isa.rms_norm(k + h * d, l.k_norm, m_.eps, d, k + h * d);
-    if (l.uses_rope) c_.isa.rope(k + h * d, cos_.data(), sin_.data(), d);
-    const int i = layer * m_.kv_heads + h;
-    const size_t at = size_t(cache.start[i] + cache.length[i]) * d;
-    for (int which = 0; which < 2; which++) {
-      char* flat = static_cast<char*>((which ? cache.v : cache.k)[layer]);
-      c_.isa.store((which ? v : k) + h * d, cache.storage, flat + at * size_t(storage_bytes(cache.storage)), d);
+  const size_t at = size_t(row) * (d / 2);
+  if (weight) c_.isa.rms_norm(head, weight, m_.eps, d, head);
+  if (l.uses_rope) c_.isa.rope(head, &cos_[at], &sin_[at], d);
+}
+
+// Queries to q, keys and values to the cache.
+void Step::store_pairs(const Layer& l, int layer, Cache& cache) {
+  const int d = m_.head_dim;
+  const size_t queries = size_t(m_.heads) * d, line = queries + 2 * size_t(m_.kv_heads) * d;
+  for (int r = 0; r < rows_; r++) {
+    float *q = &qkv_[r * line], *k = q + queries, *v = k + m_.kv_heads * d;
+    for (int h = 0; h < m_.heads; h++) turn(l, l.q_norm, q + h * d, r);
+    std::memcpy(&q_[r * queries], q, sizeof(float) * queries);
+    for (int h = 0; h < m_.kv_heads; h++) {
+      turn(l, l.k_norm, k + h * d, r);
+      const int i = layer * m_.kv_heads + h;
+      const size_t at = size_t(cache.start[i] + cache.length[i]) * d;
+      for (int which = 0; which < 2; which++) {
+        char* flat = static_cast<char*>((which ? cache.v : cache.k)[layer]);
+        c_.isa.store((which ? v : k) + h * d, cache.storage, flat + at * size_t(storage_bytes(cache.storage)), d);
+      }
+      cache.length[i]++;
     }
-    cache.length[i]++;
   }
 }
 
-bool Step::attention(const Layer& l, int index, Cache& cache) {
-  const Activation* input[3];
-  c_.isa.rms_norm(x_.data(), l.input_norm, m_.eps, m_.hidden, h_.data());
-  if (!decide(l.qkv, l.qkv_groups, h_.data(), m_.hidden, input)) return false;
-  project(l.qkv, l.qkv_groups, input, qkv_.data());
-  store_pair(l, index, cache);
+// mixed = attention of each token to what lies before it and to itself. Every head of every token is a run of its own.
+void Step::attend(const Layer& l, int layer, const Cache& cache) {
+  const int heads = m_.kv_heads;
+  for (int r = 0; r < rows_; r++)
+    for (int h = 0; h < heads; h++) {
+      const int i = layer * heads + h, length = cache.length[i] - (rows_ - 1 - r);
+      const int skip = l.window ? std::max(0, length - l.window) : 0;
+      start_[size_t(r * heads + h)] = cache.start[i] + skip;
+      length_[size_t(r * heads + h)] = length - skip;
+    }
+  attention_.run(c_, Attention{q_.data(), static_cast<const char*>(cache.k[layer]),
+                               static_cast<const char*>(cache.v[layer]), start_.data(), length_.data(),
+                               rows_ * m_.heads, rows_ * heads, m_.head_dim, 1.f / std::sqrt(float(m_.head_dim)),
+                               cache.storage, mixed_.data()});
+}
 
-  for (int h = 0; h < m_.kv_heads; h++) {
-    const int i = index * m_.kv_heads + h;
-    const int skip = l.window ? std::max(0, cache.length[i] - l.window) : 0;
-    start_[size_t(h)] = cache.start[i] + skip;
-    length_[size_t(h)] = cache.length[i] - skip;
-  }
-  attention_.run(c_, Attention{qkv_.data(), static_cast<const char*>(cache.k[index]),
-                               static_cast<const char*>(cache.v[index]), start_.data(), length_.data(), m_.heads,
-                               m_.kv_heads, m_.head_dim, 1.f / std::sqrt(float(m_.head_dim)), cache.storage,
-                               mixed_.data()});
-  if (!decide(&l.o, 1, mixed_.data(), m_.heads * m_.head_dim, input)) return false;
-  project(&l.o, 1, input, h_.data());
-  c_.isa.add(h_.data(), m_.hidden, x_.data());
+bool Step::attention(const Layer& l, int index, Cache& cache) {
+  const int queries = m_.heads * m_.head_dim;
+  norm(l.input_norm);
+  if (!decide(l.qkv, l.qkv_groups, h_.data(), m_.hidden)) return false;
+  project(l.qkv, l.qkv_groups, qkv_.data(), queries + 2 * m_.kv_heads * m_.head_dim);
+  store_pairs(l, index, cache);
+  attend(l, index, cache);
+  if (!decide(&l.o, 1, mixed_.data(), queries)) return false;
+  project(&l.o, 1, h_.data(), m_.hidden);
+  c_.isa.add(h_.data(), rows_ * m_.hidden, x_.data());
   return true;
 }
 
 bool Step::mlp(const Layer& l) {
-  const Activation* input[3];
-  const int inner = m_.intermediate;
-  c_.isa.rms_norm(x_.data(), l.post_norm, m_.eps, m_.hidden, h_.data());
-  if (!decide(l.gate_up, l.gate_up_groups, h_.data(), m_.hidden, input)) return false;
-  gated(l, input);
-  if (!decide(&l.down, 1, act_.data(), inner, input)) return false;
-  project(&l.down, 1, input, h_.data());
-  c_.isa.add(h_.data(), m_.hidden, x_.data());
+  norm(l.post_norm);
+  if (!decide(l.gate_up, l.gate_up_groups, h_.data(), m_.hidden)) return false;
+  gated(l);
+  if (!decide(&l.down, 1, act_.data(), m_.intermediate)) return false;
+  project(&l.down, 1, h_.data(), m_.hidden);
+  c_.isa.add(h_.data(), rows_ * m_.hidden, x_.data());
   return true;
 }
 
 void Step::head() {
   const Table& t = m_.head;
-  float* y = request_->logits;
-  c_.isa.rms_norm(x_.data(), m_.norm, m_.eps, m_.hidden, h_.data());
-  if (t.planes_bits) {
-    Activation* a = buffer_[c_.accuracy.x_digits[t.planes_bits]].reserve(m_.hidden);
-    c_.isa.quantize(h_.data(), m_.hidden, c_.accuracy.x_digits[t.planes_bits], a);
-    parallel_rows(c_, m_.vocab, t.planes.row_bytes * t.planes_bits, [&](int n0, int n1) {
-      c_.isa.gemv(t.planes, t.planes_bits, c_.accuracy.table_digits[t.planes_bits], &a, 1, &y, n0, n1);
+  const int bits = t.planes_bits;
+  norm(m_.norm);
+  const Activation* x[kMaxRows];
+  float* y[kMaxRows];
+  for (int r = 0; r < rows_; r++) y[r] = request_->logits + int64_t(r) * m_.vocab;
+  if (bits) {
+    for (int r = 0; r < rows_; r++) {
+      Activation* a = buffer_[c_.accuracy.x_digits[bits]][r].reserve(m_.hidden);
+      c_.isa.quantize(&h_[size_t(r) * m_.hidden], m_.hidden, c_.accuracy.x_digits[bits], a);
+      x[r] = a;
+    }
+    parallel_rows(c_, m_.vocab, t.planes.row_bytes * bits, [&](int n0, int n1) {
+      c_.isa.gemv(t.planes, bits, c_.accuracy.table_digits[bits], x, rows_, y, n0, n1);
     });
-  } else {
-    parallel_rows(c_, m_.vocab, t.int8 ? m_.hidden : 4 * m_.hidden, [&](int n0, int n1) {
-      if (t.int8) c_.isa.int8_gemv(t.int8, t.scale, h_.data(), m_.hidden, y, n0, n1);
-      else c_.isa.float_gemv(t.dense, h_.data(), m_.hidden, y, n0, n1);
-    });
+    return;
   }
-  int best = 0;
-  for (int i = 1; i < m_.vocab; i++) best = y[i] > y[best] ? i : best;
-  request_->greedy = best;
+  parallel_rows(c_, m_.vocab, t.int8 ? m_.hidden : 4 * m_.hidden, [&](int n0, int n1) {
+    for (int r = 0; r < rows_; r++) {  // a chunk of weights stays in the core's cache
+      const float* h = &h_[size_t(r) * m_.hidden];
+      if (t.int8) c_.isa.int8_gemv(t.int8, t.scale, h, m_.hidden, y[r], n0, n1);
+      else c_.isa.float_gemv(t.dense, h, m_.hidden, y[r], n0, n1);
+    }
+  });
+}
+
+void Step::greedy() {
+  for (int r = 0; r < rows_; r++) {
+    const float* y = request_->logits + int64_t(r) * m_.vocab;
+    int best = 0;
+    for (int i = 1; i < m_.vocab; i++) best = y[i] > y[best] ? i : best;
+    request_->greedy[r] = best;
+  }
 }
 
 }  // namespace dpllm
 
 dpllm::Step* dpllm_step_open(Context* c, const dpllm::Model* m) { return new dpllm::Step(*c, *m); }
 void dpllm_step_close(dpllm::Step* s) { delete s; }
-int dpllm_step(dpllm::Step* s, const dpllm::Selection* selection, dpllm::Cache* cache, dpllm::Request* request) {
+int dpllm_step_rows(dpllm::Step* s, const dpllm::Selection* selection, dpllm::Cache* cache, dpllm::Request* request) {
   return s->run(*selection, *cache, *request) ? 0 : 1;
 }

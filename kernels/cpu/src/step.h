@@ -1,12 +1,16 @@
-// One decode step of a Llama-family decoder: token in, logits out, every group of matrices at its own width.
+// One decode step of a Llama-family decoder: tokens in, logits out, every group of matrices at its own width.
 //
-// The structures are filled by the caller, which keeps all memory they point to. Float arrays are float32.
+// A step takes one token, or several of one sequence behind each other: weights are then read once for all of them, and
+// each gets, bit for bit, the numbers that a step of its own would give it. The structures are filled by the caller,
+// which keeps all memory they point to. Float arrays are float32.
 #pragma once
 
 #include "attention.h"
 #include "context.h"
 
 namespace dpllm {
+
+constexpr int kMaxRows = 16;  // tokens of one step
 
 // Matrices that share an input and a decision (q/k/v, gate/up), stacked; or one of them.
 struct Group {
@@ -44,15 +48,17 @@ struct Model {
 // Who decides how many planes a group reads. One of three: fixed widths; thresholds on the token's multiplier times a
 // weighted square of the group's input (seed plus the number of thresholds exceeded); or a call back.
 struct Selection {
-  const int32_t* fixed;               // [groups], or null
+  const int32_t* fixed;               // [groups] of the first row, or null
+  int32_t fixed_stride;               // from one row's widths to the next one's; 0: all rows read the same
   const uint16_t* const* diagonal;    // [groups] of float16 [columns], or null
   const float* thresholds;            // [groups, steps], ascending: rewriting them retargets
   int32_t steps, seed;
-  // The token's multiplier, exp(clamp(probe . input of group 0 + offset, +-limit) + correction); 1 without a probe.
+  // A token's multiplier, exp(clamp(probe . input of group 0 + offset, +-limit) + correction); 1 without a probe.
   const float* probe;                 // [hidden], or null
-  float offset, limit, correction;
-  int32_t (*choose)(int32_t group, const float* x);  // or null
-  // Where thresholds decide, a token reads at most `allowance` bytes beyond the seed width: extra [groups, steps], what
+  const float* correction;            // [rows]
+  float offset, limit;
+  int32_t (*choose)(int32_t group, const float* x);  // or null; called group after group, row after row
+  // Where thresholds decide, every token reads at most `allowance` bytes beyond the seed width: extra [groups, steps], what
   // each width costs beyond it. Groups that come too late for their planes get what is left. null: no limit.
   const int64_t* extra;
   int64_t allowance;
@@ -63,15 +69,25 @@ struct Selection {
 struct Cache {
   void *const *k, *const *v;  // [layers]
   const int64_t* start;
-  int32_t* length;      // advanced by the step
+  int32_t* length;      // advanced by the step, by its rows
   Storage storage;
 };
 
+// A row is a token; the cache needs room for all of them.
 struct Request {
-  int32_t token, position;
-  float* logits;     // [vocab]
-  int32_t* bits;     // [groups] chosen
-  int32_t greedy;    // out: the token of the largest logit
+  int32_t rows;           // 1..kMaxRows
+  int32_t position;       // of the first
+  const int32_t* tokens;  // [rows]
+  float* logits;          // [rows, vocab]
+  int32_t* bits;          // [rows, groups] chosen
+  int32_t* greedy;        // [rows], out: the token of the largest logit
+};
+
+// What goes into the products of one group: activations by the width at which their rows read.
+struct Reads {
+  int32_t count[kMaxBits + 1];
+  int32_t row[kMaxBits + 1][kMaxRows];
+  const Activation* x[kMaxBits + 1][kMaxRows];
 };
 
 class Step {
@@ -81,29 +97,36 @@ class Step {
   bool run(const Selection& s, Cache& cache, Request& request);
 
  private:
-  void embed(int token);
-  void rotations(int position);
+  void reserve(int rows);
+  void embed();
+  void rotations();
+  void norm(const float* weight);
   bool attention(const Layer& l, int index, Cache& cache);
   bool mlp(const Layer& l);
-  void store_pair(const Layer& l, int layer, Cache& cache);
-  int choose(const Group& g, const float* x, int columns);
-  bool decide(const Group* g, int count, const float* x, int columns, const Activation** out);
-  void rows(const Group* g, int count, const Activation* const* x, float* y, int n0, int n1);
+  void store_pairs(const Layer& l, int layer, Cache& cache);
+  void turn(const Layer& l, const float* weight, float* head, int row);
+  void attend(const Layer& l, int layer, const Cache& cache);
+  int choose(const Group& g, int row, const float* x, int columns);
+  bool decide(const Group* g, int count, const float* x, int columns);
+  void products(const Group* g, int count, float* y, int stride, int n0, int n1);
   int64_t row_bytes(const Group* g, int count) const;
-  void project(const Group* g, int count, const Activation* const* x, float* y);
-  void gated(const Layer& l, const Activation* const* x);
+  void project(const Group* g, int count, float* y, int stride);
+  void gated(const Layer& l);
   void head();
+  void greedy();
 
   Context& c_;
   const Model& m_;
   const Selection* selection_ = nullptr;
-  float multiplier_ = 1;
-  int64_t allowance_ = 0;  // left of the token's
   Request* request_ = nullptr;
-  std::vector<float> x_, h_, qkv_, mixed_, gate_up_, act_, cos_, sin_;
+  int rows_ = 0, room_ = 0;                                     // of this step; that the vectors hold
+  std::vector<float> x_, h_, qkv_, q_, mixed_, gate_up_, act_;  // a line a row
+  std::vector<float> cos_, sin_, multiplier_;
+  std::vector<int64_t> allowance_;  // of each row, what is left
   std::vector<int64_t> start_;
   std::vector<int32_t> length_;
-  ActivationBuffer buffer_[3];  // by digits
+  Reads reads_[3];                        // by group under decision
+  ActivationBuffer buffer_[3][kMaxRows];  // by digits
   AttentionBuffer attention_;
 };
 
@@ -113,5 +136,5 @@ class Step {
 
 DPLLM_EXPORT dpllm::Step* dpllm_step_open(Context* c, const dpllm::Model* m);
 DPLLM_EXPORT void dpllm_step_close(dpllm::Step* s);
-DPLLM_EXPORT int dpllm_step(dpllm::Step* s, const dpllm::Selection* selection, dpllm::Cache* cache,
-                            dpllm::Request* request);
+DPLLM_EXPORT int dpllm_step_rows(dpllm::Step* s, const dpllm::Selection* selection, dpllm::Cache* cache,
+                                 dpllm::Request* request);

@@ -1,0 +1,280 @@
+"""Self-speculation: the overlay holds a cheap draft of itself.
+
+A round drafts some tokens at a low width, or looks them up in the text so far, reads all of them in one pass at the
+widths that were asked for, and keeps those that decoding a token at a time would have given. Keys and values of the
+draft are overwritten by those of the pass.
+
+What is accepted is decided by drawing: from each row of the pass the next token is drawn as ever, with the numbers that
+plain decoding would draw with, and the round goes on while that is the token that was drafted. So a text is what plain
+decoding makes of it, greedy or sampled, whatever the draft and however long. A draft at a temperature draws with the
+same numbers from its own logits: torch's `multinomial` is a race of exponential clocks, one a token, and two similar
+distributions that share the clocks mostly agree (Daliri, Musco and Suresh 2024, arXiv:2408.07978). The rule of
+Leviathan et al. 2023 (arXiv:2211.17192) accepts slightly more, 1 - d at a total variation d where this is at least
+(1 - d) / (1 + d); but there the text depends on how much was drafted, here on how long things took.
+
+Exact means: with the native step, whose rows are bit for bit those of single steps. Elsewhere a pass over several
+tokens may round otherwise than single ones; tokens then differ where two are level to the last digits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpllm.decoder import Decoder
+from dpllm.kernels.cpu.step import MAX_ROWS
+from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.native import NativeStep, decode_one, own_inputs
+from dpllm.pacing import Pacer
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
+from dpllm.sampling import Sampler
+
+Clock = Callable[[], float]
+LAG = MAX_ROWS  # tokens between what a policy learns and where it may use it
+
+
+class Draft(Protocol):
+    """A source of drafts. longest: tokens it is worth drafting at once. nbytes: what drafting one of them reads."""
+
+    name: str
+    longest: int
+    nbytes: int
+
+    def propose(self, text: Sequence[int], count: int, cache: KVCache, pick: Sampler) -> list[int]:
+        """Up to `count` tokens that may follow `text`, of which the cache holds all but the last token. It may be
+        written behind; the caller rewinds it. pick: draws with the numbers that the check will draw with."""
+        ...
+
+
+class SelfDraft:
+    """The same model, at `bits` planes everywhere."""
+
+    name, longest = "self", 8
+
+    def __init__(self, decoder: Decoder, bits: int):
+        self.decoder, self.bits = decoder, bits
+        widths = [min(max(bits, g.seed_bits), g.resident_bits) for g in decoder.groups]
+        self.policy = StaticPolicy(widths, name="uniform")
+        read = (g.bytes_at[b - g.seed_bits] for b, g in zip(widths, decoder.groups, strict=True))
+        self.nbytes = sum(read) + decoder.head_bytes()
+        self._native = NativeStep.of(decoder)  # its own: results of the last check are still in use
+
+    def propose(self, text: Sequence[int], count: int, cache: KVCache, pick: Sampler) -> list[int]:
+        """See Draft."""
+        drafted: list[int] = []
+        for _ in range(count):
+            token = drafted[-1] if drafted else text[-1]
+            logits, _bits = decode_one(self.decoder, self._native, token, cache, self.policy)
+            drafted.append(pick(logits[-1]))
+        return drafted
+
+
+class PromptLookup:
+    """What followed the last few tokens where they occurred before, in prompt or output; the longest and latest match.
+    Made for one text."""
+
+    name, longest, nbytes = "lookup", MAX_ROWS - 1, 0
+    SIZES = (4, 3, 2)  # tokens that have to match, the most first
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where their latest occurrence ended
+        self._known = 0
+
+    def propose(self, text: Sequence[int], count: int, cache: KVCache, pick: Sampler) -> list[int]:
+        """See Draft. `text` goes on where it ended the last time."""
+        for end in range(self._known, len(text)):  # the last tokens of the text are no match for themselves
+            for n in self.SIZES:
+                if end >= n:
+                    self._after[tuple(text[end - n : end])] = end
+        self._known = len(text)
+        for n in self.SIZES:
+            if len(text) >= n and (at := self._after.get(tuple(text[-n:]))) is not None:
+                return list(text[at : at + count])
+        return []
+
+
+@dataclass
+class Tally:
+    """What became of drafts. rejected: checks that ended with a token that was not the drafted one."""
+
+    checks: int = 0
+    plain: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """One more round; without a draft it is a plain step."""
+        self.plain += not drafted
+        self.checks += bool(drafted)
+        self.drafted += drafted
+        self.accepted += accepted
+        self.rejected += accepted < drafted
+
+    def summary(self) -> dict[str, float | int | None]:
+        """acceptance_rate: of the drafted tokens whose predecessors were accepted; k: drafted a check."""
+        looked_at, passes = self.accepted + self.rejected, self.checks + self.plain
+        return {
+            "checks": self.checks,
+            "plain_steps": self.plain,
+            "acceptance_rate": round(self.accepted / looked_at, 4) if looked_at else None,
+            "accepted_per_check": round(self.accepted / self.checks, 4) if self.checks else None,
+            "k": round(self.drafted / self.checks, 4) if self.checks else None,
+            "tokens_per_pass": round(1 + self.accepted / passes, 4) if passes else None,
+        }
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A token drawn behind another one. logits [1, vocab] it was drawn from; bits: int32 [1, G] that were read for
+    them, None where nothing was chosen. ms: to add to the time it took, so that the tokens of a round share its time.
+    nbytes: its share of the weights that the round has read."""
+
+    token: int
+    logits: Tensor
+    bits: Tensor | None = None
+    ms: float = 0.0
+    nbytes: float = 0.0
+
+
+def obstacle(policy: PrecisionPolicy | None, native: NativeStep | None) -> str | None:
+    """Why several tokens cannot be read in one pass under this policy; None if they can."""
+    if policy is None or isinstance(policy, StaticPolicy):
+        return None
+    if not isinstance(policy, RateDistortionPolicy):
+        return f"policy '{policy.name}' decides one token at a time"
+    if native is not None and not own_inputs(policy):
+        return "this profile's asynchronous estimates are made one token at a time"
+    return None
+
+
+class Continuation:
+    """One text decoded token by token behind what its cache holds, in passes over several tokens where drafts allow it.
+
+    Without drafts it is plain decoding. With them a rate-distortion policy is delayed (RateDistortionPolicy.delay) by as
+    many tokens as a pass can have, so that the widths of a position do not depend on how tokens were grouped: the text
+    is that of plain decoding with the delayed policy, and under fixed widths that of plain decoding.
+    """
+
+    def __init__(
+        self, decoder: Decoder, native: NativeStep | None, cache: KVCache, draw: Sampler, clock: Clock
+    ):
+        self.decoder, self.native, self.cache, self.draw, self.clock = decoder, native, cache, draw, clock
+        self.policy: PrecisionPolicy | None = None
+        self.drafts: Sequence[Draft] = ()
+        self.pacer = Pacer([])
+        self.tally = Tally()
+        self.text: list[int] = []  # all that the cache has read, and the last token
+        self._ready: deque[tuple[Passed, Tensor | None]] = (
+            deque()
+        )  # what the last pass gave, and states before draws
+
+    def speculate(self, text: Sequence[int], drafts: Sequence[Draft], pacer: Pacer) -> None:
+        """Drafts from now on. text: what the cache will have read when decoding begins. The pacer may be one that
+        other texts have taught."""
+        self.text, self.drafts, self.pacer = list(text), drafts, pacer
+
+    def follow(self, policy: PrecisionPolicy | None) -> None:
+        """Another policy (of this text alone: begin_text) decides from the next token on."""
+        self.drop()
+        self.policy = policy
+        if self.drafts and isinstance(policy, RateDistortionPolicy) and not obstacle(policy, self.native):
+            policy.delay(LAG)
+
+    def next(self, token: int, room: int) -> Passed:
+        """What is drawn behind one more token. room: tokens that will be asked for at most, this one included."""
+        self.text.append(token)
+        if not self._ready:
+            self._round(room)
+        passed, _ = self._ready.popleft()
+        if isinstance(self.policy, RateDistortionPolicy) and passed.bits is not None:
+            self.policy.record(passed.bits)
+        return passed
+
+    def drop(self) -> None:
+        """Forgets tokens that were accepted but not handed out yet, as if they had not been looked at."""
+        if self._ready:
+            self.cache.rewind(self.cache.length - len(self._ready))
+            self.draw.go_back(self._ready[0][1])
+            self._ready.clear()
+
+    def rest(self) -> tuple[float, float]:
+        """(ms, bytes) that tokens accepted but not handed out stand for: what the last one adds when a text ends."""
+        waiting = [passed for passed, _ in self._ready]
+        return sum(p.ms for p in waiting), sum(p.nbytes for p in waiting)
+
+    def _round(self, room: int) -> None:
+        start = self.cache.length
+        try:
+            self._fill(start, room)
+        except BaseException:  # interrupted: what a draft has written is not part of the text
+            self.cache.rewind(start)
+            raise
+
+    def _fill(self, start: int, room: int) -> None:
+        began = self.clock()
+        source, drafted = self._draft(room - 1)
+        self.cache.rewind(start)
+        checking = self.clock()
+        logits, bits = self._check([self.text[-1], *drafted])
+        draws = self._accept(logits, drafted)
+        ended, accepted = self.clock(), len(draws) - 1
+        self.cache.rewind(start + len(draws))
+        draft_ms, check_ms = (checking - began) * 1e3, (ended - checking) * 1e3
+        self.pacer.record(source, len(drafted), accepted, draft_ms, check_ms)
+        self.tally.add(len(drafted), accepted)
+        share = (draft_ms + check_ms) / len(draws)
+        drafts = len(drafted) * self.drafts[source].nbytes if drafted else 0
+        nbytes = (self._bytes(bits) + drafts) / len(draws)
+        for i, (token, state) in enumerate(draws):
+            ms = share if i else share - draft_ms - check_ms
+            own = None if bits is None else bits[i : i + 1]
+            self._ready.append((Passed(token, logits[i : i + 1], own, ms, nbytes), state))
+
+    def _draft(self, room: int) -> tuple[int, list[int]]:
+        """(number of the source, tokens drafted); none where nothing is worth it, or found."""
+        if self.drafts and not obstacle(self.policy, self.native):
+            for source, count in self.pacer.plans(room):
+                drafted = self.drafts[source].propose(self.text, count, self.cache, self.draw.twin())
+                if drafted:
+                    return source, drafted
+        return 0, []
+
+    def _check(self, tokens: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Logits [T, V] and bits int32 [T, G] of a pass over all of them."""
+        policy = self.policy
+        corrections = policy.corrections(len(tokens)) if isinstance(policy, RateDistortionPolicy) else None
+        if self.native is not None and policy is not None:
+            logits, bits = self.native.several(tokens, self.cache, policy, corrections)
+            return logits, bits.clone()
+        if isinstance(policy, RateDistortionPolicy) and policy.lag:
+            policy.correction = torch.tensor(corrections, device=self.decoder.device)
+        recorder = None if policy is None else Recorder(policy, self.decoder.groups)
+        with torch.no_grad():
+            ids = torch.tensor(tokens, device=self.decoder.device)
+            logits = self.decoder.forward(ids, self.cache, recorder)
+        return logits, None if recorder is None else recorder.bits()
+
+    def _accept(self, logits: Tensor, drafted: Sequence[int]) -> list[tuple[int, Tensor | None]]:
+        """(token, state before it was drawn) of each row, to the first that is not what was drafted."""
+        draws: list[tuple[int, Tensor | None]] = []
+        for row, guess in zip(logits, [*drafted, None], strict=True):
+            state = self.draw.state()
+            draws.append((self.draw(row), state))
+            if draws[-1][0] != guess:
+                break
+        return draws
+
+    def _bytes(self, bits: Tensor | None) -> float:
+        """Of weights that a pass reads: each group once, as wide as any of its rows, what choosing reads, the head."""
+        head = self.decoder.head_bytes()
+        if bits is None or self.policy is None:
+            return head
+        widest = bits.amax(0).tolist()
+        read = sum(g.bytes_at[b - g.seed_bits] for b, g in zip(widest, self.decoder.groups, strict=True))
+        return read + head + self.policy.extra_bytes
