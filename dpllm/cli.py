@@ -52,6 +52,11 @@ Data = Annotated[
         "--data", help="Text: .txt, .jsonl with 'text', or a directory; default: bundled Python code."
     ),
 ]
+TpotMs = Annotated[Optional[float], typer.Option("--tpot-ms", help="Time per token to hold, e.g. 25.")]  # noqa: UP045
+MaxQualityLoss = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--max-quality-loss", help="Rise of perplexity over the widest weights, e.g. 2%."),
+]
 Device = Annotated[str, typer.Option("--device", help="Where the heavy work runs: cpu or cuda.")]
 
 
@@ -329,6 +334,63 @@ def inspect(
     from dpllm.commands.inspect import run
 
     run(directory, verify, json)
+
+
+@app.command()
+def profile(
+    overlay: Overlay = None,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality", help="Also measure what bits and pruning cost in quality, for 'dpllm plan'."
+        ),
+    ] = False,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--data", help="Your own text to measure quality on; implies --quality."),
+    ] = None,
+    threads: Threads = None,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """Time decode steps on this machine, in seconds; 'plan' and 'generate --tpot-ms' lean on it.
+
+    They measure by themselves where nothing is stored. Run it again when the machine is quiet, or has changed.
+    """
+    from dpllm.commands.plan import MachineArguments
+    from dpllm.commands.plan import profile as run
+
+    run(MachineArguments(overlay, threads, backend, accuracy, json), quality, data)
+
+
+@app.command()
+def plan(
+    overlay: Overlay = None,
+    tpot_ms: TpotMs = None,
+    max_memory: Annotated[
+        Optional[str], typer.Option(help="Of weights and cache together, e.g. 4GB.")
+    ] = None,  # noqa: UP045
+    max_quality_loss: MaxQualityLoss = None,
+    context: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 4096 or 16k.")] = "1024",
+    cost: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--cost", help="A stored 'dpllm profile' of this device; default: this machine's own."),
+    ] = None,
+    threads: Threads = None,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """From targets to a plan: planes to hold, bits to read, share of the cache to keep; and what would have to give.
+
+    Example: dpllm plan --tpot-ms 25 --max-memory 4GB --context 16k
+    """
+    from dpllm.commands.plan import MachineArguments, targets_of
+    from dpllm.commands.plan import plan as run
+
+    targets = targets_of(tpot_ms, max_memory, max_quality_loss, context)
+    run(MachineArguments(overlay, threads, backend, accuracy, json), targets, cost)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a decode step costs on this machine: measured in seconds, kept per overlay and device, used to plan and to steer.
+"""What a decode step costs on this machine: measured in seconds, kept per overlay and device, for plans and control.
 
 A step's time is that of reading the weights at some effective bits plus that of attending to the pairs a cache holds;
 both are tables of measured points, straight lines between them. What is timed is the step a user waits for: the
@@ -7,6 +7,7 @@ native call, the policy's decisions, sampling and the Python around them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -142,15 +143,11 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
         return found
     stored = cost_path(engine)
     if stored.exists():
-        try:
+        with contextlib.suppress(InputError):  # a cache: what cannot be read is measured again
             return CostModel.load(stored)
-        except InputError:
-            pass  # a cache: what cannot be read is measured again
     found = measure(engine, progress)
-    try:
+    with contextlib.suppress(OSError, InputError):  # no place to keep it; it costs seconds
         found.save(stored)
-    except OSError:
-        pass  # no place to keep it; it costs seconds
     return found
 
 
@@ -159,7 +156,8 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
     slows all of them alike. Raises InputError for a model without bits to choose."""
     if engine.profile is None or not engine.quantized:
         raise InputError(
-            f"{engine.path} has no calibration profile, so there is nothing to plan with. Run: dpllm calibrate {engine.path}"
+            f"{engine.path} has no calibration profile, so there is nothing to plan with. "
+            f"Run: dpllm calibrate {engine.path}"
         )
     targets, contexts = _targets(engine), _contexts(engine)
     heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads

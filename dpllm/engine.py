@@ -7,9 +7,11 @@ for step in engine.generate("def main():", GenerateOptions(max_new_tokens=64)):
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,23 @@ import torch
 
 from dpllm import reference
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.controller import LatencyController, QueryBudget
+from dpllm.cost import CostModel
 from dpllm.decoder import Decoder
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
-from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
+from dpllm.policy import (
+    PrecisionPolicy,
+    RateDistortionPolicy,
+    StaticPolicy,
+    begin_text,
+    make_policy,
+    observe,
+    resident_mean,
+)
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import Sampler
@@ -46,7 +58,7 @@ class GenerateOptions:
     speculate: where drafts come from that are checked several tokens a pass (dpllm/speculation.py). 'self': the
     overlay itself at draft_bits (None: 3, or what is resident); 'lookup': earlier occurrences in prompt and output;
     'auto': both for targets of 6 bits or more on the native kernels, else off. Where no draft is worth its time, there
-    is none.
+    is none. ignore_eos: go on behind the end-of-text token, for measurements.
     """
 
     max_new_tokens: int = 128
@@ -57,6 +69,7 @@ class GenerateOptions:
     chat: bool = False
     speculate: str = "auto"
     draft_bits: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -105,13 +118,43 @@ class Engine:
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
         self.tally = Tally()  # of the drafts of the last generation
+        self.controller: LatencyController | QueryBudget | None = None
         self._self_drafts: dict[int, SelfDraft] = {}
         self._pacers: dict[tuple, Pacer] = {}  # what earlier texts have taught
 
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
         """Changes policy or target; takes effect with the next token."""
         self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
-        self.target_bits = target_bits
+        self.target_bits, self.controller = target_bits, None
+
+    def hold_latency(self, target_ms: float, cost: CostModel) -> None:
+        """From the next token on every token is to take this long, as well as can be. Called again, it moves the target
+        and keeps what it knows of the machine. cost: of this engine (dpllm/cost.py)."""
+        if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
+            self.controller.retarget(target_ms)
+            return
+        controller = LatencyController(cost, target_ms, self.bytes_for)
+        self.set_policy("rate-distortion", controller.order(0).bits)
+        self.controller, self.target_bits = controller, None
+
+    def hold_budget(self, target_bits: float, burst: float = 1.0) -> None:
+        """No text reads more than this many bits a weight on average, each by itself, beyond a start of `burst` tokens'
+        worth."""
+        self.set_policy("rate-distortion", target_bits)
+        rate = self.bytes_for(target_bits)
+        self.controller = QueryBudget(target_bits, rate, round(burst * rate))
+
+    def bytes_for(self, bits: float) -> int:
+        """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""
+        low = math.floor(bits)
+        below, above = (
+            sum(
+                g.bytes_at[min(max(b, g.seed_bits), g.resident_bits) - g.seed_bits]
+                for g in self.decoder.groups
+            )
+            for b in (low, low + 1)
+        )
+        return math.floor(below + (bits - low) * (above - below))
 
     def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
@@ -176,6 +219,8 @@ class Engine:
             ahead.speculate([*before, *ids], drafts, self._pacer(options, drafts))
         self.tally = ahead.tally
         said: list[int] = []
+        if isinstance(self.controller, QueryBudget):
+            self.controller.reset()
         if context is not None:
             context.begin_turn()
         try:
@@ -189,7 +234,7 @@ class Engine:
         self, ids: list[int], ahead: Continuation, options: GenerateOptions, began: float, said: list[int]
     ) -> Iterator[Step]:
         """The steps behind ids; the tokens go to `said`."""
-        budget, clock, eos = options.max_new_tokens, ahead.clock, self.decoder.config.eos_ids
+        budget, clock, eos = options.max_new_tokens, ahead.clock, self._eos(options)
         ahead.cache.runs(len(ids) + budget)  # room for all of it at once
         pending = _Pending(self.tokenizer, options.stop)
         chosen = self.policy
@@ -205,7 +250,9 @@ class Engine:
             text = pending.push(None if token in eos else token, last=last)
             ms, nbytes = ahead.rest() if last or pending.stopped else (0.0, 0.0)
             ms += (clock() - began) * 1e3 + passed.ms
-            yield self._step(replace(passed, ms=ms, nbytes=passed.nbytes + nbytes), text, ahead.cache)
+            step = self._step(replace(passed, ms=ms, nbytes=passed.nbytes + nbytes), text, ahead.cache)
+            yield step
+            self._record(step, ahead.cache)
             if last or pending.stopped:
                 return
             began = clock()
@@ -214,7 +261,48 @@ class Engine:
                 deciding = None if chosen is None else begin_text(chosen)
                 ahead.follow(deciding)
             observe(deciding, passed.logits, torch.tensor([token], device=logits.device))
+            self._steer(deciding, ahead.cache)
             passed = ahead.next(token, budget - count - 1)
+
+    def _eos(self, options: GenerateOptions) -> tuple[int, ...]:
+        return () if options.ignore_eos else self.decoder.config.eos_ids
+
+    def _steer(self, policy: PrecisionPolicy | None, cache: KVCache) -> None:
+        """The controller's order for the next token."""
+        if self.controller is None or not isinstance(policy, RateDistortionPolicy):
+            return
+        budget = isinstance(self.controller, QueryBudget)
+        order = self.controller.order() if budget else self.controller.order(self._pairs(cache))
+        policy.steer(order.bits, order.most_bytes)
+
+    def _record(self, step: Step, cache: KVCache) -> None:
+        """Tells the controller what a token took; the first one is the prompt's."""
+        if self.controller is None or not step.bits:
+            return
+        if isinstance(self.controller, QueryBudget):
+            self.controller.record(
+                sum(g.bytes_at[b - g.seed_bits] for b, g in zip(step.bits, self.decoder.groups, strict=True))
+            )
+        else:
+            self.controller.record(step.tpot_ms, step.effective_bits, self._pairs(cache))
+
+    def _pairs(self, cache: KVCache) -> float:
+        """Pairs the cache holds, over all layers and heads."""
+        c = self.decoder.config
+        return cache.nbytes / (2 * c.head_dim * self.decoder.kv_dtype.itemsize)
+
+    def decode_after(self, context: int, tokens: int, policy: PrecisionPolicy) -> Iterator[Step]:
+        """Steps of so many tokens behind a cache of `context` ones that were never read: for measuring time alone."""
+        cache = self.decoder.new_cache(context + tokens + 2)
+        cache.advance(context)
+        ahead = Continuation(self.decoder, self.native, cache, Sampler(), time.perf_counter)
+        before, self.policy, controller = self.policy, policy, self.controller
+        self.controller = None
+        options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
+        try:
+            yield from islice(self._generate([0], ahead, options, time.perf_counter(), []), 1, None)
+        finally:
+            self.policy, self.controller = before, controller
 
     def _drafts(self, options: GenerateOptions) -> list[Draft]:
         """Sources of drafts, the cheapest first. Raises InputError where those asked for cannot be."""

@@ -1,0 +1,124 @@
+"""What holds a target while text is generated: pure arithmetic on what each token took. The caller has the clock.
+
+`LatencyController` holds a time per token. The cost model says what a token should take; the machine takes a factor
+more, which drifts as other programs come and go. The factor is followed by the median of the last few ratios (one slow
+token is no news, three are), and the cost model, scaled by it, gives the bits that fit: feed-forward. What is left,
+because tokens differ in what they read, is removed by integral control on the logarithm of the time. `QueryBudget` is a
+token bucket that no query can overdraw.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dpllm.cost import CostModel
+from dpllm.kernels.errors import InputError
+
+
+@dataclass(frozen=True)
+class Order:
+    """For the next token: effective bits to aim at, and planes, tables and scales in bytes that it may not exceed
+    (None: no limit)."""
+
+    bits: float
+    most_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """window: tokens whose median is the machine's speed. gain: of following it. integral: of the remaining error, per
+    token; error: largest that one token adds to it, in log time. headroom: time a single token may take, over the
+    target. hysteresis: bits that the order must change by before it does."""
+
+    window: int = 5
+    gain: float = 0.5
+    integral: float = 0.05
+    error: float = 0.05
+    headroom: float = 1.08
+    hysteresis: float = 0.02
+
+
+class LatencyController:
+    """Holds the median time per token at a target. Serves any number of texts, and learns from all of them."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        target_ms: float,
+        bytes_for: Callable[[float], int],
+        options: ControlOptions = ControlOptions(),
+    ):
+        """bytes_for: what a token reads at some effective bits. Raises InputError for a time that is no target."""
+        self.cost, self.options, self._bytes_for = cost, options, bytes_for
+        self.target_ms = 0.0
+        self._ratios: deque[float] = deque(maxlen=options.window)  # log of time taken over the model's
+        self.slowdown = 0.0  # log of the machine's factor
+        self.trim = 0.0  # log of what is added to the target's time to make the median right
+        self._bits: float | None = None
+        self._saturated = 0  # -1 at the fewest bits, +1 at the most
+        self.retarget(target_ms)
+
+    def retarget(self, target_ms: float) -> None:
+        """Another target from the next token on; what is known of the machine stays."""
+        if not (math.isfinite(target_ms) and target_ms > 0):
+            raise InputError(f"a target of {target_ms:g} ms per token is impossible. Give a time above 0.")
+        self.target_ms, self._bits = target_ms, None
+
+    def order(self, pairs: float) -> Order:
+        """For the next token, with so many pairs in the cache."""
+        budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in the model's own milliseconds
+        bits = self.cost.bits_for(budget, pairs)
+        low, high = self.cost.bits[0], self.cost.bits[-1]
+        self._saturated = -1 if bits <= low else 1 if bits >= high else 0
+        if self._bits is None or self._saturated or abs(bits - self._bits) >= self.options.hysteresis:
+            self._bits = bits
+        most = self.cost.bits_for(budget * self.options.headroom, pairs)
+        return Order(self._bits, self._bytes_for(most))
+
+    def record(self, ms: float, bits: float, pairs: float) -> None:
+        """What the token took, the effective bits it read, and the pairs that were in the cache."""
+        if not (math.isfinite(ms) and ms > 0):
+            return  # a clock that stood still says nothing
+        self._ratios.append(math.log(ms / self.cost.step_ms(bits, pairs)))
+        gain = max(self.options.gain, 1 / len(self._ratios))  # the first one is all there is to go by
+        self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
+        over = math.log(ms / self.target_ms)
+        # At an end of the range more bits, or fewer, cannot be had: adding up that error would have to be undone later.
+        if (self._saturated > 0 and over < 0) or (self._saturated < 0 and over > 0):
+            return
+        limit = self.options.error
+        self.trim -= self.options.integral * max(-limit, min(limit, over))
+        self.trim = max(-LARGEST_TRIM, min(LARGEST_TRIM, self.trim))
+
+
+LARGEST_TRIM = 0.15  # more than this is no matter of how tokens differ
+
+
+class QueryBudget:
+    """A token bucket: a query of n tokens reads at most n * rate + burst bytes, whatever its tokens are worth.
+
+    rate: bytes a token earns. burst: what it begins with, and can save up to. Holds where rate is at least what the
+    seed width reads. The service level of DP-LLM's question 'bits per query', as a bound instead of an average.
+    """
+
+    def __init__(self, bits: float, rate: int, burst: int):
+        if rate <= 0 or burst < 0:
+            raise InputError(f"a budget of {rate} bytes a token and {burst} at once is impossible.")
+        self.bits, self.rate, self.burst = bits, rate, burst
+        self.level = burst
+
+    def reset(self) -> None:
+        """A new query."""
+        self.level = self.burst
+
+    def order(self) -> Order:
+        """For the next token."""
+        return Order(self.bits, self.level + self.rate)
+
+    def record(self, nbytes: float) -> None:
+        """Bytes of planes, tables and scales that a token has read."""
+        self.level = min(self.burst, self.level + self.rate - math.ceil(nbytes))
