@@ -178,6 +178,12 @@ def generate(
     target_bits: Annotated[
         float | None, typer.Option(help="Mean bits per weight to read, e.g. 3.25.")
     ] = None,
+    tpot_ms: TpotMs = None,
+    max_quality_loss: MaxQualityLoss = None,
+    guarantee: Annotated[
+        bool,
+        typer.Option("--guarantee", help="No text reads more than --target-bits: a bound, not an average."),
+    ] = False,
     bits: Annotated[Optional[int], typer.Option(help="Read exactly this width everywhere.")] = None,  # noqa: UP045
     policy: Annotated[Optional[str], typer.Option(help="uniform, static, random or rate-distortion.")] = None,  # noqa: UP045
     resident_bits: Annotated[Optional[int], typer.Option(help="Planes to read from disk and hold.")] = None,  # noqa: UP045
@@ -212,7 +218,7 @@ def generate(
 ) -> None:
     """Continue a text at a chosen precision, streaming.
 
-    Example: dpllm generate 'def fibonacci(n):' --target-bits 3.25
+    Example: dpllm generate 'def fibonacci(n):' --target-bits 3.25, or --tpot-ms 25: as many bits as the time allows.
     """
     from dpllm.commands.generate import GenerateArguments, run
     from dpllm.engine import GenerateOptions
@@ -234,6 +240,9 @@ def generate(
             accuracy,
             json,
             context,
+            tpot_ms,
+            max_quality_loss,
+            guarantee,
         ),
         options,
     )
@@ -368,9 +377,7 @@ def profile(
 def plan(
     overlay: Overlay = None,
     tpot_ms: TpotMs = None,
-    max_memory: Annotated[
-        Optional[str], typer.Option(help="Of weights and cache together, e.g. 4GB.")
-    ] = None,  # noqa: UP045
+    max_memory: Annotated[str | None, typer.Option(help="Of weights and cache together, e.g. 4GB.")] = None,
     max_quality_loss: MaxQualityLoss = None,
     context: Annotated[str, typer.Option(help="Tokens in the cache, e.g. 4096 or 16k.")] = "1024",
     cost: Annotated[

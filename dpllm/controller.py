@@ -51,9 +51,12 @@ class LatencyController:
         target_ms: float,
         bytes_for: Callable[[float], int],
         options: ControlOptions = ControlOptions(),
+        least_bits: float = 0.0,
     ):
-        """bytes_for: what a token reads at some effective bits. Raises InputError for a time that is no target."""
+        """bytes_for: what a token reads at some effective bits. least_bits: to read whatever it takes, for quality's
+        sake. Raises InputError for a time that is no target."""
         self.cost, self.options, self._bytes_for = cost, options, bytes_for
+        self._low = max(least_bits, cost.bits[0])
         self.target_ms = 0.0
         self._ratios: deque[float] = deque(maxlen=options.window)  # log of time taken over the model's
         self.slowdown = 0.0  # log of the machine's factor
@@ -71,12 +74,11 @@ class LatencyController:
     def order(self, pairs: float) -> Order:
         """For the next token, with so many pairs in the cache."""
         budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in the model's own milliseconds
-        bits = self.cost.bits_for(budget, pairs)
-        low, high = self.cost.bits[0], self.cost.bits[-1]
-        self._saturated = -1 if bits <= low else 1 if bits >= high else 0
+        bits, high = max(self.cost.bits_for(budget, pairs), self._low), self.cost.bits[-1]
+        self._saturated = -1 if bits <= self._low else 1 if bits >= high else 0
         if self._bits is None or self._saturated or abs(bits - self._bits) >= self.options.hysteresis:
             self._bits = bits
-        most = self.cost.bits_for(budget * self.options.headroom, pairs)
+        most = max(self.cost.bits_for(budget * self.options.headroom, pairs), self._bits)
         return Order(self._bits, self._bytes_for(most))
 
     def record(self, ms: float, bits: float, pairs: float) -> None:
@@ -115,8 +117,8 @@ class QueryBudget:
         """A new query."""
         self.level = self.burst
 
-    def order(self) -> Order:
-        """For the next token."""
+    def order(self, pairs: float = 0.0) -> Order:
+        """For the next token; what the cache holds makes no difference."""
         return Order(self.bits, self.level + self.rate)
 
     def record(self, nbytes: float) -> None:

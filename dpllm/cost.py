@@ -85,7 +85,8 @@ class CostModel:
             version = stored.pop("cost_version")
             if version != VERSION:
                 raise ValueError(f"version {version}, this dpllm reads {VERSION}")
-            found = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            found = cls(**lists)
             found._check()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise InputError(f"{path} is no cost profile ({e}). Run: dpllm profile") from None
@@ -188,7 +189,7 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
 def _targets(engine: Engine) -> list[float]:
     """Effective bits to time, ends included."""
     assert engine.profile is not None
-    low, high = engine.profile.target_range([g.resident_bits for g in engine.decoder.groups])
+    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
     if high - low < 0.1:
         raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
     return [float(t) for t in np.linspace(low, high, POINTS)]

@@ -127,13 +127,14 @@ class Engine:
         self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
         self.target_bits, self.controller = target_bits, None
 
-    def hold_latency(self, target_ms: float, cost: CostModel) -> None:
+    def hold_latency(self, target_ms: float, cost: CostModel, least_bits: float = 0.0) -> None:
         """From the next token on every token is to take this long, as well as can be. Called again, it moves the target
-        and keeps what it knows of the machine. cost: of this engine (dpllm/cost.py)."""
+        and keeps what it knows of the machine. cost: of this engine (dpllm/cost.py). least_bits: to read whatever it
+        takes."""
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
             self.controller.retarget(target_ms)
             return
-        controller = LatencyController(cost, target_ms, self.bytes_for)
+        controller = LatencyController(cost, target_ms, self.bytes_for, least_bits=least_bits)
         self.set_policy("rate-distortion", controller.order(0).bits)
         self.controller, self.target_bits = controller, None
 
@@ -271,8 +272,7 @@ class Engine:
         """The controller's order for the next token."""
         if self.controller is None or not isinstance(policy, RateDistortionPolicy):
             return
-        budget = isinstance(self.controller, QueryBudget)
-        order = self.controller.order() if budget else self.controller.order(self._pairs(cache))
+        order = self.controller.order(self._pairs(cache))
         policy.steer(order.bits, order.most_bytes)
 
     def _record(self, step: Step, cache: KVCache) -> None:

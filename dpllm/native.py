@@ -107,11 +107,11 @@ class NativeStep:
         if rows > 1 and not self.decides_natively:
             raise ValueError(f"policy '{policy.name}' is called back: one token at a time.")
         self._make_room(rows)
-        self._tokens[:rows] = tokens
+        self._tokens[:rows] = list(tokens)
         if self._selection.probe:
             assert isinstance(policy, RateDistortionPolicy) and corrections is not None
             self._selection.offset = float(policy.probe.offset(policy.context))
-            self._corrections[:rows] = corrections
+            self._corrections[:rows] = list(corrections)
             self._selection.extra = None if policy.most_bytes is None else self._extra.data_ptr()
             self._selection.allowance = policy.allowance
         starts, lengths = cache.runs(rows)

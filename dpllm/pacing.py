@@ -80,8 +80,8 @@ class Pacer:
         self._since_plain = 0
 
     def plans(self, room: int) -> list[tuple[int, int]]:
-        """(source, tokens to draft), trials first and then the most promising. A source that has nothing to offer leaves
-        the round to the next one, and the last to a plain step. room: tokens that may be drafted at most."""
+        """(source, tokens to draft), trials first and then the most promising. A source that has nothing to offer
+        leaves the round to the next one, and the last to a plain step. room: tokens that may be drafted at most."""
         if 1 not in self._checks or room < 1 or self._since_plain >= REFRESH:
             return []
         found = []

@@ -156,16 +156,16 @@ class Planner:
         for name, reach, show in _KINDS:
             if getattr(targets, name) is None:
                 continue
-            kept = [p for p in every if _meets(p, replace(targets, **{name: None}))]
+            kept = [p for p in every if _meets(p, _without(targets, name))]
             if kept:
-                ways.append(f"{name.replace('_', ' ')} {show(min(map(reach, kept)))}")
+                ways.append(f"{_option(name)} {show(min(map(reach, kept)))}")
         given = [
             (kind, getattr(targets, kind[0])) for kind in _KINDS if getattr(targets, kind[0]) is not None
         ]
-        asked = ", ".join(f"{name.replace('_', ' ')} {show(value)}" for (name, _, show), value in given)
+        asked = ", ".join(f"{_option(name)} {show(value)}" for (name, _, show), value in given)
         if not ways:  # no single one suffices
             ways = [
-                f"{name.replace('_', ' ')} {show(min(map(reach, every)))} at best, alone"
+                f"{_option(name)} {show(min(map(reach, every)))} at best, alone"
                 for (name, reach, show), _ in given
             ]
         return (
@@ -208,6 +208,15 @@ _KINDS: tuple[tuple[str, Callable[[Plan], float], Callable[[float], str]], ...] 
 )
 
 
+def _without(targets: Targets, name: str) -> Targets:
+    nothing: dict[str, Any] = {name: None}
+    return replace(targets, **nothing)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _meets(p: Plan, t: Targets) -> bool:
     return all(
         getattr(t, name) is None or reach(p) <= getattr(t, name) * (1 + 1e-9) for name, reach, _ in _KINDS
@@ -232,7 +241,7 @@ def _binding(every: list[Plan], targets: Targets, best: Plan) -> tuple[str, ...]
     for name, _, _ in _KINDS:
         if getattr(targets, name) is None:
             continue
-        kept = [p for p in every if _meets(p, replace(targets, **{name: None}))]
+        kept = [p for p in every if _meets(p, _without(targets, name))]
         faster = min(p.tpot_ms for p in kept) < best.tpot_ms * (1 - NEAR)
         better = min(p.quality_loss for p in kept) < best.quality_loss - 1e-6
         if faster if name == "max_quality_loss" else better:

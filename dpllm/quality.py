@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class QualityModel:
             if version != VERSION:
                 raise ValueError(f"version {version}, this dpllm reads {VERSION}")
             nats = tuple(tuple(float(x) for x in row) for row in stored.pop("nats"))
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
             found = cls(nats=nats, **lists)
             if np.shape(found.nats) != (len(found.bits), len(found.keep)):
                 raise ValueError("its table is not whole")
@@ -142,7 +142,7 @@ def measure(
             f"Run: dpllm calibrate {engine.path}"
         )
     documents = _documents(engine, text, options)
-    low, high = engine.profile.target_range([g.resident_bits for g in engine.decoder.groups])
+    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
     bits = [low + step * (high - low) for step in STEPS]
     policies = [make_policy("rate-distortion", b, engine.decoder, engine.profile) for b in bits]
     most = StaticPolicy([g.resident_bits for g in engine.decoder.groups])

@@ -154,11 +154,11 @@ def obstacle(policy: PrecisionPolicy | None, native: NativeStep | None) -> str |
 
 
 class Continuation:
-    """One text decoded token by token behind what its cache holds, in passes over several tokens where drafts allow it.
+    """One text decoded behind what its cache holds, in passes over several tokens where drafts allow it.
 
-    Without drafts it is plain decoding. With them a rate-distortion policy is delayed (RateDistortionPolicy.delay) by as
-    many tokens as a pass can have, so that the widths of a position do not depend on how tokens were grouped: the text
-    is that of plain decoding with the delayed policy, and under fixed widths that of plain decoding.
+    Without drafts it is plain decoding. With them a rate-distortion policy is delayed (RateDistortionPolicy.delay) by
+    as many tokens as a pass can have, so that the widths of a position do not depend on how tokens were grouped: the
+    text is that of plain decoding with the delayed policy, and under fixed widths that of plain decoding.
     """
 
     def __init__(
@@ -217,13 +217,14 @@ class Continuation:
             raise
 
     def _fill(self, start: int, room: int) -> None:
-        began = self.clock()
+        now = self.clock if self.drafts else float  # plain decoding has nothing to weigh
+        began = now()
         source, drafted = self._draft(room - 1)
         self.cache.rewind(start)
-        checking = self.clock()
+        checking = now()
         logits, bits = self._check([self.text[-1], *drafted])
         draws = self._accept(logits, drafted)
-        ended, accepted = self.clock(), len(draws) - 1
+        ended, accepted = now(), len(draws) - 1
         self.cache.rewind(start + len(draws))
         draft_ms, check_ms = (checking - began) * 1e3, (ended - checking) * 1e3
         self.pacer.record(source, len(drafted), accepted, draft_ms, check_ms)
@@ -251,7 +252,10 @@ class Continuation:
         corrections = policy.corrections(len(tokens)) if isinstance(policy, RateDistortionPolicy) else None
         if self.native is not None and policy is not None:
             logits, bits = self.native.several(tokens, self.cache, policy, corrections)
-            return logits, bits.clone()
+            waits = getattr(
+                policy, "stepwise", False
+            )  # for the token drawn: another text may use the step before
+            return logits.clone() if waits else logits, bits.clone()
         if isinstance(policy, RateDistortionPolicy) and policy.lag:
             policy.correction = torch.tensor(corrections, device=self.decoder.device)
         recorder = None if policy is None else Recorder(policy, self.decoder.groups)

@@ -121,6 +121,18 @@ def parse_size(text: str) -> int:
     return int(value * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
+def parse_share(text: str) -> float:
+    """'2%' -> 0.02, '0.02' -> 0.02."""
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"--max-quality-loss '{text}' is no share. Write, for example, 2% or 0.02.")
+    return value / 100 if text.strip().endswith("%") else value
+
+
 def default_text(data: str | None) -> Path:
     """The text to calibrate on: the user's, or the bundled one."""
     from dpllm import reference

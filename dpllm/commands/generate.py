@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,22 @@ from typing import Any
 import numpy as np
 
 from dpllm import reference
-from dpllm.commands.common import cpu_options, note, note_slow_backend, parse_size, print_json
+from dpllm.commands.common import (
+    cpu_options,
+    note,
+    note_slow_backend,
+    parse_share,
+    parse_size,
+    print_json,
+    stage_bars,
+)
+from dpllm.controller import LatencyController
+from dpllm.cost import cost_of
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, is_overlay
 from dpllm.memory import resident_bits_within
+from dpllm.quality import quality_of
 from dpllm.saved_context import load_context
 
 
@@ -35,6 +47,9 @@ class GenerateArguments:
     accuracy: str
     json: bool
     context: str | None
+    tpot_ms: float | None = None
+    max_quality_loss: str | None = None
+    guarantee: bool = False
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -59,6 +74,16 @@ def open_engine(args: GenerateArguments) -> Engine:
         raise InputError(
             f"--bits fixes every width, so --policy {args.policy} has nothing to choose. Use --target-bits."
         )
+    if args.tpot_ms is not None and (args.bits is not None or args.target_bits is not None):
+        raise InputError("--tpot-ms chooses the bits itself: leave out --bits and --target-bits.")
+    if args.tpot_ms is not None and args.policy not in (None, "rate-distortion"):
+        raise InputError(
+            f"--tpot-ms steers policy rate-distortion; --policy {args.policy} cannot be steered."
+        )
+    if args.max_quality_loss is not None and args.tpot_ms is None:
+        raise InputError("--max-quality-loss is a bound for --tpot-ms here. For a plan, run: dpllm plan")
+    if args.guarantee and (args.target_bits is None or args.policy not in (None, "rate-distortion")):
+        raise InputError("--guarantee bounds what policy rate-distortion reads: it needs --target-bits.")
     if args.resident_bits is not None and args.max_memory is not None:
         raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")
     resident = args.resident_bits
@@ -75,6 +100,31 @@ def open_engine(args: GenerateArguments) -> Engine:
     return load(args.overlay, target_bits=args.target_bits, policy=args.policy, options=options)
 
 
+def aim(engine: Engine, args: GenerateArguments, pairs: float) -> None:
+    """Hands the target to a controller. pairs: already in the cache. Raises InputError for a time that even the fewest
+    bits do not keep to."""
+    if args.guarantee:
+        assert args.target_bits is not None
+        engine.hold_budget(args.target_bits)
+    if args.tpot_ms is None:
+        return
+    with stage_bars() as progress:
+        cost = cost_of(engine, progress=progress)
+    least = 0.0
+    if args.max_quality_loss is not None:
+        quality, share = quality_of(engine), parse_share(args.max_quality_loss)
+        least = next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
+    fastest = cost.step_ms(max(least, cost.bits[0]), pairs)
+    if args.tpot_ms < fastest:
+        bound = f" with a quality loss of {args.max_quality_loss}" if least else ""
+        raise InputError(
+            f"--tpot-ms {args.tpot_ms:g} cannot be kept{bound}: the fastest here is {fastest:.3g} ms per token "
+            f"({max(least, cost.bits[0]):.2f} bits). Ask for {fastest * 1.05:.3g} or more; "
+            "dpllm plan knows other ways."
+        )
+    engine.hold_latency(args.tpot_ms, cost, least)
+
+
 def run(args: GenerateArguments, options: GenerateOptions) -> None:
     """Streams the text to stdout, a summary to stderr (or JSON to stdout)."""
     prompt = read_prompt(args.prompt)
@@ -83,6 +133,7 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     engine = open_engine(args)
     context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
     note_slow_backend(engine.decoder.backend, args.backend)
+    aim(engine, args, 0.0 if context is None else float(context.cache.lengths.sum()))
     if args.resident_bits is not None or args.max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
@@ -113,6 +164,11 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     )
 
 
+def _tpot_target(engine: Engine) -> float | None:
+    held = engine.controller
+    return held.target_ms if isinstance(held, LatencyController) else None
+
+
 def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
     """The object of `dpllm generate --json`. Figures are over decode steps: the first token, which comes from
     reading the prompt at the resident maximum, counts as ttft only."""
@@ -126,7 +182,7 @@ def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
         "ttft_ms": round(steps[0].tpot_ms, 3),
         "tpot_ms": {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
         "policy": engine.policy.name if engine.policy else None,
-        "target": {"bits": engine.target_bits},
+        "target": {"bits": engine.target_bits, "tpot_ms": _tpot_target(engine)},
         "backend": engine.decoder.backend.name,
         "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded])))
         if dynamic

@@ -14,6 +14,7 @@ from dpllm.commands.common import (
     cpu_options,
     note,
     note_slow_backend,
+    parse_share,
     parse_size,
     print_json,
     stage_bars,
@@ -98,18 +99,6 @@ def parse_count(text: str) -> int:
     if not found:
         raise InputError(f"--context '{text}' is no number of tokens. Write, for example, 4096 or 16k.")
     return int(found[1]) * (1024 if found[2] else 1)
-
-
-def parse_share(text: str) -> float:
-    """'2%' -> 0.02, '0.02' -> 0.02."""
-    number = text.strip().removesuffix("%")
-    try:
-        value = float(number)
-    except ValueError:
-        raise InputError(
-            f"--max-quality-loss '{text}' is no share. Write, for example, 2% or 0.02."
-        ) from None
-    return value / 100 if text.strip().endswith("%") else value
 
 
 def targets_of(

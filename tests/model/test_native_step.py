@@ -13,28 +13,11 @@ from dpllm.kernels.weight import Int8Weight
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.native import NativeStep, ThresholdRule, decode_one
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, Recorder, StaticPolicy, make_policy
-from dpllm.quant.plan import QuantizeOptions
-from dpllm.quant.quantize import Quantizer
-from dpllm.quant.source import ModelSource
 
 pytestmark = needs_library
 
 TOLERANCE = 2e-3  # of a logit: a last bit of an input can move the rounding of an activation to 16 bits
 IDS = torch.randint(0, COMMON["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).tolist()
-
-
-@pytest.fixture(scope="module")
-def overlay(checkpoints, tmp_path_factory):
-    """A factory of overlays (planes 2..6): architecture and width of the head -> directory."""
-    root = tmp_path_factory.mktemp("native")
-
-    def make(name: str, head_bits: int = 8):
-        source, out = ModelSource.open(checkpoints / name), root / f"{name}-{head_bits}"
-        if not out.exists():
-            Quantizer(source, out, QuantizeOptions(head_bits=head_bits), documents=None).run()
-        return out
-
-    return make
 
 
 def load_exact(path, **options):

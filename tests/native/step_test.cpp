@@ -1,4 +1,7 @@
-// A whole decode step: against double precision, for every way to decide the widths, and for any number of threads.
+// A whole decode step: against double precision, for every way to decide the widths, for any number of threads, and for
+// tokens taken together in every way.
+#include <algorithm>
+
 #include "tiny_model.h"
 
 namespace test {
@@ -13,27 +16,44 @@ int32_t width_of(int group) { return 2 + group % 7; }
 int32_t choose_width(int32_t group, const float* x) { return x[0] == x[0] ? width_of(group) : 0; }
 int32_t refuse_last(int32_t group, const float*) { return group == kGroups - 1 ? 0 : 4; }
 
-// The three ways to say the same widths.
+// The three ways to say the same widths, and widths that differ from token to token.
 class Deciders {
  public:
   Deciders() : diagonal_(TinyModel::inner) {
+    for (int i = 0; i < kCount; i++) corrections_[i] = 0.5f * float(i - 2);
+    for (int i = 0; i < kCount * kGroups; i++) mixed_[i] = 2 + (i * 5 + i / kGroups) % 7;
     for (size_t k = 0; k < diagonal_.size(); k++) diagonal_[k] = half_of(0.5f);
     for (int g = 0; g < kGroups; g++) {
       fixed_[g] = width_of(g), diagonals_[g] = diagonal_.data();
       for (int i = 0; i < 6; i++) thresholds_[g * 6 + i] = i < g % 7 ? -1.f + 0.1f * float(i) : INFINITY;
+      for (int i = 0; i < 6; i++) spread_[g * 6 + i] = 0.02f * float(1 << (2 * i));
     }
   }
   dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr}; }
   dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr}; }
+  dpllm::Selection mixed() const {
+    return {mixed_, kGroups, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr};
+  }
+  // With a probe, and corrections that differ from token to token.
+  dpllm::Selection probed(const float* probe) const {
+    return {nullptr, 0, diagonals_, spread_, 6, 2, probe, corrections_, 0.1f, 3, nullptr};
+  }
   static dpllm::Selection callback(int32_t (*choose)(int32_t, const float*)) {
     return {nullptr, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose};
   }
   const int32_t* widths() const { return fixed_; }
+  static dpllm::Selection behind(dpllm::Selection s, int tokens) {
+    if (s.fixed) s.fixed += tokens * s.fixed_stride;
+    if (s.correction) s.correction += tokens;
+    return s;
+  }
 
  private:
   Buffer<uint16_t> diagonal_;
   const uint16_t* diagonals_[kGroups];
-  int32_t fixed_[kGroups];
+  int32_t fixed_[kGroups], mixed_[kCount * kGroups];
+  float spread_[kGroups * 6];
+  float corrections_[kCount];
   float thresholds_[kGroups * 6];
 };
 
@@ -67,21 +87,29 @@ struct Trace {
   std::vector<int32_t> bits;
 };
 
-Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Selection& s, Storage storage) {
+// Tokens in steps of `sizes` each, the last one of what is left.
+Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Selection& s, Storage storage,
+             std::vector<int> sizes = std::vector<int>(kCount, 1)) {
   const Handle h(v.index, threads);
   Memory memory(storage);
   dpllm::Step* step = dpllm_step_open(h, &m.model);
   Trace trace;
-  for (int i = 0; i < kCount; i++) {
-    Buffer<float> logits(TinyModel::vocab);
-    int32_t bits[kGroups];
-    dpllm::Request request{kTokens[i], i, logits.data(), bits, -1};
-    const int code = dpllm_step(step, &s, &memory.cache, &request);
+  for (int i = 0, n; i < kCount; i += n) {
+    n = sizes.empty() ? kCount - i : sizes.front();
+    if (!sizes.empty()) sizes.erase(sizes.begin());
+    Buffer<float> logits(size_t(n) * TinyModel::vocab);
+    Buffer<int32_t> bits(size_t(n) * kGroups), greedy(static_cast<size_t>(n)), tokens(static_cast<size_t>(n));
+    std::copy(kTokens + i, kTokens + i + n, tokens.data());
+    dpllm::Request request{n, i, tokens.data(), logits.data(), bits.data(), greedy.data()};
+    const dpllm::Selection own = Deciders::behind(s, i);
+    const int code = dpllm_step_rows(step, &own, &memory.cache, &request);
     CHECK(code == 0, text("token %d: code %d", i, code));
-    for (int j = 0; j < TinyModel::vocab; j++)
-      CHECK(logits[j] <= logits[request.greedy], text("token %d: %d is not the best", i, request.greedy));
+    for (int j = 0; j < n * TinyModel::vocab; j++) {
+      const int row = j / TinyModel::vocab;
+      CHECK(logits[j] <= logits[row * TinyModel::vocab + greedy[row]], text("token %d: not the best", i + row));
+    }
     trace.logits.insert(trace.logits.end(), logits.data(), logits.data() + logits.size());
-    trace.bits.insert(trace.bits.end(), bits, bits + kGroups);
+    trace.bits.insert(trace.bits.end(), bits.data(), bits.data() + bits.size());
   }
   for (int i = 0; i < TinyModel::layers * TinyModel::kv_heads; i++)
     CHECK(memory.length()[i] == kCount, text("run %d holds %d pairs", i, memory.length()[i]));
@@ -108,12 +136,21 @@ void check_refusal(const Variant& v, const TinyModel& m) {
   Memory memory(Storage::kFloat32);
   dpllm::Step* step = dpllm_step_open(h, &m.model);
   Buffer<float> logits(TinyModel::vocab);
-  int32_t bits[kGroups];
-  dpllm::Request request{5, 0, logits.data(), bits, -1};
+  int32_t bits[kGroups], token = 5, greedy;
+  dpllm::Request request{1, 0, &token, logits.data(), bits, &greedy};
   const dpllm::Selection selection = Deciders::callback(refuse_last);
-  const int code = dpllm_step(step, &selection, &memory.cache, &request);
+  const int code = dpllm_step_rows(step, &selection, &memory.cache, &request);
   CHECK(code == 1, text("code %d", code));
   dpllm_step_close(step);
+}
+
+// Tokens taken together give, bit for bit, what they give one by one.
+void check_together(const Variant& v, const TinyModel& m, const dpllm::Selection& s, Storage storage, const char* name) {
+  const Trace alone = decode(v, 1, m, s, storage);
+  for (const std::vector<int>& sizes : {std::vector<int>{}, {2}, {1, 4}, {3, 2, 1}, {5, 1}})
+    for (const int threads : kThreads)
+      CHECK(same(alone, decode(v, threads, m, s, storage, sizes)),
+            text("%s widths, %d threads, first %d together", name, threads, sizes.empty() ? kCount : sizes[0]));
 }
 
 void check_model(const Variant& v, TinyModel& m, const Numbers& right) {
@@ -127,6 +164,9 @@ void check_model(const Variant& v, TinyModel& m, const Numbers& right) {
       CHECK(same(first, decode(v, threads, m, deciders.fixed(), storage)), text("%d threads differ", threads));
     CHECK(same(first, decode(v, 2, m, deciders.thresholds(), storage)), "thresholds differ");
     CHECK(same(first, decode(v, 2, m, Deciders::callback(choose_width), storage)), "a callback differs");
+    check_together(v, m, deciders.fixed(), storage, "fixed");
+    check_together(v, m, deciders.mixed(), storage, "mixed");
+    check_together(v, m, deciders.probed(m.norm()), storage, "chosen");
   }
   check_refusal(v, m);
 }

@@ -45,6 +45,8 @@ class TinyModel : public Sizes {
   static constexpr int groups() { return 11; }
   static constexpr int head_bits() { return 6; }
 
+  const float* norm() const { return norms_[4].data(); }  // [hidden] of ordinary numbers
+
   // Logits after one more token; `keys` and `values` grow by one position per layer.
   Numbers forward(int token, int position, const int32_t* bits) {
     Numbers x;
