@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BITS_STEP, KEEP_STEP = 0.05, 0.05
 ALTERNATIVES = 8
-NEAR = 0.02  # a target that is used up to this share binds
+NOTHING = 1e-6  # of quality or milliseconds
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Planner:
         """Every plan on the grid, for a context of so many tokens."""
         keeps = [1.0]
         if context > 1 and len(self.quality.keep) > 1:
-            keeps = [float(k) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
+            keeps = [round(float(k), 6) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
         low, high = self.cost.bits[0], self.cost.bits[-1]
         grid = [float(b) for b in np.arange(low, high, BITS_STEP)] + [high]
         return [
@@ -223,28 +223,29 @@ def _meets(p: Plan, t: Targets) -> bool:
     )
 
 
-def _best(every: list[Plan], targets: Targets) -> Plan | None:
+def _best(every: list[Plan], targets: Targets, fastest: bool | None = None) -> Plan | None:
     """Of the best quality; under a bound on quality alone, the fastest. Ties: fewer bytes read, then held."""
+    if fastest is None:
+        fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
     kept = [p for p in every if _meets(p, targets)]
-    fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
+    return min(kept, key=lambda p: _rank(p, fastest), default=None)
 
-    def rank(p: Plan) -> tuple[float, ...]:
-        first = (p.tpot_ms, p.quality_loss) if fastest else (p.quality_loss, p.tpot_ms)
-        return (*first, p.read_bytes, p.memory)
 
-    return min(kept, key=rank, default=None)
+def _rank(p: Plan, fastest: bool) -> tuple[float, ...]:
+    first = (p.tpot_ms, p.quality_loss) if fastest else (p.quality_loss, p.tpot_ms)
+    return (*first, p.read_bytes, p.memory)
 
 
 def _binding(every: list[Plan], targets: Targets, best: Plan) -> tuple[str, ...]:
     """Targets without which there would be a better plan."""
+    fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
     found = []
     for name, _, _ in _KINDS:
         if getattr(targets, name) is None:
             continue
-        kept = [p for p in every if _meets(p, _without(targets, name))]
-        faster = min(p.tpot_ms for p in kept) < best.tpot_ms * (1 - NEAR)
-        better = min(p.quality_loss for p in kept) < best.quality_loss - 1e-6
-        if faster if name == "max_quality_loss" else better:
+        freed = _best(every, _without(targets, name), fastest)
+        assert freed is not None
+        if _rank(freed, fastest)[0] < _rank(best, fastest)[0] - NOTHING:
             found.append(name)
     return tuple(found)
 

@@ -1,0 +1,267 @@
+"""Targets on the bundled reference model: allowances, steering, budgets, measured models, the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dpllm import quality, reference
+from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
+from dpllm.engine import GenerateOptions, load
+from dpllm.kernels.errors import InputError
+from dpllm.loading import LoadOptions
+from dpllm.native import decode_one
+from dpllm.policy import begin_text, make_policy, observe
+from dpllm.quality import QualityModel, QualityOptions, estimated
+
+PROMPT = "def main(argv):\n    for name in"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return load()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def widths(engine, native, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
+    """What a policy held to an allowance reads for the tokens of a fixed text."""
+    policy = begin_text(make_policy("rate-distortion", bits, engine.decoder, engine.profile))
+    policy.steer(bits, most_bytes)
+    ids, cache, found = engine.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
+    for token, after in zip(ids, [*ids[1:], 0], strict=True):
+        logits, chosen = decode_one(engine.decoder, native, token, cache, policy)
+        found.append(chosen[0].tolist())
+        observe(policy, logits, torch.tensor([after]))
+    return found
+
+
+def read(engine, chosen: list[int]) -> int:
+    return sum(g.bytes_at[b - g.seed_bits] for b, g in zip(chosen, engine.decoder.groups, strict=True))
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
+def test_no_token_exceeds_its_allowance(engine, native):
+    step = engine.native if native else None
+    if native and step is None:
+        pytest.skip("no native kernels")
+    most = engine.bytes_for(3.1)
+    free, held = (widths(engine, step, 3.5, m) for m in (None, most))
+    assert max(read(engine, b) for b in free) > most, "else the limit limits nothing"
+    assert all(read(engine, b) <= most for b in held)
+    assert all(read(engine, b) > most - engine.bytes_for(6) / 8 for b in held), "nor is it left unused"
+    assert widths(engine, step, 3.5, engine.bytes_for(6)) == free
+    seed = [g.seed_bits for g in engine.decoder.groups]
+    assert widths(engine, step, 3.5, 0) == [seed] * len(free), "the seed width is always read"
+
+
+def test_native_and_torch_afford_the_same(engine):
+    if engine.native is None:
+        pytest.skip("no native kernels")
+    most = engine.bytes_for(3.2)
+    one, other = (np.asarray(widths(engine, step, 3.5, most)) for step in (None, engine.native))
+    assert (one == other).mean() > 0.99  # a signal at its threshold may fall either way
+
+
+def test_a_target_is_steered_within_a_text(engine):
+    engine.set_policy("rate-distortion", 3.0)
+    policy = begin_text(engine.policy)
+    cache, bits = engine.decoder.new_cache(400), []
+    for t in range(400):
+        if t % 100 == 0:
+            policy.steer((2.5, 4.5, 3.5, 2.5)[t // 100])
+        logits, chosen = decode_one(engine.decoder, engine.native, 5 + t % 90, cache, policy)
+        bits.append(
+            sum(b * g.weights for b, g in zip(chosen[0].tolist(), engine.decoder.groups, strict=True))
+        )
+        observe(policy, logits, torch.tensor([5 + (t + 1) % 90]))
+    means = np.asarray(bits).reshape(4, 100)[:, 40:].mean(1) / sum(g.weights for g in engine.decoder.groups)
+    assert np.abs(means - [2.5, 4.5, 3.5, 2.5]).max() < 0.3, means
+
+
+def test_a_text_reads_no_more_than_its_budget(engine):
+    engine.hold_budget(3.0, burst=1.0)
+    for prompt in (PROMPT, "import os\n"):  # each by itself
+        steps = list(engine.generate(prompt, GenerateOptions(60, ignore_eos=True)))[1:]
+        total = sum(read(engine, list(s.bits)) for s in steps)
+        assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
+        assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
+    engine.set_policy("rate-distortion", 3.0)
+    assert engine.controller is None
+
+
+class Clock:
+    """A clock that moves by what a simulated machine takes for each pass of the native step."""
+
+    def __init__(self, engine, cost: CostModel, monkeypatch):
+        self.now, self.factor = 0.0, 1.0
+        inner = engine.native.several
+
+        def several(tokens, cache, policy, corrections=None):
+            logits, bits = inner(tokens, cache, policy, corrections)
+            weights = np.asarray([g.weights for g in engine.decoder.groups])
+            mean = float((bits[0].numpy() * weights).sum() / weights.sum())
+            self.now += cost.step_ms(mean, 8.0 * 4 * cache.length) * self.factor / 1e3
+            return logits, bits
+
+        monkeypatch.setattr(engine.native, "several", several)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_generation_holds_a_time_per_token(engine, monkeypatch):
+    if engine.native is None:
+        pytest.skip("no native kernels")
+    cost = CostModel(
+        device_name(engine),
+        engine.profile.overlay_hash,
+        6.0,
+        (2.0, 4.0, 6.0),
+        (10.0, 18.0, 26.0),
+        (0.0, 1e5),
+        (0.0, 1.0),
+    )
+    clock = Clock(engine, cost, monkeypatch)
+    engine.hold_latency(15.0, cost)
+    times = []
+    for i, step in enumerate(engine.generate(PROMPT, GenerateOptions(260, ignore_eos=True), clock)):
+        times.append(step.tpot_ms)
+        if i == 90:
+            clock.factor = 1.3
+        if i == 180:
+            engine.hold_latency(22.0, cost)
+    parts = (times[20:90], times[110:180], times[200:])
+    for part, target in zip(parts, (15.0, 15.0, 22.0), strict=True):
+        assert abs(np.median(part) / target - 1) < 0.03
+        assert np.percentile(part, 95) / target < 1.1
+
+
+# -- measured models -----------------------------------------------------------------------------------------
+
+
+def test_cost_is_measured_once_and_kept(engine):
+    rounds = []
+    cost = cost_of(engine, progress=lambda stage, done, total: rounds.append(done))
+    assert rounds and cost_path(engine).exists()
+    assert cost_of(engine, progress=lambda *_: pytest.fail("measured again")) == cost
+    assert cost.bits[0] < 2.2 and cost.bits[-1] > 5.8
+    assert cost.step_ms(4, 1e5) > cost.step_ms(4) > 0
+    cost_path(engine).write_text("{}")
+    assert cost_of(engine) != cost, "a damaged cache is measured anew"
+
+
+def test_a_cost_of_another_device_or_overlay_is_refused(engine, tmp_path):
+    cost, path = measure(engine), tmp_path / "cost.json"
+    for key, value, says in (
+        ("device", "a GPU", "another device"),
+        ("overlay_hash", "0" * 64, "another overlay"),
+    ):
+        cost.save(path)
+        stored = json.loads(path.read_text()) | {key: value}
+        path.write_text(json.dumps(stored))
+        with pytest.raises(InputError, match=says):
+            cost_of(engine, path)
+    cost.save(path)
+    assert cost_of(engine, path) == cost
+
+
+def test_quality_is_measured_jointly(engine, tmp_path):
+    found = quality.measure(engine, reference.heldout_text(), QualityOptions(1, 64, 12))
+    nats = np.asarray(found.nats)
+    assert nats.shape == (len(quality.STEPS), len(quality.KEEPS)) and found.tokens == 12
+    assert (np.diff(nats, axis=0) <= 1e-9).all() and (np.diff(nats, axis=1) <= 1e-9).all() and nats.min() >= 0
+    assert nats[0, 0] > nats[-1, -1]
+    found.save(tmp_path / "quality.json")
+    assert QualityModel.load(tmp_path / "quality.json", found.overlay_hash) == found
+    with pytest.raises(InputError, match="another overlay"):
+        QualityModel.load(tmp_path / "quality.json", "0" * 64)
+    (tmp_path / "quality.json").write_text("{")
+    with pytest.raises(InputError, match="no measurement of quality"):
+        QualityModel.load(tmp_path / "quality.json", found.overlay_hash)
+
+
+def test_the_bundled_measurement_is_of_the_bundled_overlay(engine):
+    found = quality.quality_of(engine)
+    assert found.tokens >= 1000 and found.keep[-1] == 1.0
+    assert found.loss(6.0) == 0 < found.loss(3.0) < found.loss(2.5, 0.3) < found.loss(2.0, 0.1)
+
+
+def test_calibration_alone_foretells_the_order(engine):
+    guess = estimated(engine.profile)
+    losses = [guess.loss(b) for b in (2.0, 2.5, 3.0, 4.0, 6.0)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] == 0
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+
+def test_plan_command(ok, refused, tmp_path):
+    answer = ok("plan", "--context", "2k", "--max-quality-loss", "2%", "--max-memory", "1GB", "--json").json
+    assert set(answer) >= {"plan", "binding", "alternatives", "device"}
+    assert set(answer["plan"]) >= {
+        "resident_bits", "lambda", "keep_ratio", "predicted_tpot_ms", "predicted_quality_loss", "bytes",
+    }  # fmt: skip
+    assert answer["plan"]["predicted_quality_loss"] <= 0.02
+    assert answer["binding"] == ["max_quality_loss"]
+    text = ok("plan", "--context", "512").out
+    assert "dpllm generate --resident-bits" in text.replace("\n", " ")
+    refused(
+        "plan",
+        "--tpot-ms",
+        "0.0001",
+        says=r"no plan meets --tpot-ms 0\.0001.*Nearest: --tpot-ms",
+        alone=False,
+    )
+    refused("plan", "--context", "many", says="no number of tokens")
+    refused("plan", "--max-quality-loss", "much", says="no share")
+    refused("plan", "--cost", tmp_path / "none.json", says="no cost profile")
+
+
+def test_profile_command(ok, tmp_path):
+    own = tmp_path / "overlay"
+    shutil.copytree(reference.overlay_path(), own)
+    (own / quality.NAME).unlink()
+    answer = ok("profile", "--overlay", own, "--json").json
+    assert answer["quality"] is None and len(answer["cost"]["bits"]) == len(answer["cost"]["weights_ms"])
+    assert "calibration's estimate" in ok("plan", "--overlay", own, "--json").json["quality_measured_on"]
+
+
+def test_generate_at_a_time_per_token(ok, refused):
+    answer = ok("generate", PROMPT, "--tpot-ms", "1000", "--max-new-tokens", "4", "--json").json
+    assert answer["target"] == {"bits": None, "tpot_ms": 1000.0}
+    assert answer["policy"] == "rate-distortion" and answer["effective_bits"] > 5.5
+    refused(
+        "generate",
+        PROMPT,
+        "--tpot-ms",
+        "0.0001",
+        says=r"cannot be kept.*fastest here is .* Ask for",
+        alone=False,
+    )
+    refused("generate", PROMPT, "--tpot-ms", "-3", says="cannot be kept|impossible", alone=False)
+    refused("generate", PROMPT, "--tpot-ms", "5", "--bits", "3", says="leave out --bits")
+    refused("generate", PROMPT, "--tpot-ms", "5", "--policy", "static", says="cannot be steered")
+    refused("generate", PROMPT, "--max-quality-loss", "1%", says="a bound for --tpot-ms")
+    refused("generate", PROMPT, "--guarantee", says="needs --target-bits")
+    answer = ok(
+        "generate", PROMPT, "--target-bits", "3", "--guarantee", "--max-new-tokens", "30", "--json"
+    ).json
+    assert answer["effective_bits"] < 3.15
+
+
+def test_a_model_without_a_profile_has_nothing_to_plan_with(tmp_path):
+    own = tmp_path / "overlay"
+    shutil.copytree(reference.overlay_path(), own)
+    (own / "profile.safetensors").unlink()
+    bare = load(own, options=LoadOptions())
+    for work in (measure, quality.quality_of):
+        with pytest.raises(InputError, match="no calibration profile"):
+            work(bare)

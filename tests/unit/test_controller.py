@@ -1,0 +1,214 @@
+"""The controllers against simulated machines and clocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpllm.controller import LatencyController, QueryBudget
+from dpllm.cost import CostModel
+from dpllm.kernels.errors import InputError
+
+COST = CostModel(
+    "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
+    pairs=(0.0, 1e6), attention_ms=(0.0, 5.0),
+)  # fmt: skip
+MEGABYTE = 10**6
+SETTLED = 16
+
+
+def bytes_for(bits: float) -> int:
+    return round(bits * MEGABYTE)
+
+
+class Machine:
+    """Takes what the cost model says, times a factor that changes with time, times noise; now and then something else
+    runs. A policy reads what it is told on average, tokens differ by `spread` bits."""
+
+    def __init__(self, seed: int = 0, spread: float = 0.25, noise: float = 0.02, bias: float = 0.0):
+        self.rng = np.random.default_rng(seed)
+        self.spread, self.noise, self.bias = spread, noise, bias
+        self.factor: Callable[[int], float] = lambda t: 1.0
+
+    def run(
+        self, controller: LatencyController | None, tokens: int, pairs=lambda t: 0.0, at=lambda t, c: None
+    ):
+        """ms of each token; at(t, controller) may change the target."""
+        taken = []
+        for t in range(tokens):
+            bits = 3.5
+            if controller is not None:
+                at(t, controller)
+                order = controller.order(pairs(t))
+                wanted = order.bits + self.bias + self.rng.normal() * self.spread
+                assert order.most_bytes is not None
+                bits = min(max(wanted, 2.0), 6.0, order.most_bytes / MEGABYTE)
+            slow = 1.6 if self.rng.random() < 0.01 else 1.0
+            noise = math.exp(self.rng.normal() * self.noise)
+            ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow
+            if controller is not None:
+                controller.record(ms, bits, pairs(t))
+            taken.append(ms)
+        return np.asarray(taken)
+
+
+def holds(ms: np.ndarray, target: float, fixed: np.ndarray) -> None:
+    """Median within 3%, p95 within 10% above what a fixed width shows."""
+    assert abs(np.median(ms) / target - 1) < 0.03
+    allowed = 1.1 * np.percentile(fixed, 95) / np.median(fixed)
+    assert np.percentile(ms, 95) / target < allowed
+
+
+def controller_for(target: float) -> LatencyController:
+    return LatencyController(COST, target, bytes_for)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("speed", [0.6, 1.0, 1.5])
+def test_a_machine_of_another_speed(seed, speed):
+    machine = Machine(seed)
+    machine.factor = lambda t: speed
+    target = 17.0 * speed
+    ms = machine.run(controller_for(target), 200)
+    holds(ms[SETTLED:], target, Machine(seed + 100).run(None, 2000))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_context_that_grows(seed):
+    ms = Machine(seed).run(controller_for(20.0), 400, pairs=lambda t: 4000.0 * t)
+    fixed = Machine(seed + 100).run(None, 2000)
+    for part in (ms[16:150], ms[150:270], ms[270:]):
+        holds(part, 20.0, fixed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("load", [1.3, 1.7])
+def test_a_load_that_comes_and_goes(seed, load):
+    machine = Machine(seed)
+    machine.factor = lambda t: load if 150 <= t < 300 else 1.0
+    ms = machine.run(controller_for(22.0), 450)
+    fixed = Machine(seed + 100).run(None, 2000)
+    for first in (0, 150, 300):
+        holds(ms[first + SETTLED : first + 150], 22.0, fixed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_targets_that_change_between_two_tokens(seed):
+    goals = {0: 15.0, 100: 24.0, 200: 18.0}
+    ms = Machine(seed).run(
+        controller_for(15.0), 300, at=lambda t, c: c.retarget(goals[t]) if t in goals else None
+    )
+    fixed = Machine(seed + 100).run(None, 2000)
+    for first, goal in goals.items():
+        holds(ms[first + SETTLED : first + 100], goal, fixed)
+
+
+def test_a_policy_that_reads_more_than_it_is_told():
+    """Integral control takes out what the cost model cannot know."""
+    machine = Machine(0, bias=0.3)
+    ms = machine.run(controller_for(17.0), 400)
+    assert abs(np.median(ms[60:]) / 17 - 1) < 0.02
+
+
+@pytest.mark.parametrize("target", [5.0, 60.0])
+def test_an_impossible_time_does_not_wind_up(target):
+    controller = controller_for(target)
+    Machine(1).run(controller, 300)
+    assert controller.order(0).bits == (2.0 if target < 10 else 6.0)
+    assert abs(controller.trim) < 0.02
+    controller.retarget(17.0)
+    ms = Machine(2).run(controller, 100)
+    assert abs(np.median(ms[SETTLED:]) / 17 - 1) < 0.03
+
+
+def test_least_bits_are_read_whatever_they_take():
+    controller = LatencyController(COST, 11.0, bytes_for, least_bits=3.2)
+    Machine(0).run(controller, 50)
+    order = controller.order(0)
+    assert order.bits == 3.2
+    assert order.most_bytes is not None and order.most_bytes >= bytes_for(3.2)
+
+
+def test_the_order_stays_where_little_changes():
+    controller = controller_for(17.0)
+    orders = set()
+    for _ in range(50):
+        orders.add(controller.order(0).bits)
+        controller.record(17.0, COST.bits_for(17.0), 0)
+    assert len(orders) == 1
+
+
+@pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])
+def test_a_clock_that_says_nothing_changes_nothing(ms):
+    controller = controller_for(17.0)
+    before = controller.order(0)
+    controller.record(ms, 3.0, 0)
+    assert controller.order(0) == before
+    with pytest.raises(InputError, match="is impossible"):
+        controller.retarget(ms)
+
+
+# -- budgets -------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rate=st.integers(10, 1000),
+    burst=st.integers(0, 5000),
+    wishes=st.lists(st.integers(0, 3000), min_size=1, max_size=80),
+    seed=st.integers(1, 10),
+)
+def test_no_query_overdraws_its_budget(rate, burst, wishes, seed):
+    """Whatever a token wants, as long as it keeps to the order or reads the seed width, which is within the rate."""
+    budget, total = QueryBudget(3.0, rate, burst), 0
+    for n, wish in enumerate(wishes, 1):
+        order = budget.order()
+        assert order.bits == 3.0 and order.most_bytes is not None
+        assert order.most_bytes >= rate >= seed, "the seed width can always be read"
+        read = max(seed, min(wish, order.most_bytes))
+        total += read
+        budget.record(read)
+        assert total <= n * rate + burst
+    budget.reset()
+    assert budget.order().most_bytes == rate + burst
+
+
+def test_savings_end_at_the_burst():
+    budget = QueryBudget(3.0, 100, 250)
+    for _ in range(50):
+        budget.record(0)
+    assert budget.order().most_bytes == 350
+    with pytest.raises(InputError, match="budget"):
+        QueryBudget(3.0, 0, 10)
+
+
+# -- the cost model --------------------------------------------------------------------------------------------
+
+
+@given(st.floats(9.9, 32), st.floats(0, 3e6))
+def test_bits_for_is_the_inverse_of_step_ms(ms, pairs):
+    bits = COST.bits_for(ms, pairs)
+    assert 2 <= bits <= 6
+    if 2 < bits < 6:
+        assert COST.step_ms(bits, pairs) == pytest.approx(ms)
+
+
+def test_cost_survives_its_file_and_damage_is_named(tmp_path):
+    path = tmp_path / "cost.json"
+    COST.save(path)
+    assert CostModel.load(path) == COST
+    text = path.read_text()
+    for wrong in (
+        text[:50],
+        "[]",
+        text.replace('"cost_version": 1', '"cost_version": 9'),
+        text.replace("14.0", "4.0"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(InputError, match="no cost profile"):
+            CostModel.load(path)
