@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,4 +33,24 @@ def write_tensors(
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         raise InputError(
             f"{path} ({size / 1e6:.1f} MB) cannot be written: {e}. Free space, then run it again."
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 beside `path`, flushes to disk, renames. On failure nothing is left behind.
+
+    Raises InputError when the disk is full or the place cannot be written.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        partial.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path} cannot be written: {e.strerror or e}. Free space or choose another place."
         ) from None
