@@ -411,9 +411,9 @@ def report(
 ) -> None:
     """One HTML page of what a generation read, when, and what it cost, all measured now on this machine.
 
-    It shows the planes that every group read for every token, bits and time over the tokens, perplexity against time and
-    bytes (ours, static, DP-LLM), the pairs that a pruned context keeps, bytes by kind, and how bits and latency spread
-    over queries. The file needs no network; open it in any browser, send it, print it.
+    It shows the planes that every group read for every token, bits and time over the tokens, perplexity against time
+    and bytes (ours, static, DP-LLM), the pairs that a pruned context keeps, bytes by kind, and how bits and latency
+    spread over queries. The file needs no network; open it in any browser, send it, print it.
 
     Example: dpllm report 'def fibonacci(n):' --target-bits 3.25 -o report.html
 

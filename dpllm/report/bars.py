@@ -15,23 +15,24 @@ BINS = 28
 
 def bytes_chart(kinds: Sequence[KindBytes]) -> str:
     """A row a kind: what is held, and within it what a token reads."""
-    left, right, row = 84, 430, 30
+    left, right, row = 74, 282, 29
     x = Scale(0.0, max(max(k.held, k.read) for k in kinds), left, right)
     parts = []
     for i, k in enumerate(kinds):
         top = 6 + row * i
         tip = f"{k.kind}: {size(k.read)} read for a token, {size(k.held)} held"
         parts.append(text(left - 8, top + 15, k.kind, text_anchor="end"))
-        parts.append(element("rect", element("title", tip), x=left, y=top, width=max(0.5, x(k.held) - left), height=20,
-                             class_="held"))  # fmt: skip
-        parts.append(element("rect", element("title", tip), x=left, y=top + 5, width=max(0.5, x(k.read) - left), height=10,
-                             class_="read"))  # fmt: skip
+        for value, inset, kind in ((k.held, 0, "held"), (k.read, 5, "read")):
+            parts.append(
+                element("rect", element("title", tip), x=left, y=top + inset, width=max(0.5, x(value) - left),
+                        height=20 - 2 * inset, class_=kind)
+            )  # fmt: skip
         end = max(x(k.held), x(k.read))
         parts.append(
             text(
                 end + 8,
                 top + 15,
-                f"{size(k.read)} of {size(k.held)}" if k.held else f"{size(k.read)}, in the head",
+                f"{size(k.read)} of {size(k.held)}" if k.held else f"{size(k.read)} of the head",
             )
         )
     read, held = sum(k.read for k in kinds), sum(k.held for k in kinds)
@@ -47,7 +48,7 @@ def bytes_chart(kinds: Sequence[KindBytes]) -> str:
 def kept_chart(kept: KeptPairs) -> str:
     """Share of pairs kept, a row a layer and a column a KV head."""
     heads, left, top = len(kept.pairs[0]), 62, 34
-    width, height = max(18.0, min(64.0, 480 / heads)), 24 if len(kept.pairs) <= 32 else 14
+    width, height = max(16.0, min(62.0, 360 / heads)), 24 if len(kept.pairs) <= 32 else 14
     parts = [text(left, 12, "KV head", class_="label")]
     parts += [text(left + width * (h + 0.5), 28, h, text_anchor="middle") for h in range(heads)]
     for layer, row in enumerate(kept.pairs):
@@ -66,7 +67,7 @@ def kept_chart(kept: KeptPairs) -> str:
         f"layer {i}: " + ", ".join(f"{n / max(1, kept.tokens):.0%}" for n in row)
         for i, row in enumerate(kept.pairs)
     )
-    size_ = (max(300.0, left + width * heads + 10), top + height * len(kept.pairs) + 6)
+    size_ = (max(430.0, left + width * heads + 10), top + height * len(kept.pairs) + 6)
     return figure(*size_, "Share of pairs kept by layer and KV head", description, *parts)
 
 
@@ -74,7 +75,7 @@ def service_chart(service: Service, what: str, operating: OperatingPoint) -> str
     """Histograms over queries, a row a mode, on one scale. what: 'bits' or 'ms'."""
     samples = {s.mode: s.effective_bits if what == "bits" else s.tpot_ms for s in service.levels}
     target = operating.target_bits if what == "bits" else operating.target_tpot_ms
-    left, right, row = 14, 536, 118
+    left, right, row = 10, 420, 112
     everything = [v for values in samples.values() for v in values]
     high = max(everything)
     if what == "ms":  # a hiccup of the machine must not flatten the rest: what lies beyond joins the last bin

@@ -1,5 +1,5 @@
-"""Colours of widths: a sequence that darkens evenly (light theme) or lightens (dark), told apart by those who cannot tell
-red from green, and in print. Anchors: ColorBrewer's YlGnBu, which is made for that."""
+"""Colours of widths: a sequence that darkens evenly (light theme) or lightens (dark), which those who cannot tell red
+from green can tell apart, and printers too. Anchors: ColorBrewer's YlGnBu, which is made for that."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _rules(widths: Sequence[int], anchors: Sequence[str]) -> str:
         colour = blend(anchors, 0.1 + 0.85 * i / max(1, len(widths) - 1))
         rules.append(f".w{width}{{fill:{colour}}}svg .on{width}{{fill:{ink_on(colour)}}}")
     for level in range(LEVELS):
-        colour = blend(anchors, 0.05 + 0.8 * level / (LEVELS - 1))
+        colour = blend(anchors, 0.02 + 0.5 * level / (LEVELS - 1))  # far from the ink: text stands on it
         ink = ink_on(colour)
         rules.append(
             f".e{level}{{fill:{colour};background:{colour};color:{ink}}}svg .one{level}{{fill:{ink}}}"

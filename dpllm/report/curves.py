@@ -26,7 +26,8 @@ def quality_against_time(frontier: Frontier, chosen: OperatingPoint) -> str:
 def quality_against_bytes(frontier: Frontier, chosen: OperatingPoint) -> str:
     """Perplexity against the bytes of weights that a token reads."""
     return _curves(
-        frontier, chosen, lambda p: p.weight_bytes / 1e6, "weights read for a token, MB", "Perplexity against bytes read"
+        frontier, chosen, lambda p: p.weight_bytes / 1e6, "weights read for a token, MB",
+        "Perplexity against bytes read",
     )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def _curves(
     y = scale_over([p.perplexity for p in points], BOTTOM, TOP, pad=0.1)
     best = y(frontier.widest.perplexity)
     parts = [x_axis(x, BOTTOM, label), y_axis(y, LEFT, RIGHT, "perplexity (lower is better)")]
-    parts.append(line(LEFT, best, RIGHT, best, "target"))
+    parts.append(line(LEFT, best, RIGHT, best, "level note"))
     parts.append(text(LEFT + 4, best + 14, f"every plane: {frontier.widest.perplexity:.3f}", class_="note"))
     names = list(dict.fromkeys(p.policy for p in frontier.points))
     for name in sorted(names, key=lambda n: n == OURS):  # ours on top
@@ -132,7 +133,7 @@ def difference_to_static(frontier: Frontier) -> str:
         return ""
     values = [v for p in points if (d := p.less_static) for v in (1e3 * d.low, 1e3 * d.high, 0.0)]
     x = scale_over([p.target_bits for p in points], LEFT + 14, RIGHT - 8)
-    y = scale_over(values, BOTTOM, TOP, pad=0.12)
+    y = scale_over(values, BOTTOM - 16 * (len({p.policy for p in points}) + 1), TOP, pad=0.06)
     zero = y(0.0)
     parts = [
         x_axis(x, BOTTOM, "target, bits per weight"),
@@ -151,12 +152,10 @@ def difference_to_static(frontier: Frontier) -> str:
             tip = f"{_tip(p)}: {1e3 * d.mean:+.1f} [{1e3 * d.low:+.1f}, {1e3 * d.high:+.1f}] thousandths of a nat"
             parts.append(line(at, y(1e3 * d.low), at, y(1e3 * d.high), f"whisker {kind}"))
             parts.append(mark(at, y(1e3 * d.mean), shape, f"point {kind}", tip))
-        end = own[-1]
-        assert end.less_static is not None
+        name_at = BOTTOM - 8 - 16 * (len(names) - 1 - i)
         parts.append(
-            text(x(end.target_bits) + offset, y(1e3 * end.less_static.high) - 8 - 15 * i, POLICY_NAMES.get(name, name),
-                 class_=f"name {kind}", text_anchor="end")
-        )  # fmt: skip
+            text(RIGHT, name_at, POLICY_NAMES.get(name, name), class_=f"name {kind}", text_anchor="end")
+        )
     return figure(WIDTH, HEIGHT, "What sets the policies apart at equal bits", _differences(points), *parts)
 
 

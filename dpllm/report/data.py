@@ -23,8 +23,8 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value; linear between neighbours."""
-        found = np.percentile(np.asarray(values, dtype=float), (5, 25, 50, 75, 95))
-        return cls(*(round(float(v), 4) for v in found), count=len(values))
+        p5, p25, p50, p75, p95 = np.percentile(values, (5, 25, 50, 75, 95)).round(4).tolist()
+        return cls(p5, p25, p50, p75, p95, len(values))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Frontier:
 @dataclass(frozen=True)
 class OperatingPoint:
     """What was asked, and the target in bits that answers it. log2_lambda: the price of a byte there, before the
-    correction. why: one sentence."""
+    correction. why: a sentence."""
 
     policy: str
     target_bits: float

@@ -32,36 +32,38 @@ def default_targets(engine: Engine) -> list[float]:
 def cells_of(
     engine: Engine, policies: Sequence[str], targets: Sequence[float], explicit: bool
 ) -> tuple[dict[Cell, PrecisionPolicy], list[str]]:
-    """Every policy at every target it can take, and notes on what is left out.
+    """Every policy, and ours, at every target it can take, and notes on what is left out.
 
     explicit: the policies were asked for by name, so that one which has nothing to offer raises InputError.
     """
     cells: dict[Cell, PrecisionPolicy] = {}
     notes = []
     for name in dict.fromkeys((*policies, OURS)):
-        own = _calibrated(engine, targets) if name.endswith("dp-llm") else targets
-        if name == WIDEST:
-            own = [t for t in targets if t == int(t)]
-        try:
-            made = {(name, t): make_policy(name, t, engine.decoder, engine.profile) for t in own}
-        except InputError as e:
-            if explicit or name == OURS:
-                raise
-            notes.append(f"{name} is missing: {e}")
-            continue
-        if not made:
-            notes.append(f"{name} is missing: it reads whole bits only, and no target is whole.")
-        cells |= made
+        own = _targets_of(name, engine, targets)
+        if not own and not explicit:
+            notes.append(_how_to_have(name, targets))
+        for target in own or targets[: int(explicit)]:  # with none of its own, make_policy says why
+            cells[name, target] = make_policy(name, target, engine.decoder, engine.profile)
     return cells, notes
 
 
-def _calibrated(engine: Engine, targets: Sequence[float]) -> list[float]:
-    """DP-LLM is calibrated target by target: those of the curve it has, else the ones nearest to them."""
+def _targets_of(name: str, engine: Engine, targets: Sequence[float]) -> list[float]:
+    """Those a policy can take. DP-LLM is calibrated target by target: of the ones it has, the nearest to these."""
+    if name == WIDEST:
+        return [t for t in targets if t == int(t)]
+    if not name.endswith("dp-llm"):
+        return list(targets)
     extra = {} if engine.profile is None else engine.profile.extra
     stored = np.unique(extra.get("dp-llm.targets", np.empty(0)))
-    if not len(stored):
-        return list(targets)  # make_policy says what to run
-    return sorted({float(stored[np.abs(stored - t).argmin()]) for t in targets})
+    return sorted({float(stored[np.abs(stored - t).argmin()]) for t in targets}) if len(stored) else []
+
+
+def _how_to_have(name: str, targets: Sequence[float]) -> str:
+    wanted = ",".join(f"{t:g}" for t in targets)
+    return (
+        f"{name} is left out, because this profile was not calibrated for it. Run: dpllm calibrate OVERLAY --dp-llm "
+        f"--targets {wanted}"
+    )
 
 
 def fastest_targets(

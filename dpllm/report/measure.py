@@ -145,13 +145,13 @@ def _operating_point(
         tokens = [t for p in pieces for t in p[1:]]
         curve = fastest_targets(engine, targets, cache, tokens, progress)
         target = target_within(curve, options.tpot_ms)
-        bound = "every resident plane is read" if target == max(curve) else "latency is what binds"
-        why = f"the most bits whose measured median step stays within {options.tpot_ms:g} ms: {bound}"
+        bound = "memory binds: there are no more planes" if target == max(curve) else "latency binds"
+        why = f"{target:g} bits are the most whose median step was measured within {options.tpot_ms:g} ms; {bound}."
     elif options.target_bits is not None:
-        target, why = options.target_bits, "asked for in bits"
+        target, why = options.target_bits, f"The target of {options.target_bits:g} bits was asked for."
     else:
         target = min(DEFAULT_TARGET_BITS, resident_mean(engine.decoder))
-        why = "nothing was asked for, so the default"
+        why = f"Nothing was asked for: the target is the default, {target:g} bits."
     policy = make_policy(OURS, target, engine.decoder, engine.profile)
     assert isinstance(policy, RateDistortionPolicy)
     lam = policy.profile.lambda_for(target, policy.planes) if policy.thresholds.numel() else 1.0

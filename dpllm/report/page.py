@@ -27,12 +27,12 @@ def render(report: Report) -> str:
         f'<script type="application/json" id="cursor-data">{as_script_data(timeline.cursor_data(g))}</script>',
         f"<script>{(files / 'page.js').read_text('utf-8')}</script>",
     ])  # fmt: skip
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>dpllm report: {escape(report.model)}</title>\n<style>{css}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>dpllm report: {escape(report.model)}</title>\n<style>{css}</style>"
     )
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
 
 def as_script_data(value: Any) -> str:
@@ -86,10 +86,10 @@ def _summary(report: Report) -> str:
     widths = np.asarray([t.bits for t in g.tokens])
     moved = float((widths != np.asarray([group.static_bits for group in g.groups])).mean())
     return (
-        f"The model is stored once, as {g.resident_bits} nested bit planes of every matrix. At each token every group of "
-        f"matrices read {widths.min()} to {widths.max()} of them, more where its input said that another plane saves more loss than "
-        f"its bytes cost; {moved:.0%} of these choices differ from the best fixed allotment of the same size. "
-        f"The target in bits, {o.target_bits:g}: {o.why}."
+        f"The model is stored once, as {g.resident_bits} nested bit planes of every matrix. At each token every group "
+        f"of matrices read {widths.min()} to {widths.max()} of them, more where its input said that another plane "
+        f"saves more loss than its bytes cost; {moved:.0%} of these choices differ from the best fixed allotment of the same "
+        f"size. {o.why}"
     )
 
 
@@ -121,21 +121,24 @@ def _tiles(report: Report) -> str:
 
 def _where_the_bits_went(report: Report) -> str:
     g, o = report.generation, report.operating
-    held = "" if o.target_tpot_ms is None else (
-        " The target in ms was turned into bits by the curve measured before; nothing corrects the time while decoding."
-    )  # fmt: skip
+    words = (
+        "Each column is a token, each row a group of matrices that decide together. Point at a cell, or focus the "
+        "figure and use the arrow keys."
+    )
+    caption = (
+        "Widths are those of the step that produced the token; effective bits weigh them by matrix size."
+    )
+    if o.target_tpot_ms is not None:
+        caption += (
+            " The target in ms became one in bits by the curve measured before; nothing corrects it since."
+        )
     return _section(
         "Where the bits went",
-        _p("Each column is a token, each row a group of matrices that decide together; point at a cell, or focus the figure and "
-           "use the arrow keys."),
-        _figure(
-            timeline.timeline(g, o),
-            "Widths belong to the step that produced the token. Effective bits: mean width, weighted by matrix size. " + held,
-            "wide",
-        ),
+        _p(words),
+        _figure(timeline.timeline(g, o), caption, "wide"),
         element("h3", "The text, coloured by each token's effective bits", style="margin-top:26px"),
         _text(g),
-    )  # fmt: skip
+    )
 
 
 def _text(g: Generation) -> str:
@@ -186,35 +189,34 @@ def _frontier(report: Report) -> str:
         "read",
         "0.001 nats less static, 95%",
     ]
+    words = (
+        f"Perplexity on {f.scored:,} tokens of {f.text} ({f.documents} pieces), every token decoded at its own widths. "
+        f"{behind} Differences smaller than their bars say nothing."
+    )
     return _section(
         "What precision buys",
-        _p(f"Perplexity on {f.scored:,} tokens of {f.text} ({f.documents} pieces); every scored token decoded at its own widths. "
-           f"{behind} Differences smaller than their bars say nothing."),
+        _p(words),
         element("div", *drawings, class_="grid"),
         *(_p(n, "soft") for n in f.notes),
         element("details", element("summary", "The same as a table"), _table(heads, rows)),
-    )  # fmt: skip
+    )
 
 
 def _memory(report: Report) -> str:
     kinds = [k for k in report.nbytes if k.read or k.held]
     drawings = [
-        _figure(
-            bars.bytes_chart(kinds),
-            title="Bytes by kind: read for a token (dark), held (light)",
-            class_="fixed",
-        )
+        _figure(bars.bytes_chart(kinds), title="Bytes by kind: read for a token (dark), held (light)")
     ]
-    if report.kept is not None:
-        k = report.kept
-        drawings.append(
-            _figure(bars.kept_chart(k), f"{k.ratio:.1%} of the pairs of {k.tokens:,} tokens are kept, chosen by {k.policy}.",
-                    "fixed", "Pairs kept by layer and KV head")
-        )  # fmt: skip
-    words = "The cache is whole: every layer and head keeps every pair. A pruned context (dpllm context build, --context) would show here which heads keep what."
+    if (k := report.kept) is not None:
+        caption = f"{k.ratio:.1%} of the pairs of {k.tokens:,} tokens are kept, chosen by {k.policy}."
+        drawings.append(_figure(bars.kept_chart(k), caption, title="Pairs kept by layer and KV head"))
+    words = (
+        "The cache is whole: every layer and head keeps every pair. With a pruned context (dpllm context build, then "
+        "--context), this page shows which heads keep what."
+    )
     return _section(
         "Memory",
-        element("div", *drawings, class_="grid pair"),
+        element("div", *drawings, class_="grid"),
         _p(words, "soft") if report.kept is None else "",
     )
 
@@ -230,17 +232,23 @@ def _service(report: Report) -> str:
         ):
             found = [write(float(v)) for v in np.percentile(values, (5, 25, 50, 75, 95))]
             rows.append([f"{level.mode}, {what}", *found, write(max(values))])
+    words = (
+        f"{count} queries from the text, {s.prompt_tokens} tokens read and up to {s.new_tokens} decoded each, at a "
+        f"target of {o.target_bits:g} bits. With lambda fixed, a query gets what its tokens are worth; held on target, "
+        "a correction brings each query's mean there, over some thirty tokens."
+    )
+    table = _table(["over queries", "p5", "p25", "p50", "p75", "p95", "most"], rows)
     return _section(
         "Service levels: one query after another",
-        _p(f"{count} queries from the text, {s.prompt_tokens} tokens read and up to {s.new_tokens} decoded each, at a target of "
-           f"{o.target_bits:g} bits. With lambda fixed, a query gets what its tokens are worth; held on target, the correction "
-           "steers every query to the same mean, and takes up to a hundred tokens to do so."),
-        element("div",
-                _figure(bars.service_chart(s, "bits", o), title="Effective bits"),
-                _figure(bars.service_chart(s, "ms", o), title="Latency"), class_="grid pair"),
-        element("details", element("summary", "The same as a table"),
-                _table(["over queries", "p5", "p25", "p50", "p75", "p95", "most"], rows)),
-    )  # fmt: skip
+        _p(words),
+        element(
+            "div",
+            _figure(bars.service_chart(s, "bits", o), title="Effective bits"),
+            _figure(bars.service_chart(s, "ms", o), title="Latency"),
+            element("div", element("h3", "Percentiles"), table),
+            class_="grid",
+        ),
+    )
 
 
 def _facts(report: Report) -> str:

@@ -77,8 +77,8 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Round values, about one every 75 pixels across, 45 down (start > end)."""
-        apart = 75 if self.end > self.start else 45
+        """Round values, about one every 75 pixels across, 32 down (start > end)."""
+        apart = 75 if self.end > self.start else 32
         return ticks(self.low, self.high, max(2, int(abs(self.end - self.start) / apart)))
 
 
@@ -138,7 +138,7 @@ def y_axis(scale: Scale, x: float, right: float, label: str | None = None) -> st
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, in their order, at least `gap` apart and, where there is room, within the bounds."""
+    """Positions near the wanted ones, in their order, at least `gap` apart, within the bounds where there is room."""
     order = np.argsort(wanted, kind="stable")
     placed = np.asarray(wanted, dtype=float)[order]
     for _ in range(50):

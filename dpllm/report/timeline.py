@@ -123,7 +123,10 @@ def _legend(generation: Generation) -> str:
         x = LEFT + 84 + 30 * i
         parts.append(element("rect", x=x, y=8, width=27, height=17, class_=f"w{width} edge"))
         parts.append(text(x + 13.5, 21, width, class_=f"on{width}", text_anchor="middle"))
-    parts.append(text(MARGIN[0], 20, "mean, and static's width (|)", class_="label"))
+    x = MARGIN[0] + 4
+    parts.append(element("circle", cx=x + 4, cy=16, r=3.2, class_="ours point"))
+    parts.append(text(x + 13, 20, "mean", class_="label"))
+    parts.append(line(x + 58, 10, x + 58, 22, "static") + text(x + 65, 20, "static's width", class_="label"))
     return "".join(parts)
 
 
@@ -175,7 +178,7 @@ def _means(generation: Generation, at: Layout) -> str:
                 "circle", cx=x(float(mean)), cy=middle, r=min(3.2, at.row_height / 2.4), class_="ours point"
             )
         )
-        parts.append(line(fixed, top, fixed, top + at.row_height, "static"))
+        parts.append(line(fixed, top + 1, fixed, top + at.row_height - 1, "static"))
     bottom = at.rows[-1] + at.row_height
     for width in range(generation.seed_bits, generation.resident_bits + 1):
         parts.append(line(x(width), at.rows[0], x(width), bottom, "grid"))
@@ -225,6 +228,6 @@ def _time_panel(generation: Generation, operating: OperatingPoint, at: Layout) -
         parts.append(line(LEFT, y(value), RIGHT, y(value), "target" if kind == "chosen" else f"level {kind}"))
         parts.append(text(RIGHT + 8, height + 4, name, class_=kind if kind != "ours" else "name ours"))
     if beyond := sum(v > y.high for v in values):
-        parts.append(text(RIGHT, at.times[0] - 12, f"▲ {beyond} beyond, up to {milliseconds(max(values))}", class_="note",
-                          text_anchor="end"))  # fmt: skip
+        words = f"▲ {beyond} beyond, up to {milliseconds(max(values))}"
+        parts.append(text(RIGHT, at.times[0] - 12, words, class_="note", text_anchor="end"))
     return "".join(parts)
