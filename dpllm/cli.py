@@ -399,8 +399,8 @@ def report(
         str | None,
         typer.Option("--profile", help="Calibration profile; default: the one beside the overlay."),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="Makes sampling repeatable.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,

@@ -29,7 +29,7 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One tab. `problems`: what its console complained about, and every address it asked for that is no file or data."""
+    """One tab. `problems`: what its console complained about, and addresses asked for that are no files or data."""
 
     def __init__(self, send: int, receive: int):
         self._send, self._receive = send, receive
@@ -86,7 +86,11 @@ class Page:
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Loads a file from disk at a window size and theme, and waits until it is there."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
         )
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[theme])

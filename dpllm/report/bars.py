@@ -41,7 +41,7 @@ def bytes_chart(kinds: Sequence[KindBytes]) -> str:
     parts.append(text(left, bottom + 18, f"a token reads {size(read)} of {size(held)} held", class_="label"))
     description = "; ".join(f"{k.kind}: {size(k.read)} read, {size(k.held)} held" for k in kinds)
     return figure(
-        590, bottom + 28, "Bytes by kind: read for a token (dark), held (light)", description, *parts
+        430, bottom + 28, "Bytes by kind: read for a token (dark), held (light)", description, *parts
     )
 
 
@@ -109,7 +109,7 @@ def service_chart(service: Service, what: str, operating: OperatingPoint) -> str
         for mode, v in samples.items()
     )
     return figure(
-        550, bottom + 74, named, f"{len(everything) // len(samples)} queries. {description}.", *parts
+        430, bottom + 74, named, f"{len(everything) // len(samples)} queries. {description}.", *parts
     )
 
 

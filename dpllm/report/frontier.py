@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from dpllm.engine import Engine
 from dpllm.evaluate import DocumentScore, score, summarize
@@ -85,7 +86,7 @@ def target_within(curve: dict[float, float], tpot_ms: float) -> float:
     Raises InputError where even the fewest bits take longer.
     """
     targets = sorted(curve)
-    times = np.maximum.accumulate([curve[t] for t in targets])  # more bits are never quicker but by chance
+    times = isotonic_regression([curve[t] for t in targets]).x  # more bits are quicker by chance only
     if tpot_ms < times[0]:
         raise InputError(
             f"--tpot-ms {tpot_ms:g} is out of reach here: {times[0]:.3g} ms, at {targets[0]:.2f} bits, is the least "

@@ -80,6 +80,10 @@ def measure(
 
     Raises InputError for a target that cannot be met, a policy that was not calibrated, or text that is too short.
     """
+    if generate.max_new_tokens < 2:
+        raise InputError(
+            "--max-new-tokens 1 decodes nothing: the prompt gives the first token. Ask for more."
+        )
     pieces, queries = windows(documents, WINDOW, options.scored_tokens, 2), _queries(documents, options)
     targets = list(options.targets or default_targets(engine))
     if options.target_bits is not None:

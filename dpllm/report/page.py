@@ -88,8 +88,8 @@ def _summary(report: Report) -> str:
     return (
         f"The model is stored once, as {g.resident_bits} nested bit planes of every matrix. At each token every group "
         f"of matrices read {widths.min()} to {widths.max()} of them, more where its input said that another plane "
-        f"saves more loss than its bytes cost; {moved:.0%} of these choices differ from the best fixed allotment of the same "
-        f"size. {o.why}"
+        f"saves more loss than its bytes cost; {moved:.0%} of these choices differ from the best fixed allotment of "
+        f"the same size. {o.why}"
     )
 
 

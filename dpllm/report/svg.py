@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
 
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, halves of pairs
 _numbers = count(1)  # of figures, for the ids that label them
 
 
 def escape(value: object) -> str:
     """Text or an attribute's value as HTML. What no document may hold becomes U+FFFD."""
-    text = "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0xA0 else "\ufffd" for c in str(value))
-    return html.escape(text.encode("utf-8", "replace").decode(), quote=True)
+    return html.escape(_FORBIDDEN.sub("\ufffd", str(value)), quote=True)
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
