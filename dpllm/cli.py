@@ -393,7 +393,7 @@ def report(
         Optional[str],  # noqa: UP045
         typer.Option(help="Targets of the curves; default: five above the lowest width."),
     ] = None,
-    score_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to score for each point.")] = 3000,
+    score_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to score for each point.")] = 2000,
     queries: Annotated[int, typer.Option(min=2, help="Queries whose service levels are measured.")] = 32,
     profile: Annotated[
         str | None,

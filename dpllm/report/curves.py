@@ -1,4 +1,4 @@
-"""The frontier drawn: perplexity against time and against bytes, and what sets the policies apart at equal bits."""
+"""The frontier drawn: perplexity against time and against bytes, and the loss against static's at the same target."""
 
 from __future__ import annotations
 
@@ -156,7 +156,9 @@ def difference_to_static(frontier: Frontier) -> str:
         parts.append(
             text(RIGHT, name_at, POLICY_NAMES.get(name, name), class_=f"name {kind}", text_anchor="end")
         )
-    return figure(WIDTH, HEIGHT, "What sets the policies apart at equal bits", _differences(points), *parts)
+    return figure(
+        WIDTH, HEIGHT, "Loss against the static allotment of the same target", _differences(points), *parts
+    )
 
 
 def _differences(points: list[CurvePoint]) -> str:

@@ -40,7 +40,7 @@ class Difference:
 class CurvePoint:
     """A policy at a target. perplexity, effective_bits: means over the scored tokens. weight_bytes: read for a token,
     planes to head and the selector's own included. tpot_ms: time of a decode step, ms. less_static: against the static
-    allotment of the same target, where there is one."""
+    allotment of the same target, where there is one and more than one piece of text."""
 
     policy: str
     target_bits: float

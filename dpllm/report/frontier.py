@@ -127,7 +127,7 @@ def _point(
 ) -> CurvePoint:
     name, target = cell
     whole = summarize(name, target, scores[cell], head_bytes)
-    fixed = scores.get(("static", target)) if name != "static" else None
+    fixed = scores.get(("static", target)) if name != "static" and len(scores[cell]) > 1 else None
     return CurvePoint(
         policy=name, target_bits=target, effective_bits=whole.effective_bits, perplexity=whole.perplexity,
         weight_bytes=whole.weight_bytes_per_token, tpot_ms=Spread.of(ms),

@@ -35,7 +35,7 @@ from dpllm.report.frontier import (
     target_within,
 )
 
-WINDOW = 256  # tokens of a scored piece of text
+WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ReportOptions:
     tpot_ms: float | None = None
     policies: tuple[str, ...] | None = None
     targets: tuple[float, ...] | None = None
-    scored_tokens: int = 3000
+    scored_tokens: int = 2000
     queries: int = 32
 
     def __post_init__(self) -> None:
@@ -84,7 +84,8 @@ def measure(
         raise InputError(
             "--max-new-tokens 1 decodes nothing: the prompt gives the first token. Ask for more."
         )
-    pieces, queries = windows(documents, WINDOW, options.scored_tokens, 2), _queries(documents, options)
+    window = max(32, min(WINDOW, options.scored_tokens // PIECES))
+    pieces, queries = windows(documents, window, options.scored_tokens, 2), _queries(documents, options)
     targets = list(options.targets or default_targets(engine))
     if options.target_bits is not None:
         targets.append(options.target_bits)

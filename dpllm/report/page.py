@@ -12,7 +12,7 @@ from dpllm.report import bars, curves, timeline
 from dpllm.report.colours import LEVELS, style
 from dpllm.report.data import Generation, Report
 from dpllm.report.svg import element, escape
-from dpllm.report.words import POLICY_NAMES, digits, milliseconds, size, visible
+from dpllm.report.words import POLICY_NAMES, digits, milliseconds, several, size, visible
 
 
 def render(report: Report) -> str:
@@ -71,7 +71,7 @@ def _head(report: Report) -> str:
         if o.target_tpot_ms is not None
         else f"{o.target_bits:g} bits per weight"
     )
-    where = f"{report.machine.processor}, {report.machine.threads} threads, {report.machine.backend} backend"
+    where = f"{report.machine.processor}, {several(report.machine.threads, 'thread')}, {report.machine.backend} backend"
     return element(
         "header",
         element("h1", escape(f"{report.model}: {len(g.tokens) + 1} tokens at a target of {asked}")),
@@ -172,7 +172,7 @@ def _frontier(report: Report) -> str:
         _figure(curves.quality_against_bytes(f, o), title="Quality against bytes read"),
     ]
     if apart := curves.difference_to_static(f):
-        drawings.append(_figure(apart, title="At equal bits, against the static allotment"))
+        drawings.append(_figure(apart, title="At the same target, against the static allotment"))
     rows = [
         [POLICY_NAMES.get(p.policy, p.policy), f"{p.target_bits:g}", f"{p.effective_bits:.3f}", f"{p.perplexity:.3f}",
          digits(p.tpot_ms.p50), digits(p.tpot_ms.p95), size(p.weight_bytes),
@@ -190,8 +190,8 @@ def _frontier(report: Report) -> str:
         "0.001 nats less static, 95%",
     ]
     words = (
-        f"Perplexity on {f.scored:,} tokens of {f.text} ({f.documents} pieces), every token decoded at its own widths. "
-        f"{behind} Differences smaller than their bars say nothing."
+        f"Perplexity on {f.scored:,} tokens of {f.text} ({several(f.documents, 'piece')}), every token decoded at its own "
+        f"widths, from an empty cache. {behind} Differences smaller than their bars say nothing."
     )
     return _section(
         "What precision buys",
@@ -204,21 +204,20 @@ def _frontier(report: Report) -> str:
 
 def _memory(report: Report) -> str:
     kinds = [k for k in report.nbytes if k.read or k.held]
-    drawings = [
-        _figure(bars.bytes_chart(kinds), title="Bytes by kind: read for a token (dark), held (light)")
-    ]
+    beside = element(
+        "p",
+        "The cache is whole: every layer and head keeps every pair. With a pruned context (dpllm context build, then "
+        "--context) this page shows which heads keep what.",
+        class_="soft",
+    )
     if (k := report.kept) is not None:
         caption = f"{k.ratio:.1%} of the pairs of {k.tokens:,} tokens are kept, chosen by {k.policy}."
-        drawings.append(_figure(bars.kept_chart(k), caption, title="Pairs kept by layer and KV head"))
-    words = (
-        "The cache is whole: every layer and head keeps every pair. With a pruned context (dpllm context build, then "
-        "--context), this page shows which heads keep what."
+        beside = _figure(bars.kept_chart(k), caption, title="Pairs kept by layer and KV head")
+    counted = "Read: mean over the decoded tokens. Held: as the backend holds it, the cache at its fullest."
+    chart = _figure(
+        bars.bytes_chart(kinds), counted, title="Bytes by kind: read for a token (dark), held (light)"
     )
-    return _section(
-        "Memory",
-        element("div", *drawings, class_="grid"),
-        _p(words, "soft") if report.kept is None else "",
-    )
+    return _section("Memory", element("div", chart, beside, class_="grid"))
 
 
 def _service(report: Report) -> str:
@@ -230,14 +229,14 @@ def _service(report: Report) -> str:
             ("bits", level.effective_bits, lambda v: f"{v:.3f}"),
             ("ms", level.tpot_ms, digits),
         ):
-            found = [write(float(v)) for v in np.percentile(values, (5, 25, 50, 75, 95))]
+            found = [write(float(v)) for v in np.percentile(values, (5, 50, 95))]
             rows.append([f"{level.mode}, {what}", *found, write(max(values))])
     words = (
         f"{count} queries from the text, {s.prompt_tokens} tokens read and up to {s.new_tokens} decoded each, at a "
         f"target of {o.target_bits:g} bits. With lambda fixed, a query gets what its tokens are worth; held on target, "
         "a correction brings each query's mean there, over some thirty tokens."
     )
-    table = _table(["over queries", "p5", "p25", "p50", "p75", "p95", "most"], rows)
+    table = _table(["over queries", "p5", "p50", "p95", "most"], rows)
     return _section(
         "Service levels: one query after another",
         _p(words),
@@ -256,10 +255,10 @@ def _facts(report: Report) -> str:
     behind = f", behind {g.context_tokens:,} tokens of context" if g.context_tokens else ""
     facts = {
         "command": report.command,
-        "processor": f"{m.processor}, {m.cores} cores",
-        "backend": f"{m.backend}, {m.threads} threads",
+        "processor": f"{m.processor}, {several(m.cores, 'core')}",
+        "backend": f"{m.backend}, {several(m.threads, 'thread')}",
         "versions": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
-        "prompt": f"{g.prompt_tokens} tokens{behind}, read in {milliseconds(g.ttft_ms)} (time to the first token)",
+        "prompt": f"{several(g.prompt_tokens, 'token')}{behind}, read in {milliseconds(g.ttft_ms)} (time to the first token)",
         "policy": f"{POLICY_NAMES[o.policy]}, log2 lambda {o.log2_lambda:g} before its correction",
         "took": f"{report.seconds:.0f} s",
     }

@@ -78,8 +78,8 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Round values, about one every 75 pixels across, 32 down (start > end)."""
-        apart = 75 if self.end > self.start else 32
+        """Round values, about one every 60 pixels across, 32 down (start > end)."""
+        apart = 60 if self.end > self.start else 32
         return ticks(self.low, self.high, max(2, int(abs(self.end - self.start) / apart)))
 
 

@@ -31,6 +31,11 @@ def milliseconds(value: float) -> str:
     return f"{digits(value)} ms"
 
 
+def several(count: int, noun: str) -> str:
+    """'1 thread', '2 threads'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def visible(token: str) -> str:
     """A token's text with its white space made visible, other controls as codes: '␣def', '↵'."""
     shown = "".join(_SIGNS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)

@@ -81,7 +81,7 @@ def test_a_weights_bytes(quantized, backend):
 
 
 def test_quality_is_the_evaluators(report, tiny_overlay, documents):
-    engine, pieces = load(tiny_overlay), windows(documents, 256, 128, 2)
+    engine, pieces = load(tiny_overlay), windows(documents, 32, 128, 2)
     for name, target in (("static", 4.0), ("rate-distortion", 2.75), ("dp-llm", 2.75)):
         point = next(p for p in report.frontier.of(name) if p.target_bits == target)
         fresh = make_policy(name, target, engine.decoder, engine.profile)
