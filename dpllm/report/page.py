@@ -190,8 +190,8 @@ def _frontier(report: Report) -> str:
         "0.001 nats less static, 95%",
     ]
     words = (
-        f"Perplexity on {f.scored:,} tokens of {f.text} ({several(f.documents, 'piece')}), every token decoded at its own "
-        f"widths, from an empty cache. {behind} Differences smaller than their bars say nothing."
+        f"Perplexity on {f.scored:,} tokens of {f.text} ({several(f.documents, 'piece')}), every token decoded at its "
+        f"own widths, from an empty cache. {behind} Differences smaller than their bars say nothing."
     )
     return _section(
         "What precision buys",
@@ -258,7 +258,8 @@ def _facts(report: Report) -> str:
         "processor": f"{m.processor}, {several(m.cores, 'core')}",
         "backend": f"{m.backend}, {several(m.threads, 'thread')}",
         "versions": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
-        "prompt": f"{several(g.prompt_tokens, 'token')}{behind}, read in {milliseconds(g.ttft_ms)} (time to the first token)",
+        "prompt": f"{several(g.prompt_tokens, 'token')}{behind}",
+        "first token": f"after {milliseconds(g.ttft_ms)}, which reading the prompt took",
         "policy": f"{POLICY_NAMES[o.policy]}, log2 lambda {o.log2_lambda:g} before its correction",
         "took": f"{report.seconds:.0f} s",
     }

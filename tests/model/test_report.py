@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from report_cases import HOSTILE, Document, hostile, long_report, tiny_report
+from report_cases import HOSTILE, Document, hostile, long_report
 
 from dpllm.engine import load
 from dpllm.evaluate import evaluate
@@ -17,7 +17,6 @@ from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
 from dpllm.quant.files import write_text
-from dpllm.quant.text import encode
 from dpllm.report import frontier as frontiers
 from dpllm.report.accounting import held_bytes, read_bytes
 from dpllm.report.data import KeptPairs, Spread
@@ -27,16 +26,6 @@ from dpllm.report.page import as_script_data, render
 from dpllm.report.words import visible
 
 QUICK = ("--score-tokens", 64, "--queries", 2, "--max-new-tokens", 8, "--targets", "2.5,4")
-
-
-@pytest.fixture(scope="module")
-def documents(tokenizer, heldout_documents) -> list[list[int]]:
-    return [encode(tokenizer, d)[:300] for d in heldout_documents[:4]]
-
-
-@pytest.fixture(scope="module")
-def report(tiny_overlay, documents):
-    return tiny_report(tiny_overlay, documents)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +69,8 @@ def test_a_weights_bytes(quantized, backend):
         assert min(held_bytes(group.weight)[:2]) > 0
 
 
-def test_quality_is_the_evaluators(report, tiny_overlay, documents):
-    engine, pieces = load(tiny_overlay), windows(documents, 32, 128, 2)
+def test_quality_is_the_evaluators(report, tiny_overlay, report_documents):
+    engine, pieces = load(tiny_overlay), windows(report_documents, 32, 128, 2)
     for name, target in (("static", 4.0), ("rate-distortion", 2.75), ("dp-llm", 2.75)):
         point = next(p for p in report.frontier.of(name) if p.target_bits == target)
         fresh = make_policy(name, target, engine.decoder, engine.profile)
@@ -123,10 +112,9 @@ def test_everything_is_json(report):
     assert set(said) >= {"operating", "frontier", "nbytes", "service", "kept", "machine"}
 
 
-def test_policies_that_were_not_calibrated(tiny_overlay, documents):
+def test_policies_that_were_not_calibrated(tiny_overlay):
     engine = load(tiny_overlay)
-    bare = replace(engine.profile, extra={})
-    engine.profile = bare
+    engine.profile = replace(engine.profile, extra={})
     cells, notes = frontiers.cells_of(engine, ("static", "dp-llm"), [3.0], explicit=False)
     assert {name for name, _ in cells} == {"static", "rate-distortion"}
     assert len(notes) == 1 and "dpllm calibrate OVERLAY --dp-llm --targets 3" in notes[0]
@@ -295,6 +283,34 @@ def test_a_pruned_context(ok, tiny_overlay, calibration_documents, tmp_path):
         "time enough for every plane"
     )
     assert "KV head" in out.read_text("utf-8")
+
+
+def test_a_decision_per_matrix_and_no_native_step(ok, quantized, profiles, tmp_path):
+    profiles["linear"].save(tmp_path / "linear.safetensors")
+    arguments = (
+        "--profile",
+        tmp_path / "linear.safetensors",
+        "--backend",
+        "reference",
+        "--policies",
+        "random",
+    )
+    quick = ("--targets", "3.5", *QUICK[:-2])
+    said = ok("report", "--overlay", quantized, *arguments, "-o", tmp_path / "r.html", *quick, "--json").json
+    names = [g["name"] for g in said["generation"]["groups"]]
+    assert names[:7] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert {p["policy"] for p in said["frontier"]["points"]} == {"random", "rate-distortion"}
+    assert said["machine"]["backend"] == "reference"
+
+
+def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
+    text, out = tmp_path / "mine & others.txt", tmp_path / "r.html"
+    text.write_text(calibration_documents[0][:2000])
+    said = ok("report", "--overlay", tiny_overlay, "--text", text, "-o", out, *QUICK, "--json").json
+    assert said["frontier"]["text"] == "mine & others.txt" and "mine &amp; others.txt" in out.read_text(
+        "utf-8"
+    )
+    assert calibration_documents[0].startswith(said["generation"]["prompt"]), "the opening is the prompt"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from browser import browser_page, find_browser
 from PIL import Image
-from report_cases import HOSTILE, hostile, tiny_report
+from report_cases import HOSTILE, hostile
 
-from dpllm.quant.text import encode
 from dpllm.report.page import render
 from dpllm.report.words import visible
 
@@ -29,11 +28,6 @@ PLACE_OF_CELL = """(() => {
   return [p.x, p.y];
 })()"""
 TIP = "document.getElementById('tip').hidden ? null : document.getElementById('tip').innerText"
-
-
-@pytest.fixture(scope="module")
-def report(tiny_overlay, tokenizer, heldout_documents):
-    return tiny_report(tiny_overlay, [encode(tokenizer, d)[:300] for d in heldout_documents[:4]])
 
 
 @pytest.fixture(scope="module")
