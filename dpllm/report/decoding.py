@@ -19,6 +19,9 @@ from dpllm.sampling import sample
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Key = TypeVar("Key")
 
+BLOCK = 8  # steps of one policy before the next one's turn: machines change speed from second to second
+LEAST_ROUNDS, LONGEST_S = 3, 40.0  # of turns; a large model is timed no longer than needed
+
 
 @dataclass(frozen=True)
 class ForcedStep:
@@ -54,17 +57,16 @@ def forced_steps(
         yield ForcedStep((time.perf_counter() - began) * 1e3, bits[0].clone())
 
 
-BLOCK = 8  # steps of one policy before the next one's turn: machines change speed from second to second
-
-
 def interleaved_ms(
     engine: Engine, policies: Mapping[Key, PrecisionPolicy], cache: KVCache, tokens: Sequence[int], rounds: int,
     progress: Callable[[int, int], None],
 ) -> dict[Key, list[float]]:  # fmt: skip
     """Times in ms of rounds * BLOCK steps of each policy, policies taking turns; the first step of a turn is left out.
 
-    The cache is as before afterwards. Stops early, after three rounds, once it has taken LONGEST_S."""
-    base, times = cache.length, {key: [] for key in policies}  # type: ignore[var-annotated]
+    The cache is as before afterwards. Stops early, after LEAST_ROUNDS, once it has taken LONGEST_S.
+    """
+    base = cache.length
+    times: dict[Key, list[float]] = {key: [] for key in policies}
     began = time.perf_counter()
     for r in range(rounds):
         own = [tokens[(r * BLOCK + i) % len(tokens)] for i in range(BLOCK + 1)]
@@ -73,9 +75,6 @@ def interleaved_ms(
             cache.rewind(base)
             times[key] += steps[1:]
         progress(r + 1, rounds)
-        if r >= 2 and time.perf_counter() - began > LONGEST_S:
+        if r + 1 >= LEAST_ROUNDS and time.perf_counter() - began > LONGEST_S:
             break
     return times
-
-
-LONGEST_S = 40.0

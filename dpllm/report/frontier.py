@@ -67,7 +67,7 @@ def _how_to_have(name: str, targets: Sequence[float]) -> str:
     )
 
 
-def fastest_targets(
+def step_times(
     engine: Engine, targets: Sequence[float], cache: KVCache, tokens: Sequence[int], progress: Progress
 ) -> dict[float, float]:
     """Our policy's median ms of a step at the targets and at both ends of its range."""

@@ -30,8 +30,8 @@ from dpllm.report.frontier import (
     OURS,
     cells_of,
     default_targets,
-    fastest_targets,
     measure_frontier,
+    step_times,
     target_within,
 )
 
@@ -125,9 +125,14 @@ def _queries(documents: Sequence[Sequence[int]], options: ReportOptions) -> list
 
 def _cache_behind(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> KVCache:
     """A cache of the context and the prompt, with room to time steps behind them."""
-    room = BLOCK + 1
     ids = _prompt_ids(engine, prompt, context, chat)
-    engine.check_prompt(ids, room + (0 if context is None else context.cache.length))
+    before, room = 0 if context is None else context.cache.length, BLOCK + 1
+    engine.check_prompt(ids, before)
+    if (left := engine.decoder.config.max_positions - before - len(ids)) < room:
+        raise InputError(
+            f"the prompt leaves {left} of the model's {engine.decoder.config.max_positions} positions; {room} are "
+            "needed to time steps behind it. Shorten it."
+        )
     cache: KVCache
     if context is None:
         cache = engine.decoder.new_cache(len(ids) + room)
@@ -148,7 +153,7 @@ def _operating_point(
     """The target in bits, from what was asked."""
     if options.tpot_ms is not None:
         tokens = [t for p in pieces for t in p[1:]]
-        curve = fastest_targets(engine, targets, cache, tokens, progress)
+        curve = step_times(engine, targets, cache, tokens, progress)
         target = target_within(curve, options.tpot_ms)
         bound = "memory binds: there are no more planes" if target == max(curve) else "latency binds"
         why = f"{target:g} bits are the most whose median step was measured within {options.tpot_ms:g} ms; {bound}."

@@ -334,6 +334,7 @@ def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
         (("-o", "page.txt"), "does not end in .html"),
         (("-o", "no/where.html"), "no is no directory"),
         (("",), "prompt is empty"),
+        (("# " * 600,), "Shorten it"),
     ],
 )
 def test_refused(refused, tiny_overlay, tmp_path, monkeypatch, arguments, says):
