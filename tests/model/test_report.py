@@ -18,6 +18,7 @@ from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
 from dpllm.quant.files import write_text
 from dpllm.report import frontier as frontiers
+from dpllm.report import service
 from dpllm.report.accounting import held_bytes, read_bytes
 from dpllm.report.data import KeptPairs, Spread
 from dpllm.report.frontier import target_within
@@ -285,7 +286,9 @@ def test_a_pruned_context(ok, tiny_overlay, calibration_documents, tmp_path):
     assert "KV head" in out.read_text("utf-8")
 
 
-def test_a_decision_per_matrix_and_no_native_step(ok, quantized, profiles, tmp_path):
+def test_a_decision_per_matrix_and_no_native_step(ok, quantized, profiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(frontiers, "ROUNDS", 1)  # torch takes its time
+    monkeypatch.setattr(service, "NEW", 10)
     profiles["linear"].save(tmp_path / "linear.safetensors")
     arguments = (
         "--profile",
