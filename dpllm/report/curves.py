@@ -1,4 +1,4 @@
-"""The frontier drawn: perplexity against time and against bytes, and the loss against static's at the same target."""
+"""The frontier drawn: perplexity against time and against bytes, and the loss against static's at equal bits."""
 
 from __future__ import annotations
 
@@ -127,17 +127,22 @@ def _description(frontier: Frontier, label: str, along: Callable[[CurvePoint], f
 
 
 def difference_to_static(frontier: Frontier) -> str:
-    """Nats per token less the static allotment's at the same target, with intervals."""
+    """Nats per token less those of the static allotment of as many bits, with intervals."""
     points = [p for p in frontier.points if p.less_static is not None]
     if not points:
         return ""
     values = [v for p in points if (d := p.less_static) for v in (1e3 * d.low, 1e3 * d.high, 0.0)]
-    x = scale_over([p.target_bits for p in points], LEFT + 14, RIGHT - 8)
+    x = scale_over([p.effective_bits for p in points], LEFT + 14, RIGHT - 8)
     y = scale_over(values, BOTTOM - 16 * (len({p.policy for p in points}) + 1), TOP, pad=0.06)
     zero = y(0.0)
     parts = [
-        x_axis(x, BOTTOM, "target, bits per weight"),
-        y_axis(y, LEFT, RIGHT, "loss less static's, 0.001 nats per token (bar: 95%)"),
+        x_axis(x, BOTTOM, "effective bits"),
+        y_axis(
+            y,
+            LEFT,
+            RIGHT,
+            f"loss less static's, 0.001 nats per token (bar: 95%, {frontier.documents} pieces)",
+        ),
         line(LEFT, zero, RIGHT, zero, "axis"),
         text(RIGHT, zero - 6, "static", class_="name static", text_anchor="end"),
     ]
@@ -148,7 +153,7 @@ def difference_to_static(frontier: Frontier) -> str:
         own = sorted((p for p in points if p.policy == name), key=lambda p: p.target_bits)
         for p in own:
             assert p.less_static is not None
-            d, at = p.less_static, x(p.target_bits) + offset
+            d, at = p.less_static, x(p.effective_bits) + offset
             tip = f"{_tip(p)}: {1e3 * d.mean:+.1f} [{1e3 * d.low:+.1f}, {1e3 * d.high:+.1f}] thousandths of a nat"
             parts.append(line(at, y(1e3 * d.low), at, y(1e3 * d.high), f"whisker {kind}"))
             parts.append(mark(at, y(1e3 * d.mean), shape, f"point {kind}", tip))
@@ -157,7 +162,7 @@ def difference_to_static(frontier: Frontier) -> str:
             text(RIGHT, name_at, POLICY_NAMES.get(name, name), class_=f"name {kind}", text_anchor="end")
         )
     return figure(
-        WIDTH, HEIGHT, "Loss against the static allotment of the same target", _differences(points), *parts
+        WIDTH, HEIGHT, "Loss against the static allotment of equal bits", _differences(points), *parts
     )
 
 

@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Nats per token less another policy's on the same text, with a 95% interval (bootstrap over pieces of text)."""
+    """Nats per token less another policy's on the same text, with a 95% interval over pieces of text."""
 
     mean: float
     low: float
@@ -40,7 +40,7 @@ class Difference:
 class CurvePoint:
     """A policy at a target. perplexity, effective_bits: means over the scored tokens. weight_bytes: read for a token,
     planes to head and the selector's own included. tpot_ms: time of a decode step, ms. less_static: against the static
-    allotment of the same target, where there is one and more than one piece of text."""
+    allotment of as many effective bits, where there is more than one piece of text."""
 
     policy: str
     target_bits: float

@@ -172,7 +172,7 @@ def _frontier(report: Report) -> str:
         _figure(curves.quality_against_bytes(f, o), title="Quality against bytes read"),
     ]
     if apart := curves.difference_to_static(f):
-        drawings.append(_figure(apart, title="Against static, at the same target"))
+        drawings.append(_figure(apart, title="Against static, at equal bits"))
     rows = [
         [POLICY_NAMES.get(p.policy, p.policy), f"{p.target_bits:g}", f"{p.effective_bits:.3f}", f"{p.perplexity:.3f}",
          digits(p.tpot_ms.p50), digits(p.tpot_ms.p95), size(p.weight_bytes),

@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from report_cases import HOSTILE, Document, hostile, long_report
+from scipy import stats
 
 from dpllm.engine import load
-from dpllm.evaluate import evaluate
+from dpllm.evaluate import DocumentScore, evaluate
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
@@ -88,11 +89,28 @@ def test_curves_hold_every_policy_and_the_chosen_point(report):
     assert {p.policy for p in report.frontier.points} == {"static", "dp-llm", "rate-distortion"}
     assert [p.target_bits for p in report.frontier.of("rate-distortion")] == [2.75, 3.25, 4.0]
     assert report.operating.target_bits == 3.25
-    ours, fixed = report.frontier.of("rate-distortion")[0], report.frontier.of("static")[0]
-    nats = np.log(ours.perplexity / fixed.perplexity)
-    assert ours.less_static.mean == pytest.approx(nats, abs=1e-3)
-    assert ours.less_static.low <= ours.less_static.mean <= ours.less_static.high
-    assert fixed.less_static is None
+    assert all(p.less_static is None for p in (*report.frontier.of("static"), report.frontier.widest))
+
+
+def test_differences_are_at_equal_bits(report, tiny_overlay, report_documents):
+    engine, pieces = load(tiny_overlay), windows(report_documents, 32, 128, 2)
+    for name in ("rate-distortion", "dp-llm"):
+        point = report.frontier.of(name)[0]
+        same = make_policy("static", point.effective_bits, engine.decoder, engine.profile)
+        fixed = evaluate(engine.decoder, same, point.effective_bits, pieces)
+        assert fixed.effective_bits == pytest.approx(point.effective_bits, abs=0.05)
+        nats = np.log(point.perplexity / fixed.perplexity)
+        assert point.less_static.mean == pytest.approx(nats, abs=1e-4)
+        assert point.less_static.low < point.less_static.mean < point.less_static.high
+
+
+def test_the_interval_is_students():
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(0.3, 1.0, 8)
+    one, other = ([DocumentScore(g, 10, 0, 0) for g in values] for values in (gaps, gaps * 0))
+    found = frontiers.difference(one, other)
+    low, high = stats.t.interval(0.95, 7, gaps.mean() / 10, stats.sem(gaps) / 10)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_service_levels(report):
