@@ -187,7 +187,7 @@ def _frontier(report: Report) -> str:
         "ms p50",
         "ms p95",
         "read",
-        "0.001 nats less static, 95%",
+        "0.001 nats less static at equal bits, 95%",
     ]
     words = (
         f"Perplexity on {f.scored:,} tokens of {f.text} ({several(f.documents, 'piece')}), every token decoded at its "
