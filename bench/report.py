@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpllm.report.machine import processor_name
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -20,16 +22,6 @@ def versions() -> dict[str, str]:
     """Python and the libraries that decide a figure."""
     names = ("dpllm", "torch", "transformers", "numpy")
     return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
-
-
-def device_name() -> str:
-    """The processor, as the kernel calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -46,7 +38,7 @@ def report(bench: str, rows: list[dict[str, Any]], *, device: str = "cpu", **fac
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=150).print(table)
     result = {
-        "bench": bench, "commit": commit(), "command": " ".join(["python", *sys.argv]), "device": device_name(),
+        "bench": bench, "commit": commit(), "command": " ".join(["python", *sys.argv]), "device": processor_name(),
         "versions": versions(), **facts, "rows": rows,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)

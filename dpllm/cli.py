@@ -440,6 +440,80 @@ def bench(
 
 
 @app.command()
+def report(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to continue; '-' reads standard input. Default: a few lines of Python."),
+    ] = None,
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Page to write, .html; replaced if there.")
+    ] = "report.html",
+    overlay: Overlay = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Mean bits per weight to read, e.g. 3.25.")
+    ] = None,
+    tpot_ms: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Or milliseconds a token: the most bits whose measured steps stay within."),
+    ] = None,
+    text: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text to score and to take queries from; default: the bundled held-out files."),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", help="What the prompt is about: made by dpllm context build.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    policies: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Curves beside ours, e.g. static,dp-llm (the default, where calibrated)."),
+    ] = None,
+    targets: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Targets of the curves; default: five above the lowest width."),
+    ] = None,
+    score_tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to score for each point.")] = 2000,
+    queries: Annotated[int, typer.Option(min=2, help="Queries whose service levels are measured.")] = 32,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", help="Calibration profile; default: the one beside the overlay."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
+    ] = False,
+    threads: Threads = None,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+    json: Json = False,
+) -> None:
+    """One HTML page of what a generation read, when, and what it cost, all measured now on this machine.
+
+    It shows the planes that every group read for every token, bits and time over the tokens, perplexity against time
+    and bytes (ours, static, DP-LLM), the pairs that a pruned context keeps, bytes by kind, and how bits and latency
+    spread over queries. The file needs no network; open it in any browser, send it, print it.
+
+    Example: dpllm report 'def fibonacci(n):' --target-bits 3.25 -o report.html
+
+    DP-LLM's curve needs its own calibration: dpllm calibrate OVERLAY --dp-llm --targets 2.5,3,3.5,4
+    """
+    from dpllm.commands.common import parse_targets
+    from dpllm.commands.report import ReportArguments, policies_of, run
+    from dpllm.engine import GenerateOptions
+    from dpllm.report.measure import ReportOptions
+
+    run(
+        ReportArguments(prompt, out, overlay, profile, text, context, threads, backend, accuracy, json),
+        ReportOptions(
+            target_bits, tpot_ms, policies_of(policies),
+            None if targets is None else tuple(parse_targets(targets)), score_tokens, queries,
+        ),
+        GenerateOptions(max_new_tokens, temperature, seed=seed, chat=chat),
+    )  # fmt: skip
+
+
+@app.command()
 def demo(
     tokens: Annotated[int, typer.Option(help="Tokens to generate at each target.")] = 40,
     json: Json = False,

@@ -1,4 +1,4 @@
-"""Fixtures of the command line."""
+"""Fixtures of the command line and of reports."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from command_line import Result, complaint
+from report_cases import tiny_report
 
 from dpllm.cli import main
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
+from dpllm.quant.text import encode
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +69,15 @@ def refused(dpllm):
         assert re.search(says, line), line
 
     return run
+
+
+@pytest.fixture(scope="session")
+def report_documents(tokenizer, heldout_documents) -> list[list[int]]:
+    """Token ids of the text that `report` was measured on."""
+    return [encode(tokenizer, d)[:300] for d in heldout_documents[:4]]
+
+
+@pytest.fixture(scope="session")
+def report(tiny_overlay, report_documents):
+    """A report measured on the tiny overlay."""
+    return tiny_report(tiny_overlay, report_documents)

@@ -75,7 +75,7 @@ def flip(overlay: Path, tensor: str) -> None:
 
 def test_version_and_help(ok):
     assert ok("--version").out.strip() == f"dpllm {__version__}"
-    for command in ("quantize", "calibrate", "generate", "eval", "inspect", "doctor", "demo"):
+    for command in ("quantize", "calibrate", "generate", "eval", "inspect", "doctor", "report", "demo"):
         assert command in ok("--help").out
         assert "--json" in ok(command, "--help").out
 

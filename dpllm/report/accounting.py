@@ -1,0 +1,76 @@
+"""Bytes by kind: what a token reads, and what memory holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dpllm.decoder import Decoder, Group
+from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.report.data import KindBytes
+
+
+def bytes_by_kind(
+    decoder: Decoder, bits: Sequence[Sequence[int]], selector: int, kv_bytes: Sequence[int]
+) -> tuple[KindBytes, ...]:
+    """Of a generation: bits [tokens][groups], what choosing reads for a token, the cache after each token (bytes).
+
+    What is read is counted as the steps count it, in the overlay's format (`Group.bytes_at`); what is held, as the
+    backend holds it.
+    """
+    read, held = np.zeros(3), np.zeros(3, dtype=np.int64)
+    for group, widths in zip(decoder.groups, zip(*bits, strict=True), strict=True):
+        for width, count in Counter(widths).items():
+            read += np.asarray(read_bytes(group, width)) * (count / len(widths))
+        held += held_bytes(group.weight)
+    head, tied = decoder.head_bytes(), decoder.embedding is decoder.head
+    table, row = _embedding_bytes(decoder.embedding)
+    norms = _norm_bytes(decoder)
+    matrices = zip(("planes", "tables", "scales"), read.tolist(), held.tolist(), strict=True)
+    return (
+        *(KindBytes(kind, round(r, 1), h) for kind, r, h in matrices),
+        KindBytes("head", head, head),
+        KindBytes("embedding", row, 0 if tied else table),
+        KindBytes("norms", norms, norms),
+        KindBytes("selector", selector, selector),
+        KindBytes("KV cache", round(float(np.mean(kv_bytes)), 1), max(kv_bytes)),
+    )
+
+
+def read_bytes(group: Group, bits: int) -> tuple[int, int, int]:
+    """(planes, tables, scales) that one pass reads at this width; together the group's `bytes_at`."""
+    weight = group.weight
+    planes = bits * _size(weight.planes[0])
+    shared = weight.scale if isinstance(weight, QuantizedWeight) else weight.row_scale
+    scales = 0 if shared is None else 2 * shared.numel()
+    return planes, group.bytes_at[bits - group.seed_bits] - planes - scales, scales
+
+
+def held_bytes(weight: Any) -> tuple[int, int, int]:
+    """(planes, tables, scales) in memory, all resident widths."""
+    if isinstance(weight, QuantizedWeight):
+        return _size(weight.planes), _size(weight.lut), _size(weight.scale)
+    scales = sum(map(_size, weight.scales.values())) + _size(weight.row_scale)
+    return _size(weight.planes), sum(map(_size, weight.tables.values())), scales
+
+
+def _embedding_bytes(embedding: Tensor | Int8Weight) -> tuple[int, int]:
+    """(the whole table, the row that a token reads)."""
+    if isinstance(embedding, Int8Weight):
+        return embedding.nbytes(), embedding.nbytes() // len(embedding.values)
+    return _size(embedding), _size(embedding[0])
+
+
+def _norm_bytes(decoder: Decoder) -> int:
+    norms = [decoder.norm]
+    for layer in decoder.layers:
+        norms += [n for n in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) if n is not None]
+    return sum(map(_size, norms))
+
+
+def _size(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -1,0 +1,56 @@
+"""Colours of widths: a sequence that darkens evenly (light theme) or lightens (dark), which those who cannot tell red
+from green can tell apart, and printers too. Anchors: ColorBrewer's YlGnBu, which is made for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LIGHT = ("#ffffd9", "#edf8b1", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#253494", "#081d58")
+DARK = ("#14234f", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#edf8b1", "#ffffd9")
+LEVELS = 9  # classes e0 .. e8 of a quantity without steps of its own
+
+
+def style(widths: Sequence[int]) -> str:
+    """CSS of the classes w2.. (a width as fill, `on2`.. text upon it) and e0.. (a level as fill and background)."""
+    return f"{_rules(widths, LIGHT)}@media (prefers-color-scheme: dark){{{_rules(widths, DARK)}}}"
+
+
+def _rules(widths: Sequence[int], anchors: Sequence[str]) -> str:
+    rules = []
+    for i, width in enumerate(widths):
+        # The palest anchor is left out: a cell has to stand out from the page.
+        colour = blend(anchors, 0.1 + 0.85 * i / max(1, len(widths) - 1))
+        rules.append(f".w{width}{{fill:{colour}}}svg .on{width}{{fill:{ink_on(colour)}}}")
+    for level in range(LEVELS):
+        colour = blend(anchors, 0.02 + 0.5 * level / (LEVELS - 1))  # far from the ink: text stands on it
+        ink = ink_on(colour)
+        rules.append(
+            f".e{level}{{fill:{colour};background:{colour};color:{ink}}}svg .one{level}{{fill:{ink}}}"
+        )
+    return "".join(rules)
+
+
+def blend(anchors: Sequence[str], share: float) -> str:
+    """The colour at a share [0, 1] of the way along the anchors, as #rrggbb."""
+    at = share * (len(anchors) - 1)
+    i = min(int(at), len(anchors) - 2)
+    pairs = zip(_channels(anchors[i]), _channels(anchors[i + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02x}" for a, b in pairs)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever contrasts more (WCAG's relative luminance)."""
+    return "#000" if luminance(colour) > 0.179 else "#fff"
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, 0 to 1 (WCAG 2)."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (v / 255 for v in _channels(colour))
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -1,0 +1,80 @@
+"""Real decode steps under a policy, timed as `Engine.generate` times them: observe, decode, pick the token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dpllm.engine import PREFILL_CHUNK, Engine
+from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.native import decode_one
+from dpllm.policy import PrecisionPolicy, begin_text, observe
+from dpllm.sampling import sample
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+Key = TypeVar("Key")
+
+BLOCK = 8  # steps of one policy before the next one's turn: machines change speed from second to second
+LEAST_ROUNDS, LONGEST_S = 3, 40.0  # of turns; a large model is timed no longer than needed
+
+
+@dataclass(frozen=True)
+class ForcedStep:
+    """One decode step of a given text: its time in ms, the widths int32 [G] it read."""
+
+    ms: float
+    bits: Tensor
+
+
+@torch.no_grad()
+def read(engine: Engine, ids: Sequence[int], cache: KVCache) -> Tensor:
+    """Reads ids into the cache at the resident maximum. Returns the logits [1, V] behind them."""
+    for chunk in torch.tensor(ids, device=engine.decoder.device).split(PREFILL_CHUNK):
+        logits = engine.decoder.forward(chunk, cache, last_only=True)
+    return logits
+
+
+def forced_steps(
+    engine: Engine,
+    policy: PrecisionPolicy,
+    cache: KVCache,
+    tokens: Sequence[int],
+    logits: Tensor | None = None,
+) -> Iterator[ForcedStep]:
+    """Decodes given tokens one by one behind the cache, as a text of its own. logits [1, V]: of the step before."""
+    deciding = begin_text(policy)
+    for token in tokens:
+        began = time.perf_counter()
+        if logits is not None:
+            observe(deciding, logits, torch.tensor([token], device=logits.device))
+        logits, bits = decode_one(engine.decoder, engine.native, token, cache, deciding)
+        sample(logits[-1], 0.0, 1.0, None)
+        yield ForcedStep((time.perf_counter() - began) * 1e3, bits[0].clone())
+
+
+def interleaved_ms(
+    engine: Engine, policies: Mapping[Key, PrecisionPolicy], cache: KVCache, tokens: Sequence[int], rounds: int,
+    progress: Callable[[int, int], None],
+) -> dict[Key, list[float]]:  # fmt: skip
+    """Times in ms of rounds * BLOCK steps of each policy, policies taking turns; the first step of a turn is left out.
+
+    The cache is as before afterwards. Stops early, after LEAST_ROUNDS, once it has taken LONGEST_S.
+    """
+    base = cache.length
+    times: dict[Key, list[float]] = {key: [] for key in policies}
+    began = time.perf_counter()
+    for r in range(rounds):
+        own = [tokens[(r * BLOCK + i) % len(tokens)] for i in range(BLOCK + 1)]
+        for key, policy in policies.items():
+            steps = [s.ms for s in forced_steps(engine, policy, cache, own)]
+            cache.rewind(base)
+            times[key] += steps[1:]
+        progress(r + 1, rounds)
+        if r + 1 >= LEAST_ROUNDS and time.perf_counter() - began > LONGEST_S:
+            break
+    return times

@@ -1,0 +1,164 @@
+"""Curves of policies over targets: quality by dpllm/evaluate.py, latency by real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+from scipy.special import stdtrit
+
+from dpllm.engine import Engine
+from dpllm.evaluate import DocumentScore, score, summarize
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
+from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
+from dpllm.report.decoding import Progress, interleaved_ms
+
+OURS = "rate-distortion"
+WIDEST = "uniform"
+STEPS_ABOVE_SEED = (0.5, 1.0, 1.5, 2.0, 3.0)  # the default targets
+ROUNDS = 8
+
+Cell = tuple[str, float]  # policy, target bits
+
+
+def default_targets(engine: Engine) -> list[float]:
+    """A few targets between the seed width and what is resident."""
+    first, high = engine.decoder.groups[0], resident_mean(engine.decoder)
+    found = [first.seed_bits + s for s in STEPS_ABOVE_SEED if first.seed_bits + s <= high]
+    return found or [high]
+
+
+def cells_of(
+    engine: Engine, policies: Sequence[str], targets: Sequence[float], explicit: bool
+) -> tuple[dict[Cell, PrecisionPolicy], list[str]]:
+    """Every policy, and ours, at every target it can take, and notes on what is left out.
+
+    explicit: the policies were asked for by name, so that one which has nothing to offer raises InputError.
+    """
+    cells: dict[Cell, PrecisionPolicy] = {}
+    notes = []
+    for name in dict.fromkeys((*policies, OURS)):
+        own = _targets_of(name, engine, targets)
+        if not own and not explicit:
+            notes.append(_how_to_have(name, targets))
+        for target in own or targets[: int(explicit)]:  # with none of its own, make_policy says why
+            cells[name, target] = make_policy(name, target, engine.decoder, engine.profile)
+    return cells, notes
+
+
+def _targets_of(name: str, engine: Engine, targets: Sequence[float]) -> list[float]:
+    """Those a policy can take. DP-LLM is calibrated target by target: of the ones it has, the nearest to these."""
+    if name == WIDEST:
+        return [t for t in targets if t == int(t)]
+    if not name.endswith("dp-llm"):
+        return list(targets)
+    extra = {} if engine.profile is None else engine.profile.extra
+    stored = np.unique(extra.get("dp-llm.targets", np.empty(0)))
+    return sorted({float(stored[np.abs(stored - t).argmin()]) for t in targets}) if len(stored) else []
+
+
+def _how_to_have(name: str, targets: Sequence[float]) -> str:
+    wanted = ",".join(f"{t:g}" for t in targets)
+    return (
+        f"{name} is left out, because this profile was not calibrated for it. Run: dpllm calibrate OVERLAY --dp-llm "
+        f"--targets {wanted}"
+    )
+
+
+def step_times(
+    engine: Engine, targets: Sequence[float], cache: KVCache, tokens: Sequence[int], progress: Progress
+) -> dict[float, float]:
+    """Our policy's median ms of a step at the targets and at both ends of its range."""
+    assert engine.profile is not None
+    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
+    policies = {
+        t: make_policy(OURS, t, engine.decoder, engine.profile) for t in sorted({low, *targets, high})
+    }
+    times = interleaved_ms(engine, policies, cache, tokens, ROUNDS, lambda *at: progress("latency", *at))
+    return {t: Spread.of(ms).p50 for t, ms in times.items()}
+
+
+def target_within(curve: dict[float, float], tpot_ms: float) -> float:
+    """The most bits whose time stays within tpot_ms, between the points of a measured curve {target: ms}.
+
+    Raises InputError where even the fewest bits take longer.
+    """
+    targets = sorted(curve)
+    times = isotonic_regression([curve[t] for t in targets]).x  # more bits are quicker by chance only
+    if tpot_ms < times[0]:
+        raise InputError(
+            f"--tpot-ms {tpot_ms:g} is out of reach here: {times[0]:.3g} ms, at {targets[0]:.2f} bits, is the least "
+            f"that was measured. Ask for {times[0] * 1.02:.3g} or more, or use a smaller model."
+        )
+    first = int(np.searchsorted(times, tpot_ms, side="right"))  # points within
+    if first == len(targets):
+        return targets[-1]
+    share = (tpot_ms - times[first - 1]) / (times[first] - times[first - 1])
+    return round(targets[first - 1] + share * (targets[first] - targets[first - 1]), 3)
+
+
+def measure_frontier(
+    engine: Engine, cells: dict[Cell, PrecisionPolicy], cache: KVCache, documents: Sequence[Sequence[int]],
+    text: str, notes: Sequence[str], progress: Progress,
+) -> Frontier:  # fmt: skip
+    """Times and scores every cell, and the widest width beside them. Steps are timed behind the cache."""
+    groups = engine.decoder.groups
+    widest: Cell = (WIDEST, resident_mean(engine.decoder))
+    everything: dict[Cell, PrecisionPolicy] = dict(cells)
+    everything[widest] = StaticPolicy([g.resident_bits for g in groups], name=WIDEST)
+    tokens = [t for d in documents for t in d[1:]]
+    times = interleaved_ms(engine, everything, cache, tokens, ROUNDS, lambda *at: progress("latency", *at))
+    scored = sum(len(d) - 1 for d in documents)
+    tick = _Ticker(progress, "quality", scored * len(everything))
+    found = {
+        cell: _point(engine, cell, policy, documents, times[cell], tick)
+        for cell, policy in everything.items()
+    }
+    best = found[widest] if widest in cells else found.pop(widest)
+    return Frontier(
+        points=tuple(found.values()), widest=best, text=text, documents=len(documents), scored=scored,
+        kv_bytes=cache.nbytes, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _point(
+    engine: Engine, cell: Cell, policy: PrecisionPolicy, documents: Sequence[Sequence[int]], ms: list[float],
+    tick: Callable[[int], None],
+) -> CurvePoint:  # fmt: skip
+    name, target = cell
+    scores = score(engine.decoder, policy, documents, tick)
+    whole = summarize(name, target, scores, engine.decoder.head_bytes())
+    less_static = None
+    if name not in ("static", WIDEST) and len(scores) > 1:
+        seed, high = engine.decoder.groups[0].seed_bits, resident_mean(engine.decoder)
+        equal = min(max(whole.effective_bits, seed), high)  # it was rounded
+        fixed = make_policy("static", equal, engine.decoder, engine.profile)
+        less_static = difference(scores, score(engine.decoder, fixed, documents))
+    return CurvePoint(
+        policy=name, target_bits=target, effective_bits=whole.effective_bits, perplexity=whole.perplexity,
+        weight_bytes=whole.weight_bytes_per_token, tpot_ms=Spread.of(ms), less_static=less_static,
+    )  # fmt: skip
+
+
+def difference(one: Sequence[DocumentScore], other: Sequence[DocumentScore]) -> Difference:
+    """Nats per token of one less the other's, paired over documents, with Student's 95% interval."""
+    tokens = np.asarray([s.tokens for s in one], dtype=float)
+    gap = np.asarray([a.nll - b.nll for a, b in zip(one, other, strict=True)])
+    n, mean = len(gap), gap.sum() / tokens.sum()
+    error = np.sqrt(n / (n - 1) * ((gap - mean * tokens) ** 2).sum()) / tokens.sum()
+    reach = stdtrit(n - 1, 0.975) * error
+    return Difference(*(round(float(v), 5) for v in (mean, mean - reach, mean + reach)))
+
+
+class _Ticker:
+    """Adds up what is done, for a progress bar."""
+
+    def __init__(self, progress: Progress, stage: str, total: int):
+        self.progress, self.stage, self.total, self.done = progress, stage, total, 0
+
+    def __call__(self, more: int) -> None:
+        self.done += more
+        self.progress(self.stage, self.done, self.total)

@@ -1,0 +1,34 @@
+"""The machine that a figure was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dpllm.decoder import Decoder
+from dpllm.report.data import Machine
+
+
+def processor_name() -> str:
+    """The processor, as the kernel calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_of(decoder: Decoder) -> Machine:
+    """Processor, cores, backend with its threads, and the versions that decide a figure."""
+    cpu = decoder.backend.cpu
+    versions = {"python": platform.python_version()}
+    versions |= {p: metadata.version(p) for p in ("dpllm", "torch", "transformers", "numpy")}
+    return Machine(
+        processor=processor_name(), cores=os.cpu_count() or 1, backend=decoder.backend.name,
+        threads=cpu.handle.threads if cpu is not None else torch.get_num_threads(), versions=versions,
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+"""Figures and tokens as people read them."""
+
+from __future__ import annotations
+
+POLICY_NAMES = {
+    "rate-distortion": "rate-distortion (ours)", "static": "static", "dp-llm": "DP-LLM", "uniform": "uniform",
+    "random": "coin flip", "oracle-dp-llm": "DP-LLM, exact errors",
+    "oracle-rate-distortion": "rate-distortion, exact errors",
+}  # fmt: skip
+_SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍", " ": "␣"}
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit that leaves three digits: '3.75 MB'."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale * 0.9995:
+            return f"{digits(nbytes / scale)} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def digits(value: float) -> str:
+    """Three significant digits without exponent."""
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    return f"{value:.{0 if magnitude >= 99.95 else 1 if magnitude >= 9.995 else 2 if magnitude >= 0.9995 else 3}f}"
+
+
+def milliseconds(value: float) -> str:
+    """'1.83 ms'."""
+    return f"{digits(value)} ms"
+
+
+def several(count: int, noun: str) -> str:
+    """'1 thread', '2 threads'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def visible(token: str) -> str:
+    """A token's text with its white space made visible, other controls as codes: '␣def', '↵'."""
+    shown = "".join(_SIGNS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
+    return shown or "(nothing)"
