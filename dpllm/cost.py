@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from dpllm.kernels.errors import InputError
 from dpllm.policy import make_policy, resident_mean
@@ -71,6 +72,17 @@ class CostModel:
         """The most effective bits whose step takes no longer; the least there are where none does."""
         left = ms - self.kv_ms(pairs)
         return float(np.interp(left, self.weights_ms, self.bits))
+
+    def check(self, ms: float, pairs: float = 0.0, least_bits: float = 0.0) -> None:
+        """Raises InputError for a time that even the fewest bits (or those that quality asks for) exceed."""
+        low = max(self.bits[0], least_bits)
+        fastest = self.step_ms(low, pairs)
+        if not ms >= fastest:
+            bound = " at this quality" if least_bits else ""
+            raise InputError(
+                f"{ms:g} ms per token cannot be kept{bound}: the fastest here is {fastest:.3g} ms ({low:.2f} bits). "
+                f"Ask for {fastest * 1.05:.3g} or more; dpllm plan knows other ways."
+            )
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
@@ -176,13 +188,13 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
         progress("timing", done, rounds)
-    at = sorted((float(np.mean(read[t, 0])), statistics.median(times[t, 0])) for t in targets)
+    at = sorted({round(float(np.mean(read[t, 0])), 4): statistics.median(times[t, 0]) for t in targets}.items())
     base = statistics.median(times[targets[0], 0])
     added = [statistics.median(times[targets[0], n]) - base for n in contexts]
     return CostModel(
         device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
-        bits=tuple(_rising([b for b, _ in at], 1e-6)), weights_ms=tuple(_rising([ms for _, ms in at])),
-        pairs=(0.0, *(float(n * heads) for n in contexts)), attention_ms=tuple(_rising([0.0, *added])),
+        bits=tuple(b for b, _ in at), weights_ms=_rising([ms for _, ms in at]),
+        pairs=(0.0, *(float(n * heads) for n in contexts)), attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
     )  # fmt: skip
 
 
@@ -207,12 +219,9 @@ def _decode(engine: Engine, target: float, context: int) -> list[tuple[float, fl
     return [(s.tpot_ms, s.effective_bits) for s in steps[WARM_UP:]]
 
 
-def _rising(values: Sequence[float], least: float = 0.0) -> list[float]:
-    """The values made non-decreasing: more bits and more pairs never take less time, whatever noise says."""
-    out: list[float] = []
-    for v in values:
-        out.append(v if not out else max(v, out[-1] + least))
-    return out
+def _rising(values: Sequence[float]) -> tuple[float, ...]:
+    """The nearest values that do not fall: more bits and more pairs take less time by chance only."""
+    return tuple(isotonic_regression(values).x.tolist())
 
 
 def _hash(engine: Engine) -> str:

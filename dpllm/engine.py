@@ -272,7 +272,7 @@ class Engine:
         """The controller's order for the next token."""
         if self.controller is None or not isinstance(policy, RateDistortionPolicy):
             return
-        order = self.controller.order(self._pairs(cache))
+        order = self.controller.order(self.pairs(cache))
         policy.steer(order.bits, order.most_bytes)
 
     def _record(self, step: Step, cache: KVCache) -> None:
@@ -284,9 +284,9 @@ class Engine:
                 sum(g.bytes_at[b - g.seed_bits] for b, g in zip(step.bits, self.decoder.groups, strict=True))
             )
         else:
-            self.controller.record(step.tpot_ms, step.effective_bits, self._pairs(cache))
+            self.controller.record(step.tpot_ms, step.effective_bits, self.pairs(cache))
 
-    def _pairs(self, cache: KVCache) -> float:
+    def pairs(self, cache: KVCache) -> float:
         """Pairs the cache holds, over all layers and heads."""
         c = self.decoder.config
         return cache.nbytes / (2 * c.head_dim * self.decoder.kv_dtype.itemsize)

@@ -114,14 +114,7 @@ def aim(engine: Engine, args: GenerateArguments, pairs: float) -> None:
     if args.max_quality_loss is not None:
         quality, share = quality_of(engine), parse_share(args.max_quality_loss)
         least = next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
-    fastest = cost.step_ms(max(least, cost.bits[0]), pairs)
-    if args.tpot_ms < fastest:
-        bound = f" with a quality loss of {args.max_quality_loss}" if least else ""
-        raise InputError(
-            f"--tpot-ms {args.tpot_ms:g} cannot be kept{bound}: the fastest here is {fastest:.3g} ms per token "
-            f"({max(least, cost.bits[0]):.2f} bits). Ask for {fastest * 1.05:.3g} or more; "
-            "dpllm plan knows other ways."
-        )
+    cost.check(args.tpot_ms, pairs, least)
     engine.hold_latency(args.tpot_ms, cost, least)
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 from scipy.special import stdtrit
 
 from dpllm.engine import Engine
 from dpllm.evaluate import DocumentScore, score, summarize
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
 from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
@@ -66,38 +64,6 @@ def _how_to_have(name: str, targets: Sequence[float]) -> str:
         f"{name} is left out, because this profile was not calibrated for it. Run: dpllm calibrate OVERLAY --dp-llm "
         f"--targets {wanted}"
     )
-
-
-def step_times(
-    engine: Engine, targets: Sequence[float], cache: KVCache, tokens: Sequence[int], progress: Progress
-) -> dict[float, float]:
-    """Our policy's median ms of a step at the targets and at both ends of its range."""
-    assert engine.profile is not None
-    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
-    policies = {
-        t: make_policy(OURS, t, engine.decoder, engine.profile) for t in sorted({low, *targets, high})
-    }
-    times = interleaved_ms(engine, policies, cache, tokens, ROUNDS, lambda *at: progress("latency", *at))
-    return {t: Spread.of(ms).p50 for t, ms in times.items()}
-
-
-def target_within(curve: dict[float, float], tpot_ms: float) -> float:
-    """The most bits whose time stays within tpot_ms, between the points of a measured curve {target: ms}.
-
-    Raises InputError where even the fewest bits take longer.
-    """
-    targets = sorted(curve)
-    times = isotonic_regression([curve[t] for t in targets]).x  # more bits are quicker by chance only
-    if tpot_ms < times[0]:
-        raise InputError(
-            f"--tpot-ms {tpot_ms:g} is out of reach here: {times[0]:.3g} ms, at {targets[0]:.2f} bits, is the least "
-            f"that was measured. Ask for {times[0] * 1.02:.3g} or more, or use a smaller model."
-        )
-    first = int(np.searchsorted(times, tpot_ms, side="right"))  # points within
-    if first == len(targets):
-        return targets[-1]
-    share = (tpot_ms - times[first - 1]) / (times[first] - times[first - 1])
-    return round(targets[first - 1] + share * (targets[first] - targets[first - 1]), 3)
 
 
 def measure_frontier(

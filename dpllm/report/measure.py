@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpllm.context import KVContext
+from dpllm.cost import CostModel, cost_of
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
@@ -31,8 +32,6 @@ from dpllm.report.frontier import (
     cells_of,
     default_targets,
     measure_frontier,
-    step_times,
-    target_within,
 )
 
 WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
@@ -93,8 +92,10 @@ def measure(
     explicit = options.policies is not None
     cells_of(engine, names, targets, explicit)  # an impossible target costs no minutes of the others
     cache = _cache_behind(engine, prompt, context, generate.chat)
-    operating = _operating_point(engine, targets, options, cache, pieces, progress)
+    cost = None if options.tpot_ms is None else cost_of(engine, progress=progress)
+    operating = _operating_point(engine, options, cost, cache)
     cells, notes = cells_of(engine, names, sorted({*targets, operating.target_bits}), explicit)
+    _aim(engine, operating, cost)
     generation, nbytes = generate_at(engine, operating, prompt, generate, context, progress)
     frontier = measure_frontier(engine, cells, cache, pieces, text, notes, progress)
     levels = service.measure_service(engine, operating.target_bits, queries, progress)
@@ -147,16 +148,19 @@ def _prompt_ids(engine: Engine, prompt: str, context: KVContext | None, chat: bo
 
 
 def _operating_point(
-    engine: Engine, targets: Sequence[float], options: ReportOptions, cache: KVCache,
-    pieces: Sequence[Sequence[int]], progress: Progress,
-) -> OperatingPoint:  # fmt: skip
-    """The target in bits, from what was asked."""
-    if options.tpot_ms is not None:
-        tokens = [t for p in pieces for t in p[1:]]
-        curve = step_times(engine, targets, cache, tokens, progress)
-        target = target_within(curve, options.tpot_ms)
-        bound = "memory binds: there are no more planes" if target == max(curve) else "latency binds"
-        why = f"{target:g} bits are the most whose median step was measured within {options.tpot_ms:g} ms; {bound}."
+    engine: Engine, options: ReportOptions, cost: CostModel | None, cache: KVCache
+) -> OperatingPoint:
+    """The target in bits, from what was asked; of a time, what the cost model expects to fit."""
+    if cost is not None and options.tpot_ms is not None:
+        cost.check(options.tpot_ms, engine.pairs(cache))
+        target = round(cost.bits_for(options.tpot_ms, engine.pairs(cache)), 3)
+        bound = (
+            "memory binds: there are no more planes" if target >= cost.bits[-1] - 1e-3 else "latency binds"
+        )
+        why = (
+            f"{options.tpot_ms:g} ms a token are held while text is generated; about {target:.2f} bits fit into them. "
+            f"{bound[0].upper()}{bound[1:]}."
+        )
     elif options.target_bits is not None:
         target, why = options.target_bits, f"The target of {options.target_bits:g} bits was asked for."
     else:
@@ -168,12 +172,18 @@ def _operating_point(
     return OperatingPoint(OURS, target, options.tpot_ms, round(math.log2(lam), 3), why)
 
 
+def _aim(engine: Engine, operating: OperatingPoint, cost: CostModel | None) -> None:
+    if cost is not None and operating.target_tpot_ms is not None:
+        engine.hold_latency(operating.target_tpot_ms, cost)
+    else:
+        engine.set_policy(OURS, operating.target_bits)
+
+
 def generate_at(
     engine: Engine, operating: OperatingPoint, prompt: str, options: GenerateOptions, context: KVContext | None,
     progress: Progress,
 ) -> tuple[Generation, tuple[KindBytes, ...]]:  # fmt: skip
     """A real generation at the operating point, and the bytes it read and held by kind."""
-    engine.set_policy(OURS, operating.target_bits)
     read_before = 0 if context is None else context.cache.length
     asked = _prompt_ids(engine, prompt, context, options.chat)
     steps = []

@@ -22,7 +22,6 @@ from dpllm.report import frontier as frontiers
 from dpllm.report import service
 from dpllm.report.accounting import held_bytes, read_bytes
 from dpllm.report.data import KeptPairs, Spread
-from dpllm.report.frontier import target_within
 from dpllm.report.measure import windows
 from dpllm.report.page import as_script_data, render
 from dpllm.report.words import visible
@@ -141,17 +140,6 @@ def test_policies_that_were_not_calibrated(tiny_overlay):
         frontiers.cells_of(engine, ("dp-llm",), [3.0], explicit=True)
     with pytest.raises(InputError, match="whole bits"):
         frontiers.cells_of(engine, ("uniform",), [3.5], explicit=True)
-
-
-def test_a_time_becomes_bits():
-    curve = {2.0: 1.0, 3.0: 2.0, 4.0: 1.8, 6.0: 4.0}  # 3 and 4 bits cannot be told apart: 1.9 both
-    assert target_within(curve, 1.0) == 2.0
-    assert target_within(curve, 1.45) == pytest.approx(2.5)
-    assert target_within(curve, 1.9) == 4.0
-    assert target_within(curve, 2.95) == pytest.approx(5.0)
-    assert target_within(curve, 99) == 6.0
-    with pytest.raises(InputError, match=r"out of reach here: 1 ms, at 2.00 bits.*1.02 or more"):
-        target_within(curve, 0.9)
 
 
 def test_windows_are_spread_and_within_bounds():
@@ -341,7 +329,7 @@ def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
         (("--target-bits", 3, "--tpot-ms", 5), "exclude each other"),
         (("--tpot-ms", 0), "is no time"),
         (("--tpot-ms", "nan"), "is no time"),
-        (("--tpot-ms", 1e-6), "out of reach here"),
+        (("--tpot-ms", 1e-6), "cannot be kept"),
         (("--policies", "static,nonsense"), "unknown policy 'nonsense'"),
         (("--policies", "uniform", "--targets", "2.5"), "whole bits"),
         (("--targets", "2.5,x"), "no list of numbers"),
