@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy.optimize import isotonic_regression
 
 from dpllm.kernels.errors import InputError
+from dpllm.machine import processor_name
 from dpllm.policy import make_policy, resident_mean
 from dpllm.quant.files import write_text
 
@@ -117,19 +118,9 @@ def device_name(engine: Engine) -> str:
     backend, threads = engine.decoder.backend, ""
     if backend.cpu is not None:
         threads = f", {backend.cpu.handle.threads} threads, {backend.cpu.handle.options.accuracy}"
-    return f"{_processor(engine)}, {backend.name}{threads}"
-
-
-def _processor(engine: Engine) -> str:
-    if engine.decoder.device.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name(engine.decoder.device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    device = engine.decoder.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return f"{name}, {backend.name}{threads}"
 
 
 def cost_path(engine: Engine) -> Path:
@@ -188,7 +179,9 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
         progress("timing", done, rounds)
-    at = sorted({round(float(np.mean(read[t, 0])), 4): statistics.median(times[t, 0]) for t in targets}.items())
+    at = sorted(
+        {round(float(np.mean(read[t, 0])), 4): statistics.median(times[t, 0]) for t in targets}.items()
+    )
     base = statistics.median(times[targets[0], 0])
     added = [statistics.median(times[targets[0], n]) - base for n in contexts]
     return CostModel(

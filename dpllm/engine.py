@@ -291,10 +291,18 @@ class Engine:
         c = self.decoder.config
         return cache.nbytes / (2 * c.head_dim * self.decoder.kv_dtype.itemsize)
 
-    def decode_after(self, context: int, tokens: int, policy: PrecisionPolicy) -> Iterator[Step]:
-        """Steps of so many tokens behind a cache of `context` ones that were never read: for measuring time alone."""
-        cache = self.decoder.new_cache(context + tokens + 2)
-        cache.advance(context)
+    def decode_after(
+        self, context: int, tokens: int, policy: PrecisionPolicy, behind: KVCache | None = None
+    ) -> Iterator[Step]:
+        """Steps of so many tokens behind a cache of `context` ones that were never read, or a given cache, which is as
+        before in the end: for measuring time alone."""
+        cache: KVCache
+        if behind is None:
+            cache = self.decoder.new_cache(context + tokens + 2)
+            cache.advance(context)
+        else:
+            cache = behind
+        start = cache.length
         ahead = Continuation(self.decoder, self.native, cache, Sampler(), time.perf_counter)
         before, self.policy, controller = self.policy, policy, self.controller
         self.controller = None
@@ -303,6 +311,7 @@ class Engine:
             yield from islice(self._generate([0], ahead, options, time.perf_counter(), []), 1, None)
         finally:
             self.policy, self.controller = before, controller
+            cache.rewind(start)
 
     def _drafts(self, options: GenerateOptions) -> list[Draft]:
         """Sources of drafts, the cheapest first. Raises InputError where those asked for cannot be."""

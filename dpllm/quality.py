@@ -40,9 +40,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """documents: texts measured. context: tokens of each that are read and pruned. following: tokens decoded then."""
+    """documents: texts measured. skip: so many of those that are long enough first. context: tokens of each that are
+    read and pruned. following: tokens decoded then."""
 
     documents: int = 12
+    skip: int = 0
     context: int = 512
     following: int = 96
 
@@ -176,9 +178,11 @@ def _documents(engine: Engine, text: Path, options: QualityOptions) -> list[list
     found: list[list[int]] = []
     for document in read_documents(text):
         ids = encode(engine.tokenizer, document)
-        if len(ids) >= need and len(found) < options.documents:
+        if len(ids) >= need:
             found.append(ids[:need])
-    if not found:
+        if len(found) == options.skip + options.documents:
+            break
+    if not (found := found[options.skip :]):
         raise InputError(f"{text} has no document of {need} tokens. Give a longer text.")
     return found
 

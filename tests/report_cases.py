@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from dpllm.engine import GenerateOptions, load
+from dpllm.machine import machine_of
 from dpllm.report.data import Report
-from dpllm.report.machine import machine_of
 from dpllm.report.measure import ReportOptions, measure
 
 HOSTILE = (

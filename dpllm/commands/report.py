@@ -18,10 +18,10 @@ from dpllm.commands.generate import read_prompt
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
+from dpllm.machine import machine_of
 from dpllm.policy import POLICIES
 from dpllm.quant.files import write_text
 from dpllm.report.data import Report
-from dpllm.report.machine import machine_of
 from dpllm.report.measure import ReportOptions, measure
 from dpllm.report.page import render
 from dpllm.saved_context import load_context

@@ -174,7 +174,9 @@ def test_a_cost_of_another_device_or_overlay_is_refused(engine, tmp_path):
 
 
 def test_quality_is_measured_jointly(engine, tmp_path):
-    found = quality.measure(engine, reference.heldout_text(), QualityOptions(1, 64, 12))
+    found = quality.measure(
+        engine, reference.heldout_text(), QualityOptions(documents=1, context=64, following=12)
+    )
     nats = np.asarray(found.nats)
     assert nats.shape == (len(quality.STEPS), len(quality.KEEPS)) and found.tokens == 12
     assert (np.diff(nats, axis=0) <= 1e-9).all() and (np.diff(nats, axis=1) <= 1e-9).all() and nats.min() >= 0

@@ -1,0 +1,186 @@
+"""Whether a time per token is held, in real generation on the reference model.
+
+Limits measured, 16 tokens after each change: the median over the target (bar: within 3%), and the 95th percentile over
+the target beside what a fixed width shows over its own median under the same circumstances (bar: 1.1 times that), while
+(a) the context grows, (b) another program comes and goes, (c) the target changes between two tokens. The controlled
+texts and those of a fixed width take turns. And the spread of queries: bits and time of whole texts, held on average
+and bounded by a token bucket.
+
+    python bench/control_quality.py [--threads 1] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from report import report
+
+from dpllm import reference
+from dpllm.cost import CostModel, measure
+from dpllm.engine import Engine, GenerateOptions, load
+from dpllm.kernels.cpu.library import CpuOptions
+from dpllm.loading import LoadOptions
+from dpllm.quant.text import read_documents
+
+SETTLED, FIXED = 16, 3
+
+
+def busy(until: float) -> None:
+    """Uses a core."""
+    x = 1.0
+    while time.perf_counter() < until:
+        x = x * 1.0000001 + 1e-9
+
+
+@contextmanager
+def load_of(processes: int) -> Iterator[None]:
+    """Other programs that use a core each."""
+    context = multiprocessing.get_context("spawn")
+    running = [
+        context.Process(target=busy, args=(time.perf_counter() + 60,), daemon=True) for _ in range(processes)
+    ]
+    for p in running:
+        p.start()
+    time.sleep(1.5)
+    try:
+        yield
+    finally:
+        for p in running:
+            p.terminate()
+            p.join()
+
+
+def pairs(engine: Engine, tokens: int) -> float:
+    """Key-value pairs of so many tokens, over all layers and heads."""
+    return float(engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads * tokens)
+
+
+def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
+    """Milliseconds of each token behind the first."""
+    steps = engine.generate(prompt, GenerateOptions(tokens + 1, ignore_eos=True))
+    next(steps)
+    for step in steps:
+        yield step.tpot_ms
+
+
+def row(name: str, phase: str, target: float, ms: list[float], fixed: list[float]) -> dict:
+    """One phase against its bars."""
+    of_fixed = float(np.percentile(fixed, 95)) / statistics.median(fixed)
+    p95 = float(np.percentile(ms, 95)) / target
+    median = statistics.median(ms) / target
+    return {
+        "what": name, "phase": phase, "target_ms": round(target, 4), "tokens": len(ms),
+        "median_over_target": round(median, 4),
+        "p95_over_target": round(p95, 4), "fixed_p95_over_median": round(of_fixed, 4),
+        "p95_over_fixed": round(p95 / of_fixed, 4), "held": abs(median - 1) < 0.03, "p95_held": p95 <= 1.1 * of_fixed,
+    }  # fmt: skip
+
+
+def fixed_width(engine: Engine, prompt: str, tokens: int) -> list[float]:
+    """The same text length at three bits everywhere."""
+    engine.set_policy("uniform", FIXED)
+    return list(decoded(engine, prompt, tokens))[SETTLED:]
+
+
+def growing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[dict]:
+    """(a): 1500 tokens from a short prompt."""
+    target, tokens = cost.step_ms(4.0, pairs(engine, 1500)), 1500
+    ms: list[list[float]] = []
+    fixed: list[list[float]] = []
+    for _ in range(rounds):
+        engine.hold_latency(target, cost)
+        ms.append(list(decoded(engine, prompt, tokens)))
+        engine.set_policy("uniform", FIXED)
+        fixed.append(list(decoded(engine, prompt, tokens)))
+    rows = []
+    for first, last in ((SETTLED, 500), (500, 1000), (1000, 1500)):
+        own, of_fixed = ([t for text in texts for t in text[first:last]] for texts in (ms, fixed))
+        rows.append(row("growing context", f"tokens {first}-{last}", target, own, of_fixed))
+    return rows
+
+
+def loaded(engine: Engine, cost: CostModel, prompt: str, rounds: int, processes: int) -> list[dict]:
+    """(b): alone, beside other programs, alone, one controller all the while."""
+    found: dict[str, tuple[list, list, float]] = {}
+    target = cost.step_ms(5.0, pairs(engine, 200))
+    for _ in range(rounds):
+        for phase in ("before", "during", "after"):
+            with load_of(processes if phase == "during" else 0):
+                engine.hold_latency(target, cost)
+                ms = list(decoded(engine, prompt, 400))[SETTLED:]
+                held = engine.controller
+                fixed = fixed_width(engine, prompt, 400)
+                engine.set_policy("rate-distortion", 4.0)
+                engine.controller = held
+            own = found.setdefault(phase, ([], [], target))
+            own[0].extend(ms)
+            own[1].extend(fixed)
+    return [row(f"load of {processes} programs", phase, t, m, f) for phase, (m, f, t) in found.items()]
+
+
+def changing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[dict]:
+    """(c): three targets within one text."""
+    targets = [cost.step_ms(b, pairs(engine, 500)) for b in (5.0, 2.6, 3.8)]
+    found: list[list[float]] = [[], [], []]
+    fixed: list[float] = []
+    for _ in range(rounds):
+        engine.hold_latency(targets[0], cost)
+        for i, ms in enumerate(decoded(engine, prompt, 900)):
+            phase, at = divmod(i, 300)
+            if at == 0 and i:
+                engine.hold_latency(targets[phase], cost)
+            if at >= SETTLED:
+                found[phase].append(ms)
+        fixed += fixed_width(engine, prompt, 900)
+    return [row("changing target", f"{i + 1}", target, found[i], fixed) for i, target in enumerate(targets)]
+
+
+def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 96) -> list[dict]:
+    """Effective bits of whole queries under each mode."""
+    rows = []
+    for mode in ("average", "bounded"):
+        if mode == "average":
+            engine.set_policy("rate-distortion", bits)
+        else:
+            engine.hold_budget(bits)
+        found = []
+        for text in texts:
+            steps = list(engine.generate(text, GenerateOptions(tokens, ignore_eos=True)))[1:]
+            found.append(statistics.mean(s.effective_bits for s in steps))
+        low, middle, high = (round(float(v), 4) for v in np.percentile(found, (5, 50, 95)))
+        rows.append(
+            {
+                "what": "queries", "phase": f"{mode}, target {bits:g} bits", "queries": len(found), "bits_p5": low,
+                "bits_p50": middle, "bits_p95": high, "bits_most": round(max(found), 4),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    engine = load(options=LoadOptions(cpu=CpuOptions(threads=args.threads)))
+    cost = measure(engine)
+    texts = [t[:400] for t in read_documents(reference.heldout_text()) if len(t) > 400][:48]
+    rows = growing(engine, cost, texts[0], args.rounds)
+    rows += loaded(engine, cost, texts[0], args.rounds, 2)
+    rows += changing(engine, cost, texts[0], args.rounds)
+    rows += queries(engine, texts)
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    report(
+        "control_quality", [{c: r.get(c, "") for c in columns} for r in rows], measured_on="reference model",
+        threads=args.threads,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Whether plans come true, on the reference model.
+
+Limits measured: (1) predicted against measured time per token, at bits and contexts that the cost model was not fitted
+to, whole caches and pruned ones: bar 5% at the median; (2) regret: the perplexity of the chosen plan, by quality
+measured on other documents than the planner's, over that of the best plan of the grid within the same time: bar 2%;
+(3) weights and cache planned together against planning only the weights, and against a fixed share of the cache, at
+equal time.
+
+    python bench/plan_quality.py [--documents 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+
+import torch
+from report import report
+
+from dpllm import reference
+from dpllm.cost import WARM_UP, CostModel, measure
+from dpllm.engine import Engine, load
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.planner import Plan, Planner, Targets, machine_of
+from dpllm.policy import make_policy
+from dpllm.quality import QualityModel, QualityOptions, quality_of
+from dpllm.quality import measure as measure_quality
+
+BITS, CONTEXTS, KEEP = (2.4, 3.1, 3.9, 5.2), (0, 300, 2500), 0.3
+ROUNDS, TOKENS = 12, 10
+
+
+def pruned(engine: Engine, context: int) -> RaggedKVCache:
+    """A cache that keeps uneven shares of its heads' pairs, KEEP of all; what they hold changes no time."""
+    c = engine.decoder.config
+    cache = engine.decoder.new_ragged_cache(context)
+    for t in (*cache.k, *cache.v):
+        t.zero_()
+    cache.advance(context)
+    rng = torch.Generator().manual_seed(0)
+    share = KEEP * 2 * torch.rand(c.num_layers, c.num_kv_heads, 1, generator=rng)
+    cache.prune(
+        torch.rand(c.num_layers, c.num_kv_heads, context, generator=rng) < share, c.windows, TOKENS + 8
+    )
+    return cache
+
+
+def times_come_true(engine: Engine, cost: CostModel) -> list[dict]:
+    """Limit 1."""
+    cells = [(b, n, 1.0) for b in BITS for n in CONTEXTS] + [(b, CONTEXTS[-1], KEEP) for b in BITS]
+    caches = {n: pruned(engine, n) for _, n, keep in cells if keep < 1}
+    times: dict[tuple, list[float]] = {cell: [] for cell in cells}
+    pairs: dict[tuple, float] = {}
+    for _ in range(ROUNDS):
+        for cell in cells:
+            bits, context, keep = cell
+            policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile)
+            cache = None if keep == 1 else caches[context]
+            steps = list(engine.decode_after(context, TOKENS, policy, cache))
+            times[cell] += [s.tpot_ms for s in steps[WARM_UP:]]
+            pairs[cell] = steps[-1].kv_bytes / (2 * engine.decoder.config.head_dim * 4)
+    rows = []
+    for cell, taken in times.items():
+        told, found = cost.step_ms(cell[0], pairs[cell]), statistics.median(taken)
+        rows.append(
+            {
+                "what": "time per token", "bits": cell[0], "context": cell[1], "kept": cell[2],
+                "predicted": round(told, 4), "measured": round(found, 4), "error": round(told / found - 1, 4),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def regret(planner: Planner, truth: QualityModel, times: list[float], context: int) -> list[dict]:
+    """Limits 2 and 3; perplexities over that of the resident maximum."""
+    rows = []
+    every = planner.candidates(context)
+
+    def nats(p: Plan) -> float:
+        return truth.loss(p.target_bits, p.keep_ratio)
+
+    def best(legal: Callable[[Plan], bool], ms: float) -> float:
+        found = [p for p in every if p.tpot_ms <= ms and legal(p)]
+        chosen = min(found, key=lambda p: (p.quality_loss, p.tpot_ms), default=None)
+        return math.nan if chosen is None else nats(chosen)
+
+    for ms in times:
+        try:
+            plan = planner.plan(Targets(tpot_ms=ms, context=context)).plan
+        except InputError:
+            continue
+        ideal = min(nats(p) for p in every if p.tpot_ms <= ms)
+        rows.append(
+            {
+                "what": "plan", "tpot_ms": round(ms, 4), "context": context, "bits": round(plan.target_bits, 2),
+                "kept": plan.keep_ratio, "loss": round(math.expm1(nats(plan)), 4),
+                "regret": round(math.expm1(nats(plan) - ideal), 4),
+                "weights_only": round(math.expm1(best(lambda p: p.keep_ratio == 1, ms)), 4),
+                "fixed_30%": round(math.expm1(best(lambda p: abs(p.keep_ratio - 0.3) < 0.01, ms)), 4),
+                "fixed_3_bits": round(math.expm1(best(lambda p: abs(p.target_bits - 3) < 0.03, ms)), 4),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--documents", type=int, default=12)
+    args = parser.parse_args()
+    engine = load()
+    cost = measure(engine)
+    rows = times_come_true(engine, cost)
+    errors = sorted(abs(r["error"]) for r in rows)
+    skip = QualityOptions().documents
+    truth = measure_quality(
+        engine, reference.heldout_text(), QualityOptions(documents=args.documents, skip=skip)
+    )
+    planner = Planner(machine_of(engine), cost, quality_of(engine))
+    for context in (1024, 3500):
+        fastest, slowest = (f(p.tpot_ms for p in planner.candidates(context)) for f in (min, max))
+        times = [fastest + share * (slowest - fastest) for share in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)]
+        rows += regret(planner, truth, times, context)
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    regrets = [r["regret"] for r in rows if "regret" in r]
+    report(
+        "plan_quality", [{c: row.get(c, "") for c in columns} for row in rows], measured_on="reference model",
+        time_error={"median": statistics.median(errors), "largest": errors[-1]},
+        regret={"median": statistics.median(regrets), "largest": max(regrets)}, truth_tokens=truth.tokens,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
