@@ -116,7 +116,7 @@ class NativeStep:
         groups = self.decoder.groups
         seed = groups[0].seed_bits
         if isinstance(policy, StaticPolicy):
-            fixed = torch.tensor([_resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
+            fixed = torch.tensor([resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
             self._held = (fixed,)
             return native.Selection(fixed=fixed.data_ptr(), seed=seed)
         if isinstance(policy, ThresholdRule) and own_inputs(policy):
@@ -130,7 +130,7 @@ class NativeStep:
         assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
         for g, row in zip(self.decoder.groups, thresholds, strict=True):
             if (row[g.resident_bits - seed :] < torch.inf).any():
-                _resident(g, seed + len(row))  # raises
+                resident(g, seed + len(row))  # raises
         diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
         pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
         selection = native.Selection(
@@ -154,7 +154,7 @@ class NativeStep:
             values = (ctypes.c_float * group.weight.in_features).from_address(address)
             try:
                 x = torch.frombuffer(values, dtype=torch.float32)[None].clone()
-                return _resident(group, int(policy(group, x)[0]))
+                return resident(group, int(policy(group, x)[0]))
             except BaseException as e:  # it must not unwind through the library
                 self._error = e
                 return 0
@@ -210,7 +210,7 @@ class NativeStep:
         return whole.data_ptr()
 
 
-def _resident(group: Group, bits: int) -> int:
+def resident(group: Group, bits: int) -> int:
     """The width, if it can be read at this group: the library trusts its caller."""
     if not group.seed_bits <= bits <= group.resident_bits:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""The operations of a decode step in plain torch: the definition that the GPU's fused kernels are tested against, and what
-a step runs with where there is none. Signatures are those of kernels/triton/{small_ops,attention,select}.py."""
+"""The operations of a decode step in plain torch: what the GPU's fused kernels are tested against, and what a step runs
+with where there is no GPU. Signatures are those of kernels/triton/{small_ops,attention,select}.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpllm.kernels import reference
 from dpllm.kernels.step_tables import (
+    ALL,
     BIAS,
     CONTEXT,
     CORRECTION,
@@ -133,6 +134,7 @@ def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float)
         chosen = (logits[0, cache.request[TOKEN]] - s[LOG_TOTAL]).clamp(min=-20)
         trend = level if context[2].isnan() else decay * context[2] + (1 - decay) * level
         context.copy_(torch.stack([level, chosen, trend]))
+    if cache.request[OBSERVE] == ALL:
         used = table.bits.float() @ table.share
         moved = s[CORRECTION] + s[RATE] * (s[TARGET] - used)
         s[CORRECTION] = torch.minimum(torch.maximum(moved, -s[LIMIT]), s[LIMIT])

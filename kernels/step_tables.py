@@ -1,5 +1,5 @@
-"""What a decode step reads from device memory at fixed addresses, so that a step captured once serves every cache, target
-and policy of its kind: addresses of keys, values and estimators, thresholds, and the few numbers that change."""
+"""What a decode step reads from device memory at fixed addresses, so that a step captured once serves every cache,
+target and policy of its kind: addresses of keys, values and estimators, thresholds, and the few numbers that change."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Places in CacheTable.request.
 TOKEN, POSITION, SINCE, OBSERVE = range(4)
+ALL, CONTEXT_ONLY = 1, 2  # values of OBSERVE: what is to be learnt from the step before; 0: nothing
 
 # Places in PolicyTable.state. CONTEXT, WEIGHTS and MEANS are three numbers each (calib/sensitivity.py).
 MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY, BIAS, WEIGHTS, MEANS = (
@@ -27,7 +28,7 @@ class CacheTable:
 
     address: int64 [L, 2], of a layer's keys and values, flat in slots of D elements. start: int64, length: int32,
     both [L, KVH], in slots, when the table was written. request: int64 [4]: the token, its position, tokens decoded
-    since the table was written, and whether the step before is to be learnt from. k, v: the tensors themselves,
+    since the table was written, and what is to be learnt from the step before. k, v: the tensors themselves,
     [slots, D] a layer.
     """
 

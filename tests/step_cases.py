@@ -27,9 +27,7 @@ def fill(lengths: list[int], group: int, dim: int, dtype: torch.dtype, room: int
     return q, k, v, start, sizes.int()
 
 
-def attention_exact(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float
-) -> Tensor:
+def attention_exact(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
     """float64 [H, D]."""
     out, group = torch.zeros(q.shape, dtype=torch.float64), len(q) // len(start)
     for h, (s, n) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):

@@ -1,10 +1,10 @@
 """Decode attention over per-head runs of a flat cache: flash decoding whose splits share out the blocks of all heads.
 
-The runs' blocks of TILE pairs, head after head, are numbered 0 .. T - 1, and each of P programs takes T / P of them in a
-row, whatever head they belong to: one head that kept much more than the others is no tail. A program may so meet several
-heads, a head several programs; program p's part of head h goes to place p + h of a scratch of P + KVH places, because
-along the blocks p and h only rise, one of them at each change. A second launch joins a head's parts, in the order of p.
-Lengths stand in device memory and decide nothing about the grid.
+The runs' blocks of TILE pairs, head after head, are numbered 0 .. T - 1, and each of P programs takes T / P of them in
+a row, whatever head they belong to: one head that kept much more than the others is no tail. A program may so meet
+several heads, a head several programs; program p's part of head h goes to place p + h of a scratch of P + KVH places,
+because along the blocks p and h only rise, one of them at each change. A second launch joins a head's parts, in the
+order of p. Lengths stand in device memory and decide nothing about the grid.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import functools
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
 from dpllm.kernels.triton.select import arrived_last, decide_sums, decision, diagonal_of, no_decision
 from dpllm.kernels.triton.small_ops import SINCE, TRITON_TYPE
@@ -102,8 +102,8 @@ def join_kernel(
     TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Program i: output of query head i from its parts; a head without pairs gives zeros. Then the widths of the E groups
-    that the whole output decides for."""
+    """Program i: output of query head i from its parts; a head without pairs gives zeros. Then the widths of the E
+    groups that the whole output decides for."""
     i = tl.program_id(0)
     h, g = i // G, i % G
     each = blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED, TILE)
@@ -165,7 +165,8 @@ def _shape(q: Tensor, kv_heads: int, stored: torch.dtype) -> dict:
     wide = padded * computed.itemsize
     # Two stages of keys and of values within 48 KB; converted pairs take registers as well.
     tile = 16 if wide > 512 or computed != stored else 64 if wide <= 256 else 32
-    return {"G": group, "DP": padded, "TILE": tile, "COMPUTED": computed}
+    warps = 8 if computed != stored else 4
+    return {"G": group, "DP": padded, "TILE": tile, "num_warps": warps, "COMPUTED": computed}
 
 
 def _launch(
@@ -183,11 +184,11 @@ def _launch(
     attend_kernel[(programs,)](
         q, *kv, address, start, length, request, parts, sums, scale * LOG2_E, window, kv_heads, dim,
         ROWS=max(16, triton.next_power_of_2(shape["G"])), ADDRESSED=appended, APPENDED=appended,
-        STORED=TRITON_TYPE[stored], COMPUTED=TRITON_TYPE[computed], num_warps=4, num_stages=2, **shape,
+        STORED=TRITON_TYPE[stored], COMPUTED=TRITON_TYPE[computed], num_stages=2, **shape,
     )  # fmt: skip
     join_kernel[(heads,)](
         parts, sums, out, length, request, programs, window, kv_heads, dim, JOIN=JOIN, APPENDED=appended,
-        HEADS=triton.next_power_of_2(heads), num_warps=4, **shape, **deciding,
+        HEADS=triton.next_power_of_2(heads), **shape, **deciding,
     )  # fmt: skip
 
 
@@ -195,8 +196,8 @@ def attend(
     q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable,
     partial: Tensor, counter: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of the token just appended. q: [H, D]. Returns [1, H D]; where the table is WEIGHTED, it has decided for
-    the site's groups."""
+    """Attention of the token just appended. q: [H, D]. Returns [1, H D]; where the table is WEIGHTED, it has decided
+    for the site's groups."""
     out = torch.empty(1, q.numel(), dtype=q.dtype, device=q.device)
     places = cache.address[layer], cache.start[layer], cache.length[layer], cache.request
     deciding = decision(site, table) | {"partial_ptr": partial, "counter_ptr": counter}
@@ -213,9 +214,7 @@ def decode_attention(
 
 
 @torch.library.custom_op("dpllm::decode_attention", mutates_args=())
-def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float
-) -> Tensor:
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert k.is_contiguous() and v.is_contiguous() and start.dtype == torch.int64
     deciding = no_decision(q) | {"partial_ptr": q, "counter_ptr": q}

@@ -1,8 +1,8 @@
 """Choosing widths on the device: signals of an input, compared with thresholds in device memory, bits written there.
 
-Every estimator fed by one vector is served by one launch. The kernels that produce a vector (small_ops.py, attention.py)
-compute a weighted signal on the way; what they share is here: `decide`, and `arrived_last` for sums over many programs,
-which are made in a fixed order and so do not depend on which program came last.
+Every estimator fed by one vector is served by one launch. The kernels that produce a vector (small_ops.py,
+attention.py) compute a weighted signal on the way; what they share is here: `decide`, and `arrived_last` for sums over
+many programs, which are made in a fixed order and so do not depend on which program came last.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
 
@@ -83,6 +83,7 @@ def no_decision(any_tensor: Tensor) -> dict[str, Any]:
 
 @triton.jit
 def select_kernel(x_ptr, diagonal_ptr, threshold_ptr, out_ptr, seed, K, steps, B: tl.constexpr):
+    """Program r: the bits of row r."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([B], tl.float32)
     for k0 in range(0, K, B):

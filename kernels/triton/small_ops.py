@@ -4,10 +4,10 @@ silu * mul + selection, and behind the head the greedy token and what the next t
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
 from dpllm.kernels.triton.select import arrived_last, decide, decide_sums, decision, diagonal_of
@@ -18,6 +18,7 @@ CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
 MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
 CORRECTION, TARGET = tl.constexpr(tables.CORRECTION), tl.constexpr(tables.TARGET)
 RATE, LIMIT = tl.constexpr(tables.RATE), tl.constexpr(tables.LIMIT)
+ALL = tl.constexpr(tables.ALL)
 LOG_TOTAL, ENTROPY = tl.constexpr(tables.LOG_TOTAL), tl.constexpr(tables.ENTROPY)
 
 TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -48,7 +49,9 @@ def norm_kernel(
     h = h.to(tl.float32)
     if E > 0:
         if PROBE:
-            exponent = tl.sum(h * tl.load(probe_ptr + k, mask=inside, other=0.0), 0) + tl.load(state_ptr + OFFSET)
+            exponent = tl.sum(h * tl.load(probe_ptr + k, mask=inside, other=0.0), 0) + tl.load(
+                state_ptr + OFFSET
+            )
             exponent = tl.minimum(tl.maximum(exponent, -exponent_limit), exponent_limit)
             multiplier = tl.exp(exponent + tl.load(state_ptr + CORRECTION))
             tl.store(state_ptr + MULTIPLIER, multiplier)
@@ -142,6 +145,7 @@ def silu_kernel(
     gate_up_ptr, out_ptr, K, state_ptr, ids_ptr, address_ptr, base_ptr, threshold_address_ptr, bits_ptr, partial_ptr,
     counter_ptr, programs, E: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
+    """Program p: B columns of silu(gate) * up, and their part of the signals of the E groups that they decide for."""
     p = tl.program_id(0)
     k = p * B + tl.arange(0, B)
     inside = k < K
@@ -186,7 +190,15 @@ def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable, partial: Tensor, c
 
 @triton.jit
 def finish_kernel(
-    logits_ptr, token_ptr, state_ptr, partial_ptr, counter_ptr, V, programs, PROGRAMS: tl.constexpr, B: tl.constexpr
+    logits_ptr,
+    token_ptr,
+    state_ptr,
+    partial_ptr,
+    counter_ptr,
+    V,
+    programs,
+    PROGRAMS: tl.constexpr,
+    B: tl.constexpr,
 ):
     """The greedy token; log of the sum of exponentials and entropy of the prediction. partial: [programs, 4]."""
     p = tl.program_id(0)
@@ -200,7 +212,9 @@ def finish_kernel(
     tl.store(partial_ptr + 4 * p + 1, tl.sum(e, 0))
     tl.store(partial_ptr + 4 * p + 2, tl.sum(e * shifted, 0))
     # float32 holds every index below 2^24 exactly, more than any vocabulary
-    tl.store(partial_ptr + 4 * p + 3, tl.minimum(tl.min(tl.where(x == top, i, V - 1), 0), V - 1).to(tl.float32))
+    tl.store(
+        partial_ptr + 4 * p + 3, tl.minimum(tl.min(tl.where(x == top, i, V - 1), 0), V - 1).to(tl.float32)
+    )
     if arrived_last(counter_ptr, programs):
         q = tl.arange(0, PROGRAMS)
         there = q < programs
@@ -223,7 +237,7 @@ FINISH_BLOCK = 1024
 
 
 def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table's state."""
+    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table."""
     vocabulary = logits.shape[1]
     programs = triton.cdiv(vocabulary, FINISH_BLOCK)
     finish_kernel[(programs,)](
@@ -238,7 +252,8 @@ def observe_kernel(
 ):  # fmt: skip
     """What the step before tells about this token: its context and the correction (calib/sensitivity.py and
     calib/correction.py), then the offset of the exponent of this token's multiplier."""
-    if tl.load(request_ptr + OBSERVE) != 0:
+    asked = tl.load(request_ptr + OBSERVE)
+    if asked != 0:
         token = tl.load(request_ptr + TOKEN)
         level = tl.log(tl.load(state_ptr + ENTROPY) + 0.01)
         chosen = tl.maximum(tl.load(logits_ptr + token) - tl.load(state_ptr + LOG_TOTAL), -20.0)
@@ -247,11 +262,14 @@ def observe_kernel(
         tl.store(state_ptr + CONTEXT, level)
         tl.store(state_ptr + CONTEXT + 1, chosen)
         tl.store(state_ptr + CONTEXT + 2, trend)
+    if asked == ALL:
         g = tl.arange(0, B)
         bits = tl.load(bits_ptr + g, mask=g < G, other=0).to(tl.float32)
         used = tl.sum(bits * tl.load(share_ptr + g, mask=g < G, other=0.0), 0)
         limit = tl.load(state_ptr + LIMIT)
-        moved = tl.load(state_ptr + CORRECTION) + tl.load(state_ptr + RATE) * (tl.load(state_ptr + TARGET) - used)
+        moved = tl.load(state_ptr + CORRECTION) + tl.load(state_ptr + RATE) * (
+            tl.load(state_ptr + TARGET) - used
+        )
         tl.store(state_ptr + CORRECTION, tl.minimum(tl.maximum(moved, -limit), limit))
     tl.debug_barrier()
     offset = tl.load(state_ptr + BIAS)

@@ -11,7 +11,12 @@ import math
 import pytest
 import torch
 from step_cases import (
-    attention_exact, cache_of, fill, policy_table, site_of, table_with_state,
+    attention_exact,
+    cache_of,
+    fill,
+    policy_table,
+    site_of,
+    table_with_state,
 )  # fmt: skip
 
 from dpllm.calib.sensitivity import DECAY, step_context

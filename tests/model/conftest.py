@@ -1,4 +1,4 @@
-"""Fixtures of the command line."""
+"""Fixtures of the command line, and overlays of the tiny models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from command_line import Result, complaint
 
 from dpllm.cli import main
+from dpllm.quant.plan import QuantizeOptions
+from dpllm.quant.quantize import Quantizer
+from dpllm.quant.source import ModelSource
 
 
 @pytest.fixture
@@ -50,3 +53,17 @@ def refused(dpllm):
         assert re.search(says, line), line
 
     return run
+
+
+@pytest.fixture(scope="session")
+def overlay(checkpoints, tmp_path_factory):
+    """A factory of overlays (planes 2..6): architecture and width of the head -> directory."""
+    root = tmp_path_factory.mktemp("overlays")
+
+    def make(name: str, head_bits: int = 8):
+        source, out = ModelSource.open(checkpoints / name), root / f"{name}-{head_bits}"
+        if not out.exists():
+            Quantizer(source, out, QuantizeOptions(head_bits=head_bits), documents=None).run()
+        return out
+
+    return make
