@@ -18,10 +18,11 @@ import torch
 from dpllm import reference
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.decoder import Decoder
+from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.native import NativeStep, decode_one
+from dpllm.native import decode_one
 from dpllm.policy import PrecisionPolicy, StaticPolicy, begin_text, make_policy, observe, resident_mean
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import check_text, encode, load_tokenizer
@@ -77,7 +78,7 @@ class Engine:
     def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
         self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
         self.quantized = not decoder.groups[0].dense
-        self.native = NativeStep.of(decoder)
+        self.native = fast_step(decoder)
         self._weights = sum(g.weights for g in decoder.groups)
         self._head_bytes = decoder.head_bytes()
         self.policy: PrecisionPolicy | None = None
@@ -168,7 +169,7 @@ class Engine:
 
         logits = self._prefill(torch.tensor(ids, device=self.decoder.device), cache)
         for count in range(budget):
-            token = sample(logits[-1], options.temperature, options.top_p, generator)
+            token, bits = self._token(logits, bits, options, generator)
             said.append(token)
             ms, ended = (clock() - began) * 1e3, token in self.decoder.config.eos_ids
             last = ended or count == budget - 1
@@ -183,6 +184,17 @@ class Engine:
             observe(deciding, logits, torch.tensor([token], device=logits.device))
             logits, bits = self._decode(token, cache, deciding)
 
+    def _token(
+        self, logits: torch.Tensor, bits: torch.Tensor | None, options: GenerateOptions,
+        generator: torch.Generator | None,
+    ) -> tuple[int, torch.Tensor | None]:  # fmt: skip
+        """The next token, and the widths behind these logits on the CPU. On a GPU the one wait of a token is here."""
+        stepped = isinstance(self.native, GpuStep) and bits is not None
+        if stepped and options.temperature == 0:
+            return self.native.finished()
+        token = sample(logits[-1], options.temperature, options.top_p, generator)
+        return token, self.native.finished()[1] if stepped else bits
+
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits after the prompt, read at the resident maximum, chunk by chunk."""
@@ -195,6 +207,8 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [1, vocab] behind one more token, and the width of each group, int32 [1, G], if quantised."""
         if policy is None:
+            if isinstance(self.native, GpuStep):
+                return self.native(token, cache, None)
             with torch.no_grad():
                 return self.decoder.forward(torch.tensor([token], device=self.decoder.device), cache), None
         return decode_one(self.decoder, self.native, token, cache, policy)
@@ -260,12 +274,24 @@ def load(
     policy: str | None = None,
     profile: str | Path | None = None,
     options: LoadOptions | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """Loads an overlay or a plain checkpoint (None: the bundled reference model's overlay).
 
     target_bits, policy: default rate-distortion at 3.5 bits where a profile lies beside the overlay, else
-    every resident plane. Raises InputError for anything that cannot be loaded or met.
+    every resident plane. progress: told what takes a while on a GPU, where the decode step is compiled and captured.
+    Raises InputError for anything that cannot be loaded or met.
     """
+    engine = _loaded(path, target_bits, policy, profile, options)
+    if isinstance(engine.native, GpuStep):
+        engine.native.prepare(engine.policy, progress)
+    return engine
+
+
+def _loaded(
+    path: str | Path | None, target_bits: float | None, policy: str | None, profile: str | Path | None,
+    options: LoadOptions | None,
+) -> Engine:  # fmt: skip
     where = reference.overlay_path() if path is None else Path(path)
     if not where.is_dir():
         raise InputError(

@@ -130,8 +130,8 @@ class DevicePolicy:
         if isinstance(policy, DPLLMPolicy) and not policy.exact:
             self._by_estimates(policy)
             return None
-        weighted = isinstance(policy, ThresholdRule)
-        if weighted and (isinstance(policy, RateDistortionPolicy) or not hasattr(policy, "probe")):
+        known = isinstance(policy, RateDistortionPolicy) or not hasattr(policy, "probe")
+        if isinstance(policy, ThresholdRule) and known:
             self._by_thresholds(policy)
             return None
         return f"policy '{policy.name}' decides on the host"

@@ -61,7 +61,8 @@ class GpuStep:
         cuda = device.type == "cuda"
         self._request = torch.zeros(tables.OBSERVE + 1, dtype=torch.int64, pin_memory=cuda)
         self._answer = torch.zeros(count + 1, dtype=torch.int32, pin_memory=cuda)
-        self._sent, self._done = (torch.cuda.Event(), torch.cuda.Event()) if cuda else (None, None)
+        self._sent: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+        self._done: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
         self._by_hand: tuple[Tensor, Tensor] | None = None  # what a step on the host's decisions returned
         self._told: set[str] = set()
 
@@ -95,8 +96,9 @@ class GpuStep:
         if reason is not None:
             assert policy is not None
             self.tell(f"{reason}: decoding operation by operation")
-            self._by_hand = decode_one(self.decoder, None, token, cache, policy)
-            return self._by_hand
+            logits, bits = decode_one(self.decoder, None, token, cache, policy)
+            self._by_hand = logits, bits.cpu()
+            return logits, bits
         self._by_hand = None
         self._place(cache)
         graph = self._graph()

@@ -76,7 +76,7 @@ def policy_table(columns: list[int], kind: str = tables.NONE) -> PolicyTable:
     if kind == tables.WEIGHTED:
         estimators = [torch.rand(k, generator=rng).half() for k in columns]
         share = 0.25 ** torch.arange(len(columns))[:, None].float()
-        thresholds = torch.tensor([0.02 * 4**i for i in range(6)]) * torch.tensor(columns)[:, None] * share
+        thresholds = torch.tensor([0.08 * 4**i for i in range(6)]) * torch.tensor(columns)[:, None] * share
         table.point(list(estimators), thresholds.float().contiguous())
         return table
     # Every second group has a projection, of another number of rows each; odd ones exceed their threshold.

@@ -164,7 +164,7 @@ def _shape(q: Tensor, kv_heads: int, stored: torch.dtype) -> dict:
     padded = max(16, triton.next_power_of_2(dim))
     wide = padded * computed.itemsize
     # Two stages of keys and of values within 48 KB; converted pairs take registers as well.
-    tile = 16 if wide > 512 or computed != stored else 64 if wide <= 256 else 32
+    tile = 16 if wide > 512 or computed != stored else 128 if wide <= 128 else 64 if wide <= 256 else 32
     warps = 8 if computed != stored else 4
     return {"G": group, "DP": padded, "TILE": tile, "num_warps": warps, "COMPUTED": computed}
 

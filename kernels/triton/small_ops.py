@@ -72,7 +72,7 @@ def norm(
     norm_kernel[(1,)](
         x, x if delta is None else delta, weight, h, eps, columns, table.probe, exponent_limit=limit,
         ADD=delta is not None, PROBE=site.first, B=triton.next_power_of_2(columns),
-        num_warps=8 if columns <= 4096 else 16, **decision(site, table),
+        num_warps=8 if columns <= 2048 else 16, **decision(site, table),
     )  # fmt: skip
     return h
 

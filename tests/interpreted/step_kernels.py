@@ -147,7 +147,7 @@ def test_norm_decides(count, first):
     table, other = (policy_table([columns] * 4, tables.WEIGHTED) for _ in range(2))
     site = site_of(*range(1, 1 + count), first=first)
     for ops, t in ((small_ops, table), (step_reference, other)):
-        ops.norm(x.clone(), None, weight, 1e-5, site, t, 0.7)
+        ops.norm(x.clone(), None, weight, 1e-5, site, t, 0.1)
     assert torch.equal(table.bits, other.bits)
     assert len(table.bits[1 : 1 + count].unique()) == count, "widths differ, so that a mix-up shows"
     assert table.bits[0] == 0
@@ -275,3 +275,44 @@ def test_observe(known):
     weights, means = (kept[i : i + 3] for i in (tables.WEIGHTS, tables.MEANS))
     offset = float(kept[tables.BIAS] + (context[0] - means) @ weights)
     assert math.isclose(float(table.state[OFFSET]), offset, abs_tol=1e-5)
+
+
+# -- the whole step -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference_decoder():
+    from dpllm import reference as bundled
+    from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+    from dpllm.loading import LoadOptions, load_decoder
+    from dpllm.quant.overlay import Overlay
+
+    path = bundled.overlay_path()
+    profile = CalibrationProfile.load(path / PROFILE_NAME, Overlay.open(path).hash)
+    options = LoadOptions(backend="reference", granularity=profile.granularity)
+    return load_decoder(path, options), profile
+
+
+@pytest.mark.parametrize("name", ["rate-distortion"])
+def test_a_whole_step(reference_decoder, name):
+    """The bundled model, products by the definitions, everything else by the kernels."""
+    from dpllm.gpu_step import GpuStep
+    from dpllm.kernels.triton import step_operations
+    from dpllm.native import decode_one
+    from dpllm.policy import begin_text, make_policy, observe
+
+    decoder, profile = reference_decoder
+    results = []
+    for step in (GpuStep(decoder, step_operations), None):
+        policy, cache = begin_text(make_policy(name, 3.5, decoder, profile)), decoder.new_ragged_cache(8)
+        logits, found = torch.empty(0), []
+        for t, token in enumerate((5, 17, 99)):
+            if t:
+                observe(policy, logits, torch.tensor([token]))
+            logits, bits = decode_one(decoder, step, token, cache, policy)
+            found.append((logits.clone(), bits.clone()))
+        if step is not None:
+            assert step.finished()[0] == int(logits.argmax())
+        results.append([torch.cat(t) for t in zip(*found, strict=True)])
+    assert torch.equal(results[0][1], results[1][1])
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-3

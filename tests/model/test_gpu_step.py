@@ -9,12 +9,15 @@ import torch
 from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES
 
+from dpllm.engine import GenerateOptions
+from dpllm.engine import load as engine_of
 from dpllm.evaluate import score
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.native import decode_one
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, begin_text, make_policy, observe
+from dpllm.sampling import drawn
 
 TOLERANCE = 1e-4
 
@@ -238,3 +241,33 @@ def test_scoring_does_without(quantized, profiles, heldout_sequences):
     decoder = load(quantized)
     policy = RateDistortionPolicy(profiles["fused"], decoder, 3.0)
     assert score(decoder, policy, [heldout_sequences[0][:12].tolist()])[0].tokens == 11
+
+
+def test_tokens_drawn_on_the_device():
+    """Every token over an even grid of numbers: the shares are those of the distribution that top-p leaves."""
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, -0.4, 1.9])
+    grid = (torch.arange(4000) + 0.5) / 4000
+    for temperature, top_p in ((1.0, 1.0), (0.6, 0.8), (1.5, 1e-9)):
+        found = torch.cat([drawn(logits, temperature, top_p, float(u)) for u in grid])
+        p = (logits.double() / temperature).softmax(0)
+        ranked, order = p.sort(descending=True)
+        ranked[ranked.cumsum(0) - ranked >= top_p] = 0
+        expected = torch.zeros(6, dtype=torch.float64).scatter_(0, order, ranked / ranked.sum())
+        assert (found.bincount(minlength=6) / 4000 - expected).abs().max() < 1e-3
+    assert 0 <= int(drawn(logits, 1.0, 1.0, 1 - 2**-53)) < 6
+
+
+def test_the_engine_decodes_by_it(tiny_overlay):
+    """The same text and widths as without; greedy tokens come from the step itself."""
+    texts = []
+    for made in (True, False):
+        engine = engine_of(tiny_overlay, target_bits=3.25, options=LoadOptions(backend="reference"))
+        if made:
+            engine.native = step_of(engine.decoder)
+        steps_ = list(engine.generate("def main():", GenerateOptions(max_new_tokens=12)))
+        drawn_ = list(
+            engine.generate("def main():", GenerateOptions(max_new_tokens=6, temperature=1.0, seed=3))
+        )
+        texts.append([(s.token, tuple(s.bits), s.effective_bits, s.kv_bytes) for s in steps_ + drawn_])
+    assert texts[0] == texts[1]
+    assert len({bits for _, bits, _, _ in texts[0]}) > 2
