@@ -316,3 +316,27 @@ def test_a_whole_step(reference_decoder, name):
         results.append([torch.cat(t) for t in zip(*found, strict=True)])
     assert torch.equal(results[0][1], results[1][1])
     assert (results[0][0] - results[1][0]).abs().max() < 1e-3
+
+
+def test_what_doctor_checks():
+    """On a GPU it runs these on the device; here the same through the interpreter, and it notices a wrong kernel."""
+    from dpllm import gpu_info
+
+    cpu = torch.device("cpu")
+    errors = gpu_info.check_step_kernels(cpu)
+    assert set(errors) >= {
+        "norm",
+        "attend",
+        "rope_append",
+        "silu_mul",
+        "estimate",
+        "select",
+        "finish",
+        "observe",
+    }
+    assert max(errors.values()) < 5e-3, errors
+    wrong = {
+        **gpu_info._outputs(step_reference, reference.select, reference.decode_attention, cpu, torch.float16)
+    }
+    assert gpu_info._error(wrong["norm"][1], wrong["norm"][0]) > 5e-3
+    assert gpu_info._error(torch.tensor([3]), torch.tensor([4])) == float("inf")
