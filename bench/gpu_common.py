@@ -4,6 +4,8 @@ Imported before anything of triton: with --dry-run it is told to interpret, and 
 shapes, to show that the script works. A dry run's times say nothing and are not written to bench/results.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
@@ -25,14 +27,16 @@ import triton.language as tl
 from dpllm import gpu_info
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
-ROUNDS = 2 if DRY else 40
+ROUNDS = 40
 L2_TIMES = 4  # buffers are rotated over at least so many times the L2
 
 
 def require_gpu() -> None:
     """Ends the script with one line where it cannot measure."""
     if not DRY and not torch.cuda.is_available():
-        sys.exit("no CUDA device: run this on a machine with one, or give --dry-run to see that the script works.")
+        sys.exit(
+            "no CUDA device: run this on a machine with one, or give --dry-run to see that the script works."
+        )
 
 
 def copies_for(nbytes: int) -> int:
@@ -87,7 +91,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Milliseconds of each, in turns, after two rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for r in range(rounds + 2):
+    for r in range(1 if DRY else rounds + 2):
         for name, run in runs.items():
             ms = milliseconds(run)
             if r >= 2 or DRY:
@@ -96,7 +100,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dic
 
 
 def compare(what: str, contenders: Sequence[Contender], baseline: str, limit_gb_per_s: float) -> list[dict]:
-    """A row for each: median and 90th percentile of one call, bandwidth, and how many times faster than the baseline."""
+    """A row for each: median and 90th percentile of a call, bandwidth, how many times faster than the baseline."""
     runs, gone = {}, {}
     for c in contenders:
         try:
@@ -110,7 +114,9 @@ def compare(what: str, contenders: Sequence[Contender], baseline: str, limit_gb_
             rows.append(row(what, c.name, bits=c.bits, note=gone[c.name]))
             continue
         each = [t / len(c.calls) for t in times[c.name]]
-        base = [t / len(next(b for b in contenders if b.name == baseline).calls) for t in times.get(baseline, [])]
+        base = [
+            t / len(next(b for b in contenders if b.name == baseline).calls) for t in times.get(baseline, [])
+        ]
         gb = c.nbytes / statistics.median(each) / 1e6
         rows.append(
             row(
@@ -152,7 +158,7 @@ def read_gb_per_s(nbytes: int = 2 << 30) -> float:
     source = torch.zeros(programs * each * block, dtype=torch.int32, device=DEVICE)
     out = torch.zeros(programs, dtype=torch.int32, device=DEVICE)
     runs = {"read": lambda: read_kernel[(programs,)](source, out, each, B=block, num_warps=8)}
-    return source.nbytes / statistics.median(interleaved(runs, 2 if DRY else 20)["read"]) / 1e6
+    return source.nbytes / statistics.median(interleaved(runs, 20)["read"]) / 1e6
 
 
 def finish(bench: str, rows: list[dict], **facts: Any) -> None:

@@ -1,9 +1,10 @@
 """Kernels on a GPU, each against what else reads a matrix or a cache there.
 
-Limits measured, as ratios of interleaved medians, every contender captured in a CUDA graph over buffers of at least four
-times the L2: (1) our product of one row at 2..8 bits, cuBLAS in fp16 and bf16, bitsandbytes NF4, torchao int4 and int8,
-gemlite and hqq where they are installed, on the matrices of the 8B shape; (2) decode attention behind 32768 tokens: all
-pairs, 0.3 of them kept unevenly over the heads, and torch's own. The roofline is what a kernel that only reads gets.
+Limits measured, as ratios of interleaved medians, every contender captured in a CUDA graph over buffers of at least
+four times the L2: (1) our product of one row at 2..8 bits, cuBLAS in fp16 and bf16, bitsandbytes NF4, torchao int4 and
+int8, gemlite and hqq where they are installed, on the matrices of the 8B shape; (2) decode attention behind 32768
+tokens: all pairs, 0.3 of them kept unevenly over the heads, and torch's own. The roofline is what a
+kernel that only reads gets.
 
     python bench/gpu_kernels.py
     python bench/gpu_kernels.py --dry-run     through Triton's interpreter, small: shows that it works
@@ -191,11 +192,13 @@ def attention(roofline: float) -> list[dict]:
     shape = (1, KV_HEADS, CONTEXT, DIM)
     nbytes = KV_HEADS * CONTEXT * pair
     dense = [
-        tuple(torch.randn(shape, device=DEVICE, dtype=HALF) for _ in range(2)) for _ in range(copies_for(nbytes))
+        tuple(torch.randn(shape, device=DEVICE, dtype=HALF) for _ in range(2))
+        for _ in range(copies_for(nbytes))
     ]
     own = q[None, :, None]
     calls = [
-        lambda k=k, v=v: F.scaled_dot_product_attention(own, k, v, scale=scale, enable_gqa=True) for k, v in dense
+        lambda k=k, v=v: F.scaled_dot_product_attention(own, k, v, scale=scale, enable_gqa=True)
+        for k, v in dense
     ]
     contenders.append(Contender("torch SDPA, all pairs", calls, nbytes))
     return compare(f"attention behind {CONTEXT}", contenders, "ours, all pairs", roofline)

@@ -51,7 +51,8 @@ def report(
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=150).print(table)
     result = {
-        "bench": bench, "commit": commit(), "command": " ".join(["python", *sys.argv]), "device": hardware or device_name(),
+        "bench": bench, "commit": commit(), "command": " ".join(["python", *sys.argv]),
+        "device": hardware or device_name(),
         "versions": versions(), **facts, "rows": rows,
     }  # fmt: skip
     if write:

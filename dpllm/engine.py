@@ -189,11 +189,11 @@ class Engine:
         generator: torch.Generator | None,
     ) -> tuple[int, torch.Tensor | None]:  # fmt: skip
         """The next token, and the widths behind these logits on the CPU. On a GPU the one wait of a token is here."""
-        stepped = isinstance(self.native, GpuStep) and bits is not None
-        if stepped and options.temperature == 0:
-            return self.native.finished()
+        step = self.native if bits is not None else None  # the first token comes from the prompt's logits
+        if isinstance(step, GpuStep) and options.temperature == 0:
+            return step.finished()
         token = sample(logits[-1], options.temperature, options.top_p, generator)
-        return token, self.native.finished()[1] if stepped else bits
+        return token, step.finished()[1] if isinstance(step, GpuStep) else bits
 
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
