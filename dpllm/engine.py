@@ -181,7 +181,7 @@ class Engine:
             if self.policy is not chosen:  # set_policy has been called since the last token
                 chosen = self.policy
                 deciding = None if chosen is None else begin_text(chosen)
-            observe(deciding, logits, torch.tensor([token], device=logits.device))
+            observe(deciding, logits, torch.tensor([token]))
             logits, bits = self._decode(token, cache, deciding)
 
     def _token(

@@ -48,6 +48,7 @@ def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
     def site(*own: int) -> Site:
         fed = tuple(g for g, s in enumerate(structure.source) if s in own)
         ids = torch.tensor(fed or (0,), dtype=torch.int32, device=decoder.device)
+        assert len(fed) <= tables.MAX_FED
         return Site(fed, ids, structure.probes and 0 in own)
 
     return [

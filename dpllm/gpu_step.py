@@ -27,7 +27,6 @@ from dpllm.native import NativeStep, decode_one
 from dpllm.policy import PrecisionPolicy
 
 log = logging.getLogger("dpllm")
-MAX_FED = 8  # groups that one vector decides for, at most: two layers' matrices of one input
 
 
 class GpuStep:
@@ -51,14 +50,14 @@ class GpuStep:
         self._placed: tuple[weakref.ref[KVCache], int, int] | None = None  # cache, its layout and length then
         parts = (
             4 * c.vocab_size // 1024,
-            MAX_FED * (c.intermediate_size // 512),
-            MAX_FED * max(c.num_heads, 32),
+            tables.MAX_FED * (c.intermediate_size // 512),
+            tables.MAX_FED * max(c.num_heads, 32),
         )
         self._partial = torch.zeros(max(parts) + 64, dtype=torch.float32, device=device)
-        self._counter = torch.zeros(MAX_FED, dtype=torch.int32, device=device)
+        self._counter = torch.zeros(tables.MAX_FED, dtype=torch.int32, device=device)
         self._nowhere = Site((), torch.zeros(1, dtype=torch.int32, device=device))
         self._inv_freq = decoder.inv_freq.float()
-        cuda = device.type == "cuda"
+        self._captures = cuda = device.type == "cuda"
         self._request = torch.zeros(tables.OBSERVE + 1, dtype=torch.int64, pin_memory=cuda)
         self._answer = torch.zeros(count + 1, dtype=torch.int32, pin_memory=cuda)
         self._sent: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
@@ -94,15 +93,12 @@ class GpuStep:
         if reason is None and cache.k[0].dtype != self.decoder.kv_dtype:
             reason = f"the cache holds {cache.k[0].dtype}, the decoder {self.decoder.kv_dtype}"
         if reason is not None:
-            assert policy is not None
             self.tell(f"{reason}: decoding operation by operation")
-            logits, bits = decode_one(self.decoder, None, token, cache, policy)
-            self._by_hand = logits, bits.cpu()
-            return logits, bits
+            return self._by_operations(token, cache, policy)
         self._by_hand = None
         self._place(cache)
-        graph = self._graph()
         self._ask(token, cache.length)
+        graph = self._graph()
         if graph is not None:
             graph.replay()
         else:
@@ -112,6 +108,17 @@ class GpuStep:
             self._answer.copy_(self._result, non_blocking=True)
             self._done.record()
         return self.logits, self._table.bits[None]
+
+    def _by_operations(
+        self, token: int, cache: KVCache, policy: PrecisionPolicy | None
+    ) -> tuple[Tensor, Tensor]:
+        d = self.decoder
+        if policy is None:
+            logits, bits = d.forward(torch.tensor([token], device=d.device), cache), self._table.bits[None]
+        else:
+            logits, bits = decode_one(d, None, token, cache, policy)
+        self._by_hand = logits, bits.cpu()
+        return logits, bits
 
     def finished(self) -> tuple[int, Tensor]:
         """(the likeliest next token, bits int32 [1, G] on the CPU) of the last step, as soon as it is done."""
@@ -175,7 +182,7 @@ class GpuStep:
     def _graph(self) -> torch.cuda.CUDAGraph | None:
         """The captured step of the policy's structure; None where steps run operation by operation."""
         structure = self._policy.structure
-        if self.reason or self.decoder.device.type != "cuda":
+        if self.reason or not self._captures:
             if self.reason:
                 self.tell(f"decoding operation by operation: {self.reason}")
             return None
@@ -189,8 +196,9 @@ class GpuStep:
 
     def _captured(self, sites: list[LayerSites]) -> torch.cuda.CUDAGraph:
         """Warm-up (which compiles and loads every kernel), then capture. Leaves what a step changes as it was."""
-        kept = [(t, t.clone()) for t in (self.logits, self._result, self._table.state)]
-        self._cache.request[tables.OBSERVE] = 0
+        request = self._cache.request  # of this very token: its pair may be written, and written again
+        kept = [(t, t.clone()) for t in (self.logits, self._result, self._table.state, request)]
+        request[tables.OBSERVE] = 0
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:

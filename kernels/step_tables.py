@@ -19,6 +19,8 @@ MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY
 )  # fmt: skip
 STATE = 18
 
+MAX_FED = 8  # groups that one vector decides for, at most: the matrices of two sub-blocks
+
 NONE, WEIGHTED, ESTIMATED = "none", "weighted", "estimated"  # kinds of a PolicyTable
 
 
@@ -58,6 +60,7 @@ class CacheTable:
             raise ValueError(f"the step was made for a cache of {self.dtype}, not {k[0].dtype}.")
         self.k, self.v = ([t.flatten(0, -2) for t in tensors] for tensors in (k, v))
         pairs = [[a.data_ptr(), b.data_ptr()] for a, b in zip(self.k, self.v, strict=True)]
+        assert self.address.device.type == "cpu" or all(a % 16 == 0 for pair in pairs for a in pair)
         self.address.copy_(torch.tensor(pairs))
         self.start.copy_(start)
         self.length.copy_(length)
