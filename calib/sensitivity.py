@@ -40,7 +40,7 @@ def step_context(logits: Tensor, tokens: Tensor, previous: Tensor | None) -> Ten
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     level = (entropy + 0.01).log()
-    chosen = log_p.gather(1, tokens[:, None])[:, 0].clamp(min=-20)
+    chosen = log_p.gather(1, tokens.to(log_p.device)[:, None])[:, 0].clamp(min=-20)
     trend = level if previous is None else DECAY * previous[:, 2] + (1 - DECAY) * level
     return torch.stack([level, chosen, trend], dim=1)
 

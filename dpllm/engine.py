@@ -22,6 +22,7 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
 from dpllm.decoder import Decoder
+from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
@@ -111,7 +112,8 @@ class Engine:
     def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
         self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
         self.quantized = not decoder.groups[0].dense
-        self.native = NativeStep.of(decoder)
+        self.step = fast_step(decoder)
+        self.native = self.step if isinstance(self.step, NativeStep) else None
         self._weights = sum(g.weights for g in decoder.groups)
         read = (g.bytes_at[-1] for g in decoder.groups) if self.quantized else ()
         self._resident_bytes = sum(read) + decoder.head_bytes()  # what a prompt reads
@@ -214,7 +216,7 @@ class Engine:
         self.check_prompt(ids, read)
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
-        ahead = Continuation(self.decoder, self.native, cache, _sampler(options), clock)
+        ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)
         if drafts := self._drafts(options):
             before = [] if context is None else context.ids
             ahead.speculate([*before, *ids], drafts, self._pacer(options, drafts))
@@ -261,7 +263,7 @@ class Engine:
                 chosen = self.policy
                 deciding = None if chosen is None else begin_text(chosen)
                 ahead.follow(deciding)
-            observe(deciding, passed.logits, torch.tensor([token], device=logits.device))
+            observe(deciding, passed.logits, torch.tensor([token]))
             self._steer(deciding, ahead.cache)
             passed = ahead.next(token, budget - count - 1)
 
@@ -273,7 +275,9 @@ class Engine:
         if self.controller is None or not isinstance(policy, RateDistortionPolicy):
             return
         order = self.controller.order(self.pairs(cache))
-        policy.steer(order.bits, order.most_bytes)
+        # Kernels on a GPU know no allowance: a time per token does without it, a budget is worth the slower step.
+        spare = isinstance(self.step, GpuStep) and isinstance(self.controller, LatencyController)
+        policy.steer(order.bits, None if spare else order.most_bytes)
 
     def _record(self, step: Step, cache: KVCache) -> None:
         """Tells the controller what a token took; the first one is the prompt's."""
@@ -303,7 +307,7 @@ class Engine:
         else:
             cache = behind
         start = cache.length
-        ahead = Continuation(self.decoder, self.native, cache, Sampler(), time.perf_counter)
+        ahead = Continuation(self.decoder, self.step, cache, Sampler(), time.perf_counter)
         before, self.policy, controller = self.policy, policy, self.controller
         self.controller = None
         options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
@@ -424,12 +428,24 @@ def load(
     policy: str | None = None,
     profile: str | Path | None = None,
     options: LoadOptions | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Engine:
     """Loads an overlay or a plain checkpoint (None: the bundled reference model's overlay).
 
     target_bits, policy: default rate-distortion at 3.5 bits where a profile lies beside the overlay, else
-    every resident plane. Raises InputError for anything that cannot be loaded or met.
+    every resident plane. progress: told what takes a while on a GPU, where the decode step is compiled and captured.
+    Raises InputError for anything that cannot be loaded or met.
     """
+    engine = _loaded(path, target_bits, policy, profile, options)
+    if isinstance(engine.step, GpuStep):
+        engine.step.prepare(engine.policy, progress)
+    return engine
+
+
+def _loaded(
+    path: str | Path | None, target_bits: float | None, policy: str | None, profile: str | Path | None,
+    options: LoadOptions | None,
+) -> Engine:  # fmt: skip
     where = reference.overlay_path() if path is None else Path(path)
     if not where.is_dir():
         raise InputError(

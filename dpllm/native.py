@@ -163,7 +163,7 @@ class NativeStep:
         groups = self.decoder.groups
         seed = groups[0].seed_bits
         if isinstance(policy, StaticPolicy):
-            fixed = torch.tensor([_resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
+            fixed = torch.tensor([resident(g, policy.bits[g.index]) for g in groups], dtype=torch.int32)
             self._held = (fixed,)
             return native.Selection(fixed=fixed.data_ptr(), seed=seed)
         if isinstance(policy, ThresholdRule) and own_inputs(policy):
@@ -177,7 +177,7 @@ class NativeStep:
         assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
         for g, row in zip(self.decoder.groups, thresholds, strict=True):
             if (row[g.resident_bits - seed :] < torch.inf).any():
-                _resident(g, seed + len(row))  # raises
+                resident(g, seed + len(row))  # raises
         diagonals = [d.to(torch.float16).contiguous() for d in policy.diagonals]
         pointers = (ctypes.c_void_p * len(diagonals))(*(d.data_ptr() for d in diagonals))
         selection = native.Selection(
@@ -202,7 +202,7 @@ class NativeStep:
             values = (ctypes.c_float * group.weight.in_features).from_address(address)
             try:
                 x = torch.frombuffer(values, dtype=torch.float32)[None].clone()
-                return _resident(group, int(policy(group, x)[0]))
+                return resident(group, int(policy(group, x)[0]))
             except BaseException as e:  # it must not unwind through the library
                 self._error = e
                 return 0
@@ -258,7 +258,7 @@ class NativeStep:
         return whole.data_ptr()
 
 
-def _resident(group: Group, bits: int) -> int:
+def resident(group: Group, bits: int) -> int:
     """The width, if it can be read at this group: the library trusts its caller."""
     if not group.seed_bits <= bits <= group.resident_bits:
         raise ValueError(
@@ -267,10 +267,18 @@ def _resident(group: Group, bits: int) -> int:
     return bits
 
 
+class TokenStep(Protocol):
+    """What decodes whole tokens faster than the decoder does: NativeStep, GpuStep."""
+
+    def __call__(self, token: int, cache: KVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
+        """(logits [1, vocab], bits int32 [1, G]) behind one more token; both may be overwritten by the next call."""
+        ...
+
+
 def decode_one(
-    decoder: Decoder, step: NativeStep | None, token: int, cache: KVCache, policy: PrecisionPolicy
+    decoder: Decoder, step: TokenStep | None, token: int, cache: KVCache, policy: PrecisionPolicy
 ) -> tuple[Tensor, Tensor]:
-    """(logits [1, vocab], bits int32 [1, G]) behind one more token, natively where there is a native step."""
+    """(logits [1, vocab], bits int32 [1, G]) behind one more token, by the step where there is one."""
     if step is not None:
         return step(token, cache, policy)
     recorder = Recorder(policy, decoder.groups)

@@ -73,6 +73,18 @@ class StaticPolicy:
         return torch.full((len(x),), self.bits[group.index], dtype=torch.int32, device=x.device)
 
 
+class Learner(Protocol):
+    """Who learns from finished steps in a policy's stead while it decodes with the policy's rule elsewhere."""
+
+    def observe(self, logits: Tensor, tokens: Tensor) -> bool:
+        """What the policy would take in; False where it is to do so itself."""
+        ...
+
+    def release(self) -> None:
+        """Gives what has been learnt back to the policy."""
+        ...
+
+
 class RandomPolicy:
     """Each token and group draws one of the two widths around the target: the control that spends the
     same bits without looking."""
@@ -121,6 +133,7 @@ class RateDistortionPolicy(RateDistortionRule):
         self._total = float(profile.weights.sum())
         self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
         self.lag = 0
+        self.deferred: Learner | None = None
         self.set_target(target_bits)
 
     def set_target(self, target_bits: float) -> None:
@@ -152,7 +165,7 @@ class RateDistortionPolicy(RateDistortionRule):
 
     def reset(self) -> None:
         """A new text: no previous step, no correction (the same text is to get the same widths)."""
-        self.context, self._inputs, self._used = None, {}, None
+        self.context, self._inputs, self._used, self.deferred = None, {}, None, None
         self._begin(self.controller.target_bits)
 
     def _begin(self, target_bits: float) -> None:
@@ -172,6 +185,8 @@ class RateDistortionPolicy(RateDistortionRule):
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit per threshold the group's signal exceeds."""
+        if self.deferred is not None:  # the policy decides by itself again
+            self.deferred.release()
         bits = super().__call__(group, x)
         if self.most_bytes is not None:
             bits = self._afford(group, bits)
@@ -192,11 +207,14 @@ class RateDistortionPolicy(RateDistortionRule):
 
     def record(self, bits: Tensor) -> None:
         """What a native step chose by this rule: int32 [R, G]."""
-        self._used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64))
+        self._used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64)).to(bits.device)
 
     def observe(self, logits: Tensor, tokens: Tensor) -> None:
         """After a decode step. logits: [R, V] of R sequences side by side; tokens: int64 [R], what comes
         next in each. Fewer rows than before: the last sequences have ended."""
+        if self.deferred is not None and self.deferred.observe(logits, tokens):
+            return
+        tokens = tokens.to(logits.device)
         if not self.lag:
             previous = None if self.context is None else self.context[: len(tokens)]
             self.context = step_context(logits, tokens, previous)

@@ -200,7 +200,7 @@ def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence
         policy.reset()
     start, total = cache.length, 0.0
     for token, after in pairwise(ids):
-        logits, _ = decode_one(engine.decoder, engine.native, token, cache, policy)
+        logits, _ = decode_one(engine.decoder, engine.step, token, cache, policy)
         total += float(logits.logsumexp(1) - logits[0, after])
         observe(policy, logits, torch.tensor([after]))
     cache.rewind(start)

@@ -59,7 +59,7 @@ def random_decoder(
     """A decoder of this shape whose matrices hold `bits` random planes (2..8). Embedding and head are int8."""
     options = options or LoadOptions()
     backend = choose_backend(options.backend, options.device, options.cpu)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator(options.device).manual_seed(seed)
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
 
@@ -67,7 +67,7 @@ def random_decoder(
         weight = _random_weight(rows, columns, bits, rng)
         return make_group(f"model.layers.{layer}.{name}", weight, None, backend, options.device)
 
-    ones = torch.ones(hidden)
+    ones = torch.ones(hidden, dtype=options.dtype, device=options.device)
     layers = [
         Layer(
             index=i, input_norm=ones, post_norm=ones, qkv=[group(i, "qkv", heads + 2 * kv, hidden)],
@@ -91,15 +91,17 @@ def random_decoder(
 
 def _random_weight(rows: int, columns: int, bits: int, rng: torch.Generator) -> QuantizedWeight:
     """Planes of random bits; each row's tables are sorted normal values of one row's typical size."""
-    planes = empty_planes((bits, rows, -(-columns // WORD))).random_(-(2**31), 2**31 - 1, generator=rng)
+    size, on = (bits, rows, -(-columns // WORD)), rng.device
+    planes = empty_planes(size) if on.type == "cpu" else torch.empty(size, dtype=torch.int32, device=on)
+    planes.random_(-(2**31), 2**31 - 1, generator=rng)
     widths = range(MIN_BITS, min(bits, MAX_TABLE_BITS) + 1)
-    tables = [torch.randn(rows, 2**b, generator=rng).sort(1).values for b in widths]
+    tables = [torch.randn(rows, 2**b, generator=rng, device=on).sort(1).values for b in widths]
     return QuantizedWeight(planes, (torch.cat(tables, 1) * columns**-0.5).half(), columns, MIN_BITS)
 
 
 def _random_int8(rows: int, columns: int, rng: torch.Generator) -> Int8Weight:
-    values = torch.empty(rows, columns, dtype=torch.int8).random_(-127, 128, generator=rng)
-    return Int8Weight(values, _scales(rows, columns))
+    values = torch.empty(rows, columns, dtype=torch.int8, device=rng.device).random_(-127, 128, generator=rng)
+    return Int8Weight(values, _scales(rows, columns).to(rng.device))
 
 
 def _scales(rows: int, columns: int) -> Tensor:

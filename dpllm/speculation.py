@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dpllm.decoder import Decoder
+from dpllm.gpu_step import GpuStep
 from dpllm.kernels.cpu.step import MAX_ROWS
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.native import NativeStep, decode_one, own_inputs
@@ -162,9 +163,10 @@ class Continuation:
     """
 
     def __init__(
-        self, decoder: Decoder, native: NativeStep | None, cache: KVCache, draw: Sampler, clock: Clock
+        self, decoder: Decoder, step: NativeStep | GpuStep | None, cache: KVCache, draw: Sampler, clock: Clock
     ):
-        self.decoder, self.native, self.cache, self.draw, self.clock = decoder, native, cache, draw, clock
+        self.decoder, self.step, self.cache, self.draw, self.clock = decoder, step, cache, draw, clock
+        self.native = step if isinstance(step, NativeStep) else None
         self.policy: PrecisionPolicy | None = None
         self.drafts: Sequence[Draft] = ()
         self.pacer = Pacer([])
@@ -192,8 +194,9 @@ class Continuation:
         if not self._ready:
             self._round(room)
         passed, _ = self._ready.popleft()
-        if isinstance(self.policy, RateDistortionPolicy) and passed.bits is not None:
-            self.policy.record(passed.bits)
+        policy = self.policy
+        if isinstance(policy, RateDistortionPolicy) and policy.deferred is None and passed.bits is not None:
+            policy.record(passed.bits)
         return passed
 
     def drop(self) -> None:
@@ -216,7 +219,21 @@ class Continuation:
             self.cache.rewind(start)
             raise
 
+    def _on_gpu(self, step: GpuStep) -> None:
+        """One token; the only wait is for the token itself, with which the widths come."""
+        state, policy = self.draw.state(), self.policy
+        logits, _ = step(self.text[-1], self.cache, policy)
+        if self.draw.temperature == 0:
+            token, bits = step.finished()
+        else:
+            token = self.draw(logits[-1])
+            _, bits = step.finished()
+        own = None if policy is None else bits
+        self._ready.append((Passed(token, logits, own, 0.0, self._bytes(own)), state))
+
     def _fill(self, start: int, room: int) -> None:
+        if isinstance(self.step, GpuStep) and not self.drafts:
+            return self._on_gpu(self.step)
         now = self.clock if self.drafts else float  # plain decoding has nothing to weigh
         began = now()
         source, drafted = self._draft(room - 1)

@@ -18,12 +18,14 @@ from dpllm.kvzip_bridge.attention import AttentionKernels, attend
 class KVCache(Protocol):
     """What the decoder and the scoring of pairs ask of a cache.
 
-    k, v: one tensor a layer, flat in slots of D elements. length: the position of the next token.
+    k, v: one tensor a layer, flat in slots of D elements. length: the position of the next token. layout: another
+    number whenever runs have moved; while it stands, every run grows and shrinks as `length` does.
     """
 
     k: list[Tensor]
     v: list[Tensor]
     length: int
+    layout: int
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +55,10 @@ class KVCache(Protocol):
         run. The tensors are the cache's own: lengths change with every call."""
         ...
 
+    def reserve(self, tokens: int) -> None:
+        """Makes sure that so many more tokens fit."""
+        ...
+
     def rewind(self, length: int) -> None:
         """Forgets every token from this position on."""
         ...
@@ -69,6 +75,7 @@ class DenseKVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.length = 0
+        self.layout = 0  # for good
         self.capacity = capacity
         self._starts = torch.arange(kv_heads, dtype=torch.int64, device=device) * capacity
         self._layer_starts = self._starts.repeat(layers, 1)
@@ -82,8 +89,8 @@ class DenseKVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts k, v [T, KVH, D] behind the `length` pairs held; `advance` makes them part of the cache."""
+        self.reserve(k.shape[0])
         end = self.length + k.shape[0]
-        self._check(end)
         self.k[layer][:, self.length : end] = k.transpose(0, 1)
         self.v[layer][:, self.length : end] = v.transpose(0, 1)
 
@@ -96,7 +103,7 @@ class DenseKVCache:
 
         Checks that `room` more pairs fit. The tensors are the cache's own: lengths change with every call.
         """
-        self._check(self.length + room)
+        self.reserve(room)
         self._lengths.fill_(self.length)
         return self._layer_starts, self._lengths
 
@@ -118,6 +125,7 @@ class DenseKVCache:
         pairs = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
         return attend(kernels, q, pairs, (self._starts, lengths), scale, window)
 
-    def _check(self, tokens: int) -> None:
-        if tokens > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens; {tokens} were written.")
+    def reserve(self, tokens: int) -> None:
+        """Raises ValueError unless so many more tokens fit: this cache does not grow."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + tokens} were written.")

@@ -24,7 +24,8 @@ class RaggedKVCache:
     """Keys and values, a layer [slots, D], and each head's run of slots in them.
 
     length: the position of the next token. base: the tail begins at this position; what lies before it was pruned.
-    kept: positions int32 of the pairs before `base`, by layer and head.
+    kept: positions int32 of the pairs before `base`, by layer and head. layout: another number whenever the runs have
+    moved in memory or were pruned; while it stands, every run grows and shrinks as `length` does.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class RaggedKVCache:
         self._start = _starts(self._room)
         self._given = self._stored.clone()
         self._even = [True] * layers  # whether all heads of a layer have runs of one length
+        self.layout = 0
+        self._count()
 
     @classmethod
     def of_runs(
@@ -63,6 +66,7 @@ class RaggedKVCache:
         cache._stored, cache._given, cache._room = lengths, lengths.clone(), lengths.to(torch.int64)
         cache._start = _starts(cache._room)
         cache._even = [bool((row == row[0]).all()) for row in lengths]
+        cache._count()
         return cache
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> RaggedKVCache:
@@ -86,7 +90,7 @@ class RaggedKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the pairs held, keys and values, all layers: what decoding one more token reads."""
-        return 2 * int(self._stored.sum()) * self.k[0].shape[1] * self.k[0].element_size()
+        return 2 * self._pairs * self.k[0].shape[1] * self.k[0].element_size()
 
     @property
     def allocated_nbytes(self) -> int:
@@ -136,7 +140,18 @@ class RaggedKVCache:
     def advance(self, tokens: int) -> None:
         """Counts `tokens` written pairs, once every layer has written them."""
         self._stored += tokens
+        self._grown(tokens)
+
+    def _grown(self, tokens: int) -> None:
         self.length += tokens
+        self._pairs += tokens * self._stored.numel()
+        self._free -= tokens
+
+    def _count(self) -> None:
+        """Pairs held, and tokens there is room for: kept beside the tensors, which may lie on another device."""
+        self._pairs = int(self._stored.sum())
+        self._free = int((self._room - self._stored).min())
+        self.layout += 1
 
     def runs(self, room: int) -> tuple[Tensor, Tensor]:
         """(start int64, length int32), both [layers, KVH], in slots of a layer, with room behind each run."""
@@ -155,11 +170,13 @@ class RaggedKVCache:
     def reserve(self, tokens: int) -> None:
         """Makes room for so many more tokens. Where it has to copy, it at least doubles the tail, so that copies are
         rare."""
-        free = int((self._room - self._stored).min())
-        if free < tokens:
+        if self._free < tokens:
             more = max(tokens, self.length - self.base, 32)
-            for layer in range(len(self.k)):
-                self._rebuild(layer, None, more)
+            try:
+                for layer in range(len(self.k)):
+                    self._rebuild(layer, None, more)
+            finally:
+                self._count()
 
     def rewind(self, length: int) -> None:
         """Forgets every token from this position on. Only the tail can be forgotten."""
@@ -168,7 +185,7 @@ class RaggedKVCache:
                 f"cannot rewind {self.length} tokens to {length}; the pruned part ends at {self.base}."
             )
         self._stored -= self.length - length
-        self.length = length
+        self._grown(length - self.length)
 
     def fork(self, room: int = SLACK) -> RaggedKVCache:
         """Another cache that goes on from here by itself: a copy of the pairs held, with room for so many tokens."""
@@ -180,6 +197,7 @@ class RaggedKVCache:
         other._room, other._start = self._room.clone(), self._start.clone()
         for layer in range(len(self.k)):
             other._rebuild(layer, None, room)
+        other._count()
         return other
 
     def prune(self, keep: Tensor, windows: Sequence[int | None], room: int = SLACK) -> None:
@@ -203,6 +221,8 @@ class RaggedKVCache:
         except BaseException:
             self._empty()
             raise
+        finally:
+            self._count()
         self.base = self.length
 
     def _empty(self) -> None:

@@ -15,12 +15,13 @@ from rich.table import Table
 
 from dpllm.commands.common import cpu_options, note, print_json, stage_bars, stdout
 from dpllm.decoder import Decoder
+from dpllm.gpu_step import fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import empty_planes
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.memory import check_memory
-from dpllm.native import NativeStep, decode_one
+from dpllm.native import decode_one
 from dpllm.policy import StaticPolicy
 from dpllm.shapes import random_decoder, resident_bytes, shape
 
@@ -112,7 +113,7 @@ def measure(
     decoder: Decoder, widths: list[int], args: BenchArguments, progress: Callable[[str, int, int], None]
 ) -> tuple[list[dict[str, Any]], float | None]:
     """One row per width, widths taking turns; and the bandwidth, measured between them. Medians."""
-    step = NativeStep.of(decoder)
+    step = fast_step(decoder)
     policies = {b: StaticPolicy([b] * len(decoder.groups), name="uniform") for b in widths}
     cache = decoder.new_cache(max(args.prompt, args.context + args.new_tokens + WARM_UP))
     prefill = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpllm import __version__
+from dpllm import __version__, gpu_info
 from dpllm.commands.common import print_json, stdout
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import CpuOptions, instruction_sets
@@ -18,12 +18,14 @@ from dpllm.kernels.weight import MAX_BITS, MIN_BITS, QuantizedWeight, pack
 from dpllm.quant.kmeans import nested_codes
 
 TOLERANCE = 1e-4  # of 16-bit activations and tables
+HALF_TOLERANCE = 5e-3  # of kernels that write half precision
 
 
 def run(as_json: bool) -> None:
     """Reports versions, devices, and the chosen backend checked against float64."""
     backend = choose_backend()
     checks = check_kernels()
+    gpu = _gpu()
     report = {
         "dpllm": __version__,
         "python": platform.python_version(),
@@ -31,11 +33,12 @@ def run(as_json: bool) -> None:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", "safetensors", "triton")},
-        "cuda": _cuda(),
+        "cuda": gpu,
         "backend": {"name": backend.name, "reason": backend.reason},
         "instruction_sets": _instruction_sets(),
         "gemv_relative_error": checks,
-        "ok": all(e < TOLERANCE for errors in checks.values() for e in errors.values()),
+        "ok": all(e < TOLERANCE for errors in checks.values() for e in errors.values())
+        and (gpu is None or gpu["ok"]),
     }
     if as_json:
         print_json(report)
@@ -58,29 +61,50 @@ def check_kernels() -> dict[str, dict[str, float]]:
     return {name: _gemv_errors(name) for name in ("reference", *usable)}
 
 
-def _gemv_errors(backend_name: str) -> dict[str, float]:
+def _gemv_errors(
+    backend_name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     rng = np.random.default_rng(0)
     w = rng.standard_normal((33, 100)).astype(np.float32)
     codes, tables = nested_codes(w, np.ones_like(w), MIN_BITS, MAX_BITS)
     lut = torch.from_numpy(np.concatenate(list(tables.values()), axis=1))
     weight = QuantizedWeight(pack(codes, MAX_BITS), lut, 100, MIN_BITS)
-    backend = choose_backend(backend_name, options=CpuOptions(accuracy="exact"))
-    prepared = backend.prepare(weight)
-    x = torch.from_numpy(rng.standard_normal((1, 100)).astype(np.float32))
+    backend = choose_backend(backend_name, device, CpuOptions(accuracy="exact"))
+    prepared = backend.prepare(weight, device)
+    x = torch.from_numpy(rng.standard_normal((1, 100)).astype(np.float32)).to(device, dtype)
     errors = {}
     for bits in range(MIN_BITS, MAX_BITS + 1):
         table = weight.table(bits).double().numpy()
-        exact = x.double().numpy() @ np.take_along_axis(table, (codes >> (MAX_BITS - bits)).astype(int), 1).T
-        y = backend.gemv(x, prepared, torch.tensor([bits], dtype=torch.int32)).double().numpy()
+        exact = (
+            x.double().cpu().numpy()
+            @ np.take_along_axis(table, (codes >> (MAX_BITS - bits)).astype(int), 1).T
+        )
+        y = backend.gemv(x, prepared, torch.tensor([bits], dtype=torch.int32, device=device))
+        y = y.double().cpu().numpy()
         errors[str(bits)] = float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
     return errors
 
 
-def _cuda() -> dict[str, Any] | None:
-    if not torch.cuda.is_available():
+def _gpu() -> dict[str, Any] | None:
+    """The GPU, its bandwidth, the backend that will be used on it, and each of its kernels against its definition."""
+    found = gpu_info.describe()
+    if found is None:
         return None
-    p = torch.cuda.get_device_properties(0)
-    return {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
+    backend = choose_backend(device="cuda")
+    found |= {
+        "copy_gb_per_s": round(gpu_info.copy_gb_per_s(), 1),
+        "backend": {"name": backend.name, "reason": backend.reason},
+    }
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        errors = {f"step: {k}": e for k, e in gpu_info.check_step_kernels(device).items()}
+        if backend.name.startswith("triton"):
+            errors |= {
+                f"gemv: {b} bits": e for b, e in _gemv_errors(backend.name, "cuda", torch.float16).items()
+            }
+    except Exception as e:  # a compiler's or a driver's: what is wrong is what the user wants to know
+        return found | {"kernels": f"cannot run: {' '.join(str(e).split())[:300]}", "ok": False}
+    return found | {"kernel_errors": errors, "ok": all(e < HALF_TOLERANCE for e in errors.values())}
 
 
 def _version(package: str) -> str | None:

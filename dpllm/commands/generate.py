@@ -96,8 +96,12 @@ def open_engine(args: GenerateArguments) -> Engine:
     cpu = cpu_options(args.threads, args.accuracy)
     options = LoadOptions(resident_bits=resident, backend=args.backend, cpu=cpu)
     if args.bits is not None:
-        return load(args.overlay, target_bits=float(args.bits), policy="uniform", options=options)
-    return load(args.overlay, target_bits=args.target_bits, policy=args.policy, options=options)
+        return load(
+            args.overlay, target_bits=float(args.bits), policy="uniform", options=options, progress=note
+        )
+    return load(
+        args.overlay, target_bits=args.target_bits, policy=args.policy, options=options, progress=note
+    )
 
 
 def aim(engine: Engine, args: GenerateArguments, pairs: float) -> None:

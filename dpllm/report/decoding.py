@@ -52,7 +52,7 @@ def forced_steps(
         began = time.perf_counter()
         if logits is not None:
             observe(deciding, logits, torch.tensor([token], device=logits.device))
-        logits, bits = decode_one(engine.decoder, engine.native, token, cache, deciding)
+        logits, bits = decode_one(engine.decoder, engine.step, token, cache, deciding)
         sample(logits[-1], 0.0, 1.0, None)
         yield ForcedStep((time.perf_counter() - began) * 1e3, bits[0].clone())
 

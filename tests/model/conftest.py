@@ -1,4 +1,4 @@
-"""Fixtures of the command line and of reports."""
+"""Fixtures of the command line and of reports, and overlays of the tiny models."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_cases import ISAS, needs_library, options_of
+from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES, COMMON
 
 from dpllm.kernels.cpu.library import CpuOptions
@@ -17,61 +18,17 @@ from dpllm.policy import RandomPolicy, RateDistortionPolicy, Recorder, StaticPol
 pytestmark = needs_library
 
 TOLERANCE = 2e-3  # of a logit: a last bit of an input can move the rounding of an activation to 16 bits
-IDS = torch.randint(0, COMMON["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def load_exact(path, **options):
     return load_decoder(path, LoadOptions(cpu=options_of(), **options))
 
 
-def varied(decoder, turn: int = 0) -> StaticPolicy:
-    """Another width at every group."""
-    return StaticPolicy([2 + (g.index + turn) % 5 for g in decoder.groups])
-
-
-class Thresholds:
-    """A threshold rule made from what a first pass over the text saw, so that every width occurs."""
-
-    name, extra_bytes = "thresholds", 0
-
-    def __init__(self, decoder, ids):
-        rng = torch.Generator().manual_seed(2)
-        self.select = decoder.backend.select
-        self.diagonals = [torch.rand(g.weight.in_features, generator=rng).half() for g in decoder.groups]
-        seen: list[list[float]] = [[] for _ in decoder.groups]
-
-        def watch(group, x):
-            seen[group.index] += ((x.double() ** 2) @ self.diagonals[group.index].double()).tolist()
-            return torch.full((len(x),), 4, dtype=torch.int32)
-
-        with torch.no_grad():
-            decoder.forward(torch.tensor(ids), select=watch)
-        shares = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
-        self.thresholds = (
-            torch.tensor(seen, dtype=torch.float64).quantile(shares, dim=1).T.float().contiguous()
-        )
-
-    def __call__(self, group, x):
-        return self.select(x, self.diagonals[group.index], self.thresholds[group.index], group.seed_bits)
-
-
-def by_operations(decoder, policy, ids, cache=None):
-    """(logits [T, V], bits [T, G]) a token at a time, by the decoder."""
-    return _steps(decoder, None, policy, ids, cache)
-
-
 def natively(decoder, policy, ids, cache=None, step=None):
-    """The same by one native call a token."""
+    """(logits [T, V], bits [T, G]) by one native call a token."""
     step = step or NativeStep.of(decoder)
     assert step is not None
-    return _steps(decoder, step, policy, ids, cache)
-
-
-def _steps(decoder, step, policy, ids, cache):
-    cache = cache or decoder.new_cache(len(ids))
-    pairs = [tuple(t.clone() for t in decode_one(decoder, step, i, cache, policy)) for i in ids]
-    logits, bits = zip(*pairs, strict=True)
-    return torch.cat(logits), torch.cat(bits)
+    return step_by_step(decoder, step, policy, ids, cache)
 
 
 def assert_same(found, expected) -> None:

@@ -1,0 +1,159 @@
+"""What GPU there is, and whether its kernels compute what they should: for `dpllm doctor` and the benchmarks."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpllm.calib.sensitivity import DECAY, LIMIT
+from dpllm.kernels import reference, step_reference
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
+
+QUERIED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+COPY_BYTES = 1 << 30
+
+
+def describe() -> dict[str, Any] | None:
+    """The first GPU's name, capability, memory, caches, driver and clocks; None where torch sees none."""
+    if not torch.cuda.is_available():
+        return None
+    p = torch.cuda.get_device_properties(0)
+    return {
+        "name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1),
+        "multiprocessors": p.multi_processor_count, "l2_mb": round(getattr(p, "L2_cache_size", 0) / 2**20, 1),
+        "cuda": torch.version.cuda, **_queried(),
+    }  # fmt: skip
+
+
+def _queried() -> dict[str, str]:
+    """What nvidia-smi says of driver and clocks; nothing where it does not run."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader", "--id=0"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [v.strip() for v in run.stdout.strip().split(",")]
+    return dict(zip(QUERIED, values, strict=True)) if len(values) == len(QUERIED) else {}
+
+
+def copy_gb_per_s(nbytes: int = COPY_BYTES, rounds: int = 12) -> float:
+    """Bytes read and written a second, in GB, by a copy on the GPU. Median."""
+    source = torch.ones(nbytes // 4, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(rounds):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        target.copy_(source)
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(began.elapsed_time(ended))
+    return 2 * nbytes / statistics.median(times[2:]) / 1e6
+
+
+# -- every kernel once, against its definition ----------------------------------------------------------------
+
+HEADS, KV_HEADS, DIM, COLUMNS, VOCABULARY = 8, 2, 64, 512, 3000
+LENGTHS = (300, 0)  # pairs of each head: one head keeps nothing
+
+
+class _Case:
+    """Inputs of every operation of a step, the same ones each time it is made."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.rng, self.device, self.dtype = torch.Generator().manual_seed(0), device, dtype
+        self.partial = torch.zeros(4096, device=device)
+        self.counter = torch.zeros(8, dtype=torch.int32, device=device)
+        self.site = Site((0,), torch.zeros(1, dtype=torch.int32, device=device), first=True)
+        start = torch.tensor([[0, LENGTHS[0] + 4]], device=device)
+        self.k, self.v = (self.draw(sum(LENGTHS) + 8, DIM) for _ in range(2))
+        self.cache = CacheTable.empty(1, KV_HEADS, dtype, device)
+        self.cache.write([self.k], [self.v], start, torch.tensor([LENGTHS], dtype=torch.int32))
+        self.cache.request[tables.OBSERVE] = tables.ALL
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.rng).to(self.device, self.dtype)
+
+    def table(self, kind: str) -> PolicyTable:
+        """Thresholds about the middle of what a random input's signal is."""
+        table = PolicyTable.empty([1.0], COLUMNS, self.device)
+        table.kind = kind
+        table.base.fill_(2)
+        table.state.fill_(0.25)
+        if kind == tables.WEIGHTED:
+            diagonal = torch.rand(COLUMNS, generator=self.rng).to(self.device, torch.float16)
+            levels = torch.tensor([[0.01, 0.1, 1.0, 1e9]], device=self.device) * COLUMNS
+            table.point([diagonal], levels)
+        else:
+            table.rows.fill_(16)
+            table.line.copy_(torch.tensor([[1.0, 0.0]]))
+            matrix = torch.randn(16, COLUMNS, generator=self.rng).to(self.device, torch.float16)
+            table.point([matrix], torch.full((1, 1), 1.0, device=self.device))
+        return table
+
+
+def _outputs(
+    ops: Any, select: Any, attention: Any, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[Tensor]]:
+    """By kernel, what it writes."""
+    case = _Case(device, dtype)
+    scratch = case.partial, case.counter
+    weighted, estimated = case.table(tables.WEIGHTED), case.table(tables.ESTIMATED)
+    out: dict[str, list[Tensor]] = {}
+    x, delta, weight = case.draw(1, COLUMNS), case.draw(1, COLUMNS), case.draw(COLUMNS)
+    h = ops.norm(x, delta, weight, 1e-5, case.site, weighted, LIMIT)
+    out["norm"] = [x, h, weighted.bits.clone()]
+    rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
+    q = ops.rope_append(case.draw(1, (HEADS + 2 * KV_HEADS) * DIM), None, 1e-5, rope, case.cache, 0, DIM)
+    out["rope_append"] = [q, case.k, case.v]
+    scale = DIM**-0.5
+    out["attend"] = [
+        ops.attend(q, case.cache, 0, scale, None, case.site, weighted, *scratch),
+        weighted.bits.clone(),
+    ]
+    start, length = case.cache.start[0], case.cache.length[0]
+    out["decode_attention"] = [attention(q, case.k, case.v, start, length, scale)]
+    out["silu_mul"] = [
+        ops.silu_mul(case.draw(1, 2 * COLUMNS), case.site, weighted, *scratch),
+        weighted.bits.clone(),
+    ]
+    ops.estimate(h, case.site, estimated, *scratch)
+    out["estimate"] = [estimated.bits]
+    assert weighted.thresholds is not None and weighted.estimators[0] is not None
+    out["select"] = [select(case.draw(3, COLUMNS), weighted.estimators[0], weighted.thresholds[0], 2)]
+    logits = case.draw(1, VOCABULARY).float()
+    token = torch.zeros(1, dtype=torch.int32, device=device)
+    ops.finish(logits, token, weighted, *scratch)
+    out["finish"] = [token, weighted.state[tables.LOG_TOTAL : tables.ENTROPY + 1].clone()]
+    ops.observe(logits, case.cache, weighted, DECAY)
+    out["observe"] = [weighted.state]
+    return out
+
+
+def check_step_kernels(device: torch.device, dtype: torch.dtype = torch.float16) -> dict[str, float]:
+    """Relative error of each kernel of a decode step against its torch definition; infinite where a width differs."""
+    from dpllm.kernels.triton import step_operations
+    from dpllm.kernels.triton.attention import decode_attention
+    from dpllm.kernels.triton.select import select
+
+    found = _outputs(step_operations, select, decode_attention, device, dtype)
+    expected = _outputs(step_reference, reference.select, reference.decode_attention, device, dtype)
+    return {
+        name: max(_error(a, b) for a, b in zip(found[name], expected[name], strict=True)) for name in found
+    }
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else float("inf")
+    a, b = found.double(), expected.double()
+    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")

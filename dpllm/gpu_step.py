@@ -1,0 +1,281 @@
+"""A whole decode step as one CUDA graph: the counterpart of native.py for GPUs.
+
+`GpuStep` computes what `Decoder.forward` computes for one token. Everything that changes from token to token stands
+in device memory at fixed addresses (kernels/step_tables.py): the token, its position, where the cache's pairs lie,
+and what the policy compares with. So one captured graph serves every cache, length and target, and is captured anew
+only for a policy of another structure. Where capturing fails, and without a GPU, the same operations run one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpllm.calib.sensitivity import DECAY, LIMIT
+from dpllm.decoder import Decoder, Group
+from dpllm.decoder import Layer as DecoderLayer
+from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure, layer_sites
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import CacheTable, Site
+from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.native import NativeStep, decode_one
+from dpllm.policy import PrecisionPolicy
+
+log = logging.getLogger("dpllm")
+
+
+class GpuStep:
+    """Decodes one token at a time. Made for one decoder; serves one sequence at a time.
+
+    reason: why steps are not one graph, empty if they are. graphs: structure of a policy -> its captured step.
+    """
+
+    def __init__(self, decoder: Decoder, operations: Any, reason: str = ""):
+        c, device = decoder.config, decoder.device
+        self.decoder, self.operations, self.reason = decoder, operations, reason
+        self.graphs: dict[Structure, torch.cuda.CUDAGraph] = {}
+        self._sites: dict[Structure, list[LayerSites]] = {}
+        self.logits = torch.zeros(1, c.vocab_size, dtype=torch.float32, device=device)
+        count = len(decoder.groups)
+        self._result = torch.zeros(count + 1, dtype=torch.int32, device=device)  # bits [G], greedy token
+        self._policy = DevicePolicy(decoder, self.logits)
+        self._table = self._policy.table
+        self._table.bits = self._result[:count]
+        self._cache = CacheTable.empty(c.num_layers, c.num_kv_heads, decoder.kv_dtype, device)
+        self._placed: tuple[weakref.ref[KVCache], int, int] | None = None  # cache, its layout and length then
+        parts = (
+            4 * c.vocab_size // 1024,
+            tables.MAX_FED * (c.intermediate_size // 512),
+            tables.MAX_FED * max(c.num_heads, 32),
+        )
+        self._partial = torch.zeros(max(parts) + 64, dtype=torch.float32, device=device)
+        self._counter = torch.zeros(tables.MAX_FED, dtype=torch.int32, device=device)
+        self._nowhere = Site((), torch.zeros(1, dtype=torch.int32, device=device))
+        self._inv_freq = decoder.inv_freq.float()
+        self._captures = cuda = device.type == "cuda"
+        self._request = torch.zeros(tables.OBSERVE + 1, dtype=torch.int64, pin_memory=cuda)
+        self._answer = torch.zeros(count + 1, dtype=torch.int32, pin_memory=cuda)
+        self._sent: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+        self._done: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+        self._by_hand: tuple[Tensor, Tensor] | None = None  # what a step on the host's decisions returned
+        self._told: set[str] = set()
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> GpuStep | None:
+        """The step for a decoder on a GPU, where triton is installed; else None."""
+        if decoder.device.type != "cuda":
+            return None
+        try:
+            from dpllm.kernels.triton import step_operations
+        except ImportError as e:
+            log.warning("decoding operation by operation: triton cannot be imported (%s)", e)
+            return None
+        ready = decoder.groups[0].dense or decoder.backend.name.startswith("triton")
+        reason = "" if ready else f"products of backend '{decoder.backend.name}' cannot be captured"
+        return cls(decoder, step_operations, reason)
+
+    @torch.no_grad()
+    def __call__(self, token: int, cache: KVCache, policy: PrecisionPolicy | None) -> tuple[Tensor, Tensor]:
+        """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.
+
+        Both lie on the decoder's device and are overwritten by the next call. Nothing is waited for. policy: None for
+        the resident maximum, or a decoder that is not quantised. Raises what the policy raises.
+        """
+        if not 0 <= token < self.logits.shape[1]:
+            raise IndexError(f"there is no token {token} in a vocabulary of {self.logits.shape[1]}.")
+        cache.reserve(1)
+        reason = self._policy.follow(policy)
+        if reason is None and cache.k[0].dtype != self.decoder.kv_dtype:
+            reason = f"the cache holds {cache.k[0].dtype}, the decoder {self.decoder.kv_dtype}"
+        if reason is not None:
+            self.tell(f"{reason}: decoding operation by operation")
+            return self._by_operations(token, cache, policy)
+        self._by_hand = None
+        self._place(cache)
+        self._ask(token, cache.length)
+        graph = self._graph()
+        if graph is not None:
+            graph.replay()
+        else:
+            self._run(self._sites_of(self._policy.structure))
+        cache.advance(1)
+        if self._done is not None:
+            self._answer.copy_(self._result, non_blocking=True)
+            self._done.record()
+        return self.logits, self._table.bits[None]
+
+    def _by_operations(
+        self, token: int, cache: KVCache, policy: PrecisionPolicy | None
+    ) -> tuple[Tensor, Tensor]:
+        d = self.decoder
+        if policy is None:
+            logits, bits = d.forward(torch.tensor([token], device=d.device), cache), self._table.bits[None]
+        else:
+            logits, bits = decode_one(d, None, token, cache, policy)
+        self._by_hand = logits, bits.cpu()
+        return logits, bits
+
+    def finished(self) -> tuple[int, Tensor]:
+        """(the likeliest next token, bits int32 [1, G] on the CPU) of the last step, as soon as it is done."""
+        if self._by_hand is not None:
+            logits, bits = self._by_hand
+            return int(logits[-1].argmax()), bits
+        if self._done is None:
+            self._answer.copy_(self._result)
+        else:
+            self._done.synchronize()
+        return int(self._answer[-1]), self._answer[:-1][None].clone()
+
+    def prepare(
+        self, policy: PrecisionPolicy | None, note: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Compiles, warms up and captures the step of such a policy now, so that no token waits for it."""
+        with torch.no_grad():
+            if self._policy.follow(policy) is not None or self.reason:
+                return
+            cache = self.decoder.new_cache(2)
+            self._place(cache)
+            self._ask(0, 0)
+            note(f"capturing the decode step ({self._policy.structure.kind}) ...")
+            if self._graph() is not None:
+                note("captured: one launch a token")
+            self._placed = None
+
+    def tell(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._told:
+            self._told.add(line)
+            log.warning(line)
+
+    # -- what changes from token to token ------------------------------------------------------------------
+
+    def _place(self, cache: KVCache) -> None:
+        """Makes the table point to the cache, if it does not."""
+        if self._placed is not None and self._placed[0]() is cache and self._placed[1] == cache.layout:
+            return
+        start, length = cache.runs(1)
+        self._cache.write(cache.k, cache.v, start, length)
+        if self.decoder.device.type == "cuda":
+            self._cache.k = (
+                self._cache.v
+            ) = ()  # addresses are enough, and the cache's end is its owner's affair
+        self._placed = (weakref.ref(cache), cache.layout, cache.length)
+
+    def _ask(self, token: int, position: int) -> None:
+        """Sends the request. The copy before must have left its place on the host."""
+        assert self._placed is not None
+        if self._sent is not None:
+            self._sent.synchronize()
+        since = position - self._placed[2]
+        self._request.copy_(torch.tensor([token, position, since, self._policy.take_observed()]))
+        self._cache.request.copy_(self._request, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    # -- the graph -----------------------------------------------------------------------------------------
+
+    def _graph(self) -> torch.cuda.CUDAGraph | None:
+        """The captured step of the policy's structure; None where steps run operation by operation."""
+        structure = self._policy.structure
+        if self.reason or not self._captures:
+            if self.reason:
+                self.tell(f"decoding operation by operation: {self.reason}")
+            return None
+        if structure not in self.graphs:
+            try:
+                self.graphs[structure] = self._captured(self._sites_of(structure))
+            except Exception as e:  # whatever a driver, a compiler or torch may raise
+                self.reason = f"the step could not be captured ({' '.join(str(e).split())[:200]})"
+                return self._graph()
+        return self.graphs[structure]
+
+    def _captured(self, sites: list[LayerSites]) -> torch.cuda.CUDAGraph:
+        """Warm-up (which compiles and loads every kernel), then capture. Leaves what a step changes as it was."""
+        request = self._cache.request  # of this very token: its pair may be written, and written again
+        kept = [(t, t.clone()) for t in (self.logits, self._result, self._table.state, request)]
+        request[tables.OBSERVE] = 0
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._run(sites)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._run(sites)
+        finally:
+            self._counter.zero_()
+            for tensor, before in kept:
+                tensor.copy_(before)
+        return graph
+
+    def _sites_of(self, structure: Structure) -> list[LayerSites]:
+        if structure not in self._sites:
+            self._sites[structure] = layer_sites(self.decoder, structure)
+        return self._sites[structure]
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    def _run(self, sites: list[LayerSites]) -> None:
+        """The operations of one step: no argument, no result, no memory but the tables'."""
+        d, ops, table, cache = self.decoder, self.operations, self._table, self._cache
+        scratch = self._partial, self._counter
+        if self._policy.structure.probes:
+            ops.observe(self.logits, cache, table, DECAY)
+        x = d._embed(cache.request[tables.TOKEN : tables.TOKEN + 1])
+        angle = cache.request[tables.POSITION].float() * self._inv_freq
+        rope = angle.cos() * d.config.rope_scale, angle.sin() * d.config.rope_scale
+        delta = None
+        for layer, site in zip(d.layers, sites, strict=True):
+            delta = self._block(layer, site, x, delta, rope)
+        h = ops.norm(x, delta, d.norm, d.config.rms_eps, self._nowhere, table, LIMIT)
+        self.logits.copy_(d._head(h))
+        ops.finish(self.logits, self._result[-1:], table, *scratch)
+
+    def _block(
+        self,
+        layer: DecoderLayer,
+        site: LayerSites,
+        x: Tensor,
+        delta: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """One block. x [1, K] takes in delta, the block before's last product; returns this block's."""
+        c, ops, table, cache = self.decoder.config, self.operations, self._table, self._cache
+        i, scratch = layer.index, (self._partial, self._counter)
+        h = ops.norm(x, delta, layer.input_norm, c.rms_eps, site.qkv, table, LIMIT)
+        qkv = self._products(layer.qkv, h, site.qkv)
+        norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm)
+        turn = rope if c.uses_rope[i] else None
+        q = ops.rope_append(qkv, norms, c.rms_eps, turn, cache, i, c.head_dim)
+        mixed = ops.attend(q, cache, i, c.head_dim**-0.5, c.windows[i], site.o, table, *scratch)
+        delta = self._products([layer.o], mixed, site.o)
+        h = ops.norm(x, delta, layer.post_norm, c.rms_eps, site.gate_up, table, LIMIT)
+        gate_up = self._products(layer.gate_up, h, site.gate_up)
+        inner = ops.silu_mul(gate_up, site.down, table, *scratch)
+        return self._products([layer.down], inner, site.down)
+
+    def _products(self, groups: list[Group], x: Tensor, site: Site) -> Tensor:
+        """[1, sum of rows]: the groups' products with x [1, K], at the widths that the table says by then."""
+        if self._table.kind == tables.ESTIMATED:
+            self.operations.estimate(x, site, self._table, self._partial, self._counter)
+        outs = [self._product(g, x) for g in groups]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+    def _product(self, group: Group, x: Tensor) -> Tensor:
+        if group.dense:
+            return torch.nn.functional.linear(x, group.weight, group.bias)
+        bits = self._table.bits[group.index : group.index + 1]
+        y = self.decoder.backend.gemv(x, group.weight, bits)
+        return y if group.bias is None else y + group.bias
+
+
+def fast_step(decoder: Decoder) -> NativeStep | GpuStep | None:
+    """The quickest way this decoder has to decode one token; None: operation by operation."""
+    return NativeStep.of(decoder) or GpuStep.of(decoder)

@@ -1,0 +1,142 @@
+"""The operations of a decode step in plain torch: what the GPU's fused kernels are tested against, and what a step runs
+with where there is no GPU. Signatures are those of kernels/triton/{small_ops,attention,select}.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpllm.kernels import reference
+from dpllm.kernels.step_tables import (
+    ALL,
+    BIAS,
+    CONTEXT,
+    CORRECTION,
+    ENTROPY,
+    LIMIT,
+    LOG_TOTAL,
+    MEANS,
+    MULTIPLIER,
+    OBSERVE,
+    OFFSET,
+    RATE,
+    SINCE,
+    TARGET,
+    TOKEN,
+    WEIGHTED,
+    WEIGHTS,
+    CacheTable,
+    PolicyTable,
+    Site,
+)
+
+
+def _decide(signal: Tensor, g: int, table: PolicyTable) -> None:
+    assert table.thresholds is not None
+    table.bits[g] = table.base[g] + (signal > table.thresholds[g]).sum(dtype=torch.int32)
+
+
+def _decide_weighted(x: Tensor, site: Site, table: PolicyTable) -> None:
+    if table.kind == WEIGHTED:
+        for g in site.groups:
+            d = table.estimators[g]
+            assert d is not None
+            _decide(table.state[MULTIPLIER] * (x[0].float().square() @ d.float()), g, table)
+
+
+def norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
+) -> Tensor:
+    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight; decides for the site's groups."""
+    if delta is not None:
+        x += delta
+    wide = x.float()
+    h = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    if site.first and table.kind == WEIGHTED:
+        exponent = (h[0].float() @ table.probe + table.state[OFFSET]).clamp(-limit, limit)
+        table.state[MULTIPLIER] = (exponent + table.state[CORRECTION]).exp()
+    _decide_weighted(h, site, table)
+    return h
+
+
+def rope_append(
+    qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, rope: tuple[Tensor, Tensor] | None,
+    cache: CacheTable, layer: int, head_dim: int,
+) -> Tensor:  # fmt: skip
+    """Rotates q and k of qkv [1, (H + 2 KVH) D] and puts k, v behind their heads' runs. Returns q [H, D]."""
+    kv_heads = cache.start.shape[1]
+    rows = qkv.view(-1, head_dim)
+    q, k, v = rows.split([len(rows) - 2 * kv_heads, kv_heads, kv_heads])
+    if norms is not None:
+        q, k = (_normed(t, w, eps) for t, w in zip((q, k), norms, strict=True))
+    if rope is not None:
+        q, k = (_turned(t, *rope) for t in (q, k))
+    at = cache.start[layer] + cache.length[layer] + cache.request[SINCE]
+    cache.k[layer][at], cache.v[layer][at] = k.to(cache.dtype), v.to(cache.dtype)
+    return q
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def attend(
+    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable,
+    partial: Tensor, counter: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attention of the token just appended, [1, H D]; decides for the site's groups."""
+    n = cache.length[layer] + cache.request[SINCE].int() + 1
+    skip = torch.zeros_like(n) if window is None else (n - window).clamp(min=0)
+    k, v, start = cache.k[layer], cache.v[layer], cache.start[layer] + skip
+    out = reference.decode_attention(q, k, v, start, n - skip, scale).view(1, -1)
+    _decide_weighted(out, site, table)
+    return out
+
+
+def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [1, 2K]; decides for the site's groups."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = F.silu(gate) * up
+    _decide_weighted(out, site, table)
+    return out
+
+
+def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
+    """Decides for the site's groups by the estimates of a table of kind ESTIMATED. x: [1, K]."""
+    wide = x[0].float()
+    for g in site.groups:
+        matrix = table.estimators[g]
+        size = (wide if matrix is None else matrix.float() @ wide).norm()
+        _decide(table.line[g, 0] * size + table.line[g, 1], g, table)
+
+
+def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
+    """token int32 [1] = the first largest of logits [1, V]; the prediction's entropy goes to the table's state."""
+    token.copy_(logits.argmax(-1))
+    log_total = logits[0].logsumexp(0)
+    log_p = logits[0] - log_total
+    table.state[LOG_TOTAL], table.state[ENTROPY] = log_total, -(log_p.exp() * log_p).sum()
+
+
+def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
+    """Where the request says so, takes in the step before; then sets the offset of the token's multiplier."""
+    s = table.state
+    context = s[CONTEXT : CONTEXT + 3]
+    if cache.request[OBSERVE]:
+        level = (s[ENTROPY] + 0.01).log()
+        chosen = (logits[0, cache.request[TOKEN]] - s[LOG_TOTAL]).clamp(min=-20)
+        trend = level if context[2].isnan() else decay * context[2] + (1 - decay) * level
+        context.copy_(torch.stack([level, chosen, trend]))
+    if cache.request[OBSERVE] == ALL:
+        used = table.bits.float() @ table.share
+        moved = s[CORRECTION] + s[RATE] * (s[TARGET] - used)
+        s[CORRECTION] = torch.minimum(torch.maximum(moved, -s[LIMIT]), s[LIMIT])
+    known = (context - s[MEANS : MEANS + 3]).nan_to_num(nan=0.0)
+    s[OFFSET] = s[BIAS] + known @ s[WEIGHTS : WEIGHTS + 3]

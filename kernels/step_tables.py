@@ -1,0 +1,129 @@
+"""What a decode step reads from device memory at fixed addresses, so that a step captured once serves every cache,
+target and policy of its kind: addresses of keys, values and estimators, thresholds, and the few numbers that change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Places in CacheTable.request.
+TOKEN, POSITION, SINCE, OBSERVE = range(4)
+ALL, CONTEXT_ONLY = 1, 2  # values of OBSERVE: what is to be learnt from the step before; 0: nothing
+
+# Places in PolicyTable.state. CONTEXT, WEIGHTS and MEANS are three numbers each (calib/sensitivity.py).
+MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY, BIAS, WEIGHTS, MEANS = (
+    0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 15,
+)  # fmt: skip
+STATE = 18
+
+MAX_FED = 8  # groups that one vector decides for, at most: the matrices of two sub-blocks
+
+NONE, WEIGHTED, ESTIMATED = "none", "weighted", "estimated"  # kinds of a PolicyTable
+
+
+@dataclass
+class CacheTable:
+    """Where a cache's pairs lie.
+
+    address: int64 [L, 2], of a layer's keys and values, flat in slots of D elements. start: int64, length: int32,
+    both [L, KVH], in slots, when the table was written. request: int64 [4]: the token, its position, tokens decoded
+    since the table was written, and what is to be learnt from the step before. k, v: the tensors themselves,
+    [slots, D] a layer.
+    """
+
+    address: Tensor
+    start: Tensor
+    length: Tensor
+    request: Tensor
+    dtype: torch.dtype
+    k: Sequence[Tensor] = ()
+    v: Sequence[Tensor] = ()
+
+    @classmethod
+    def empty(cls, layers: int, kv_heads: int, dtype: torch.dtype, device: torch.device) -> CacheTable:
+        """A table that no cache has been written to."""
+
+        def zeros(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        heads = (layers, kv_heads)
+        return cls(
+            zeros(layers, 2), zeros(*heads), zeros(*heads, kind=torch.int32), zeros(OBSERVE + 1), dtype
+        )
+
+    def write(self, k: Sequence[Tensor], v: Sequence[Tensor], start: Tensor, length: Tensor) -> None:
+        """Points the table to other pairs. Raises ValueError where they are stored in another precision."""
+        if k[0].dtype != self.dtype:
+            raise ValueError(f"the step was made for a cache of {self.dtype}, not {k[0].dtype}.")
+        self.k, self.v = ([t.flatten(0, -2) for t in tensors] for tensors in (k, v))
+        pairs = [[a.data_ptr(), b.data_ptr()] for a, b in zip(self.k, self.v, strict=True)]
+        assert self.address.device.type == "cpu" or all(a % 16 == 0 for pair in pairs for a in pair)
+        self.address.copy_(torch.tensor(pairs))
+        self.start.copy_(start)
+        self.length.copy_(length)
+
+
+@dataclass
+class PolicyTable:
+    """How widths are chosen: bits[g] = base[g] + number of thresholds[g] that the group's signal exceeds.
+
+    kind: NONE: bits stand. WEIGHTED: the signal is m * sum_k d_k x_k^2 with d = estimators[g] float16 [K] and m the
+    token's multiplier. ESTIMATED: it is line[g, 0] * s + line[g, 1], s = ||G x|| with G = estimators[g] float16 [k, K]
+    (rows[g] = k) or, without one (rows[g] = 0), ||x||.
+
+    bits, base, rows: int32 [G]. line: float32 [G, 2]. address: int64 [G] of the estimators; threshold_address: int64
+    [1] of `thresholds`, float32 [G, steps]. state: float32 [18]. share: float32 [G], each group's part of all
+    weights. probe: float32 [K] over group 0's input.
+    """
+
+    bits: Tensor
+    base: Tensor
+    rows: Tensor
+    line: Tensor
+    address: Tensor
+    threshold_address: Tensor
+    state: Tensor
+    share: Tensor
+    probe: Tensor
+    kind: str = NONE
+    estimators: list[Tensor | None] = field(default_factory=list)
+    thresholds: Tensor | None = None
+
+    @classmethod
+    def empty(cls, shares: Sequence[float], columns: int, device: torch.device) -> PolicyTable:
+        """A table for groups of these parts of all weights, group 0 reading so many columns."""
+
+        def zeros(*shape: int, kind: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        g, real, wide = len(shares), torch.float32, torch.int64
+        return cls(
+            zeros(g), zeros(g), zeros(g), zeros(g, 2, kind=real), zeros(g, kind=wide), zeros(1, kind=wide),
+            zeros(STATE, kind=real), torch.tensor(shares, dtype=real, device=device), zeros(columns, kind=real),
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        """Thresholds of each group."""
+        return 0 if self.thresholds is None else self.thresholds.shape[1]
+
+    def point(self, estimators: list[Tensor | None], thresholds: Tensor) -> None:
+        """Writes the addresses of estimators (float16, contiguous) and of thresholds; both are kept alive."""
+        assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
+        for e in estimators:
+            assert e is None or (e.dtype == torch.float16 and e.is_contiguous())
+        self.estimators, self.thresholds = estimators, thresholds
+        self.address.copy_(torch.tensor([0 if e is None else e.data_ptr() for e in estimators]))
+        self.threshold_address.copy_(torch.tensor([thresholds.data_ptr()]))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A vector of the step and the groups whose signal it feeds. ids: int32 [E] on the device."""
+
+    groups: tuple[int, ...]
+    ids: Tensor
+    first: bool = False  # whether it is group 0's input, from which the token's multiplier comes

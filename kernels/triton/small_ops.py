@@ -1,0 +1,288 @@
+"""What lies between the products of a decode step, one launch each: residual + norm + selection, rotation + append,
+silu * mul + selection, and behind the head the greedy token and what the next token's multiplier is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
+from dpllm.kernels.triton.select import arrived_last, decide, decide_sums, decision, diagonal_of
+
+TOKEN, SINCE, OBSERVE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE), tl.constexpr(tables.OBSERVE)
+MULTIPLIER, OFFSET = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.OFFSET)
+CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
+MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
+CORRECTION, TARGET = tl.constexpr(tables.CORRECTION), tl.constexpr(tables.TARGET)
+RATE, LIMIT = tl.constexpr(tables.RATE), tl.constexpr(tables.LIMIT)
+ALL = tl.constexpr(tables.ALL)
+LOG_TOTAL, ENTROPY = tl.constexpr(tables.LOG_TOTAL), tl.constexpr(tables.ENTROPY)
+
+TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+# -- residual + norm + selection ------------------------------------------------------------------------------
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr, delta_ptr, weight_ptr, h_ptr, eps, K, probe_ptr, state_ptr, ids_ptr, address_ptr, base_ptr,
+    threshold_address_ptr, bits_ptr, exponent_limit, ADD: tl.constexpr, PROBE: tl.constexpr, E: tl.constexpr,
+    STEPS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """One program: x += delta; h = rms_norm(x) * weight; then the widths of the E groups that h decides for."""
+    k = tl.arange(0, B)
+    inside = k < K
+    x = tl.load(x_ptr + k, mask=inside, other=0.0)
+    kind = x.dtype
+    if ADD:
+        x = (x.to(tl.float32) + tl.load(delta_ptr + k, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        tl.store(x_ptr + k, x, mask=inside)
+    wide = x.to(tl.float32)
+    root = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
+    h = (wide * root).to(kind).to(tl.float32) * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    h = h.to(kind)
+    tl.store(h_ptr + k, h, mask=inside)
+    h = h.to(tl.float32)
+    if E > 0:
+        if PROBE:
+            exponent = tl.sum(h * tl.load(probe_ptr + k, mask=inside, other=0.0), 0) + tl.load(
+                state_ptr + OFFSET
+            )
+            exponent = tl.minimum(tl.maximum(exponent, -exponent_limit), exponent_limit)
+            multiplier = tl.exp(exponent + tl.load(state_ptr + CORRECTION))
+            tl.store(state_ptr + MULTIPLIER, multiplier)
+        else:
+            multiplier = tl.load(state_ptr + MULTIPLIER)
+        for e in tl.static_range(E):
+            g = tl.load(ids_ptr + e)
+            d = tl.load(diagonal_of(address_ptr, g) + k, mask=inside, other=0.0).to(tl.float32)
+            decide(tl.sum(h * h * d, 0) * multiplier, g, bits_ptr, base_ptr, threshold_address_ptr, STEPS)
+
+
+def norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
+) -> Tensor:
+    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight, [1, K]; where the table is WEIGHTED, decides
+    for the site's groups. limit: of the exponent of the token's multiplier, which the first site sets."""
+    h, columns = torch.empty_like(x), x.shape[1]
+    norm_kernel[(1,)](
+        x, x if delta is None else delta, weight, h, eps, columns, table.probe, exponent_limit=limit,
+        ADD=delta is not None, PROBE=site.first, B=triton.next_power_of_2(columns),
+        num_warps=8 if columns <= 2048 else 16, **decision(site, table),
+    )  # fmt: skip
+    return h
+
+
+# -- rotation + append ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rope_kernel(
+    qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, address_ptr, start_ptr, length_ptr, request_ptr, eps,
+    H, KVH, D, NORM: tl.constexpr, ROTATE: tl.constexpr, STORED: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program h: one head of q (rotated, to q), of k (rotated, to the end of its run), or of v (to its run)."""
+    h = tl.program_id(0)
+    half = D // 2
+    i = tl.arange(0, B)
+    inside = i < half
+    a = tl.load(qkv_ptr + h * D + i, mask=inside, other=0.0)
+    b = tl.load(qkv_ptr + h * D + half + i, mask=inside, other=0.0)
+    kind = a.dtype
+    if h < H + KVH:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        if NORM:
+            root = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
+            weight = q_norm_ptr if h < H else k_norm_ptr
+            wa = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+            wb = tl.load(weight + half + i, mask=inside, other=0.0).to(tl.float32)
+            a = ((a * root).to(kind).to(tl.float32) * wa).to(kind).to(tl.float32)
+            b = ((b * root).to(kind).to(tl.float32) * wb).to(kind).to(tl.float32)
+        if ROTATE:
+            cos = tl.load(cos_ptr + i, mask=inside, other=0.0)
+            sin = tl.load(sin_ptr + i, mask=inside, other=0.0)
+            a, b = a * cos - b * sin, b * cos + a * sin
+        a, b = a.to(kind), b.to(kind)
+    if h < H:
+        tl.store(q_ptr + h * D + i, a, mask=inside)
+        tl.store(q_ptr + h * D + half + i, b, mask=inside)
+    else:
+        is_value = h >= H + KVH
+        head = h - H - tl.where(is_value, KVH, 0)
+        flat = tl.load(address_ptr + tl.where(is_value, 1, 0)).to(tl.pointer_type(STORED))
+        slot = tl.load(start_ptr + head) + tl.load(length_ptr + head) + tl.load(request_ptr + SINCE)
+        tl.store(flat + slot * D + i, a.to(STORED), mask=inside)
+        tl.store(flat + slot * D + half + i, b.to(STORED), mask=inside)
+
+
+def rope_append(
+    qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, rope: tuple[Tensor, Tensor] | None,
+    cache: CacheTable, layer: int, head_dim: int,
+) -> Tensor:  # fmt: skip
+    """Rotates q and k and puts k, v behind their heads' runs. qkv: [1, (H + 2 KVH) D]. norms: weights [D] of the norms
+    of q and k. rope: cos, sin float32 [D / 2] of the position. Returns q [H, D]."""
+    kv_heads = cache.start.shape[1]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q = torch.empty(heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    weights, turn = norms or (qkv, qkv), rope or (qkv, qkv)
+    rope_kernel[(heads + 2 * kv_heads,)](
+        qkv, *weights, *turn, q, cache.address[layer], cache.start[layer], cache.length[layer], cache.request, eps,
+        heads, kv_heads, head_dim, NORM=norms is not None, ROTATE=rope is not None,
+        STORED=TRITON_TYPE[cache.dtype], B=triton.next_power_of_2(head_dim // 2), num_warps=1,
+    )  # fmt: skip
+    return q
+
+
+# -- silu * mul + selection -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def silu_kernel(
+    gate_up_ptr, out_ptr, K, state_ptr, ids_ptr, address_ptr, base_ptr, threshold_address_ptr, bits_ptr, partial_ptr,
+    counter_ptr, programs, E: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Program p: B columns of silu(gate) * up, and their part of the signals of the E groups that they decide for."""
+    p = tl.program_id(0)
+    k = p * B + tl.arange(0, B)
+    inside = k < K
+    gate = tl.load(gate_up_ptr + k, mask=inside, other=0.0)
+    up = tl.load(gate_up_ptr + K + k, mask=inside, other=0.0)
+    kind = gate.dtype
+    wide = gate.to(tl.float32)
+    y = (wide / (1.0 + tl.exp(-wide))).to(kind).to(tl.float32) * up.to(tl.float32)
+    y = y.to(kind)
+    tl.store(out_ptr + k, y, mask=inside)
+    if E > 0:
+        y = y.to(tl.float32)
+        for e in tl.static_range(E):
+            g = tl.load(ids_ptr + e)
+            d = tl.load(diagonal_of(address_ptr, g) + k, mask=inside, other=0.0).to(tl.float32)
+            tl.store(partial_ptr + e * programs + p, tl.sum(y * y * d, 0))
+        if arrived_last(counter_ptr, programs):
+            decide_sums(
+                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, programs, E, STEPS,
+                PROGRAMS,
+            )  # fmt: skip
+
+
+SILU_BLOCK = 512
+
+
+def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [1, 2K], and the widths of the site's groups where the table is WEIGHTED.
+    Returns [1, K]."""
+    columns = gate_up.shape[1] // 2
+    out = torch.empty(1, columns, dtype=gate_up.dtype, device=gate_up.device)
+    programs = triton.cdiv(columns, SILU_BLOCK)
+    silu_kernel[(programs,)](
+        gate_up, out, columns, partial_ptr=partial, counter_ptr=counter, programs=programs,
+        PROGRAMS=triton.next_power_of_2(programs), B=SILU_BLOCK, **decision(site, table),
+    )  # fmt: skip
+    return out
+
+
+# -- behind the head ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish_kernel(
+    logits_ptr,
+    token_ptr,
+    state_ptr,
+    partial_ptr,
+    counter_ptr,
+    V,
+    programs,
+    PROGRAMS: tl.constexpr,
+    B: tl.constexpr,
+):
+    """The greedy token; log of the sum of exponentials and entropy of the prediction. partial: [programs, 4]."""
+    p = tl.program_id(0)
+    i = p * B + tl.arange(0, B)
+    inside = i < V
+    x = tl.load(logits_ptr + i, mask=inside, other=float("-inf"))
+    top = tl.max(x, 0)
+    shifted = tl.where(inside, x - top, 0.0)
+    e = tl.where(inside, tl.exp(shifted), 0.0)
+    tl.store(partial_ptr + 4 * p, top)
+    tl.store(partial_ptr + 4 * p + 1, tl.sum(e, 0))
+    tl.store(partial_ptr + 4 * p + 2, tl.sum(e * shifted, 0))
+    # float32 holds every index below 2^24 exactly, more than any vocabulary
+    tl.store(
+        partial_ptr + 4 * p + 3, tl.minimum(tl.min(tl.where(x == top, i, V - 1), 0), V - 1).to(tl.float32)
+    )
+    if arrived_last(counter_ptr, programs):
+        q = tl.arange(0, PROGRAMS)
+        there = q < programs
+        tops = tl.load(partial_ptr + 4 * q, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(partial_ptr + 4 * q + 1, mask=there, other=0.0, cache_modifier=".cg")
+        means = tl.load(partial_ptr + 4 * q + 2, mask=there, other=0.0, cache_modifier=".cg")
+        where = tl.load(partial_ptr + 4 * q + 3, mask=there, other=0.0, cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        lower = tl.where(there, tops - best, 0.0)
+        scale = tl.where(there, tl.exp(lower), 0.0)
+        total = tl.sum(sums * scale, 0)
+        log_total = tl.log(total)
+        tl.store(state_ptr + LOG_TOTAL, best + log_total)
+        tl.store(state_ptr + ENTROPY, log_total - tl.sum(scale * (means + sums * lower), 0) / total)
+        first = tl.min(tl.where(tops == best, where.to(tl.int32), V - 1), 0)
+        tl.store(token_ptr, first)
+
+
+FINISH_BLOCK = 1024
+
+
+def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
+    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table."""
+    vocabulary = logits.shape[1]
+    programs = triton.cdiv(vocabulary, FINISH_BLOCK)
+    finish_kernel[(programs,)](
+        logits, token, table.state, partial, counter, vocabulary, programs,
+        PROGRAMS=triton.next_power_of_2(programs), B=FINISH_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def observe_kernel(
+    logits_ptr, request_ptr, state_ptr, bits_ptr, share_ptr, decay, G, B: tl.constexpr
+):  # fmt: skip
+    """What the step before tells about this token: its context and the correction (calib/sensitivity.py and
+    calib/correction.py), then the offset of the exponent of this token's multiplier."""
+    asked = tl.load(request_ptr + OBSERVE)
+    if asked != 0:
+        token = tl.load(request_ptr + TOKEN)
+        level = tl.log(tl.load(state_ptr + ENTROPY) + 0.01)
+        chosen = tl.maximum(tl.load(logits_ptr + token) - tl.load(state_ptr + LOG_TOTAL), -20.0)
+        trend = tl.load(state_ptr + CONTEXT + 2)
+        trend = tl.where(trend == trend, decay * trend + (1 - decay) * level, level)
+        tl.store(state_ptr + CONTEXT, level)
+        tl.store(state_ptr + CONTEXT + 1, chosen)
+        tl.store(state_ptr + CONTEXT + 2, trend)
+    if asked == ALL:
+        g = tl.arange(0, B)
+        bits = tl.load(bits_ptr + g, mask=g < G, other=0).to(tl.float32)
+        used = tl.sum(bits * tl.load(share_ptr + g, mask=g < G, other=0.0), 0)
+        limit = tl.load(state_ptr + LIMIT)
+        moved = tl.load(state_ptr + CORRECTION) + tl.load(state_ptr + RATE) * (
+            tl.load(state_ptr + TARGET) - used
+        )
+        tl.store(state_ptr + CORRECTION, tl.minimum(tl.maximum(moved, -limit), limit))
+    tl.debug_barrier()
+    offset = tl.load(state_ptr + BIAS)
+    for i in tl.static_range(3):
+        known = tl.load(state_ptr + CONTEXT + i) - tl.load(state_ptr + MEANS + i)
+        offset += tl.load(state_ptr + WEIGHTS + i) * tl.where(known == known, known, 0.0)
+    tl.store(state_ptr + OFFSET, offset)
+
+
+def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
+    """Where the request says so, takes in the step before: its logits float32 [1, V], the bits it read, and the token
+    that came. Then sets the offset of the token's multiplier."""
+    groups = len(table.bits)
+    observe_kernel[(1,)](
+        logits, cache.request, table.state, table.bits, table.share, decay, groups, B=triton.next_power_of_2(groups)
+    )  # fmt: skip

@@ -1,0 +1,7 @@
+"""The operations of a decode step, together: what dpllm/gpu_step.py runs. Definitions: kernels/step_reference.py."""
+
+from dpllm.kernels.triton.attention import attend
+from dpllm.kernels.triton.select import estimate
+from dpllm.kernels.triton.small_ops import finish, norm, observe, rope_append, silu_mul
+
+__all__ = ["attend", "estimate", "finish", "norm", "observe", "rope_append", "silu_mul"]

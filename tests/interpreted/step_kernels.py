@@ -1,0 +1,342 @@
+"""The step's Triton kernels, through the interpreter, against float64 and against the torch definitions.
+
+Not collected by itself: triton must be imported with TRITON_INTERPRET=1, so tests/unit/test_step_kernels.py runs this
+file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from step_cases import (
+    attention_exact,
+    cache_of,
+    fill,
+    policy_table,
+    site_of,
+    table_with_state,
+)  # fmt: skip
+
+from dpllm.calib.sensitivity import DECAY, step_context
+from dpllm.kernels import reference, step_reference
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import CORRECTION, ENTROPY, LOG_TOTAL, MULTIPLIER, OFFSET
+from dpllm.kernels.triton import attention, select, small_ops
+
+HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
+SCRATCH = 4096
+
+
+def scratch():
+    return torch.full((SCRATCH,), float("nan")), torch.zeros(8, dtype=torch.int32)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# -- attention ----------------------------------------------------------------------------------------------
+
+LENGTHS = [
+    ([5, 1, 300, 64, 0, 129], 4), ([700, 33], 7), ([0, 0], 2), ([1], 8), ([64, 64, 64], 1), ([0, 2000, 3, 0], 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths", "group"), LENGTHS)
+def test_ragged_attention(lengths, group):
+    q, k, v, start, length = fill(lengths, group, 64, torch.float32)
+    found = attention.decode_attention(q, k, v, start, length, 0.125)
+    exact = attention_exact(q, k, v, start, length, 0.125)
+    assert (found.double() - exact).abs().max() < 1e-5
+    for h, n in enumerate(lengths):
+        if n == 0:
+            assert (found[h * group : (h + 1) * group] == 0).all()
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_attention_types_and_head_sizes(dim, dtype):
+    q, k, v, start, length = fill([70, 0, 131], 2, dim, dtype)
+    if dtype == torch.bfloat16:  # the interpreter cannot multiply it; read in float32 it can be
+        q = q.float()
+    found = attention.decode_attention(q, k, v, start, length, dim**-0.5)
+    assert found.dtype == q.dtype
+    exact = attention_exact(q, k, v, start, length, dim**-0.5)
+    assert (found.double() - exact).abs().max() < 4 * HALF[dtype]
+
+
+def test_a_cache_narrower_than_the_query():
+    q, k, v, start, length = fill([70, 9], 2, 32, torch.float16)
+    q = q.float()
+    out = torch.empty_like(q)
+    found = attention.decode_attention(q, k, v, start, length, 0.2, out)
+    assert found is out
+    assert (found.double() - attention_exact(q, k, v, start, length, 0.2)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("programs", [1, 3, 9])
+def test_any_number_of_programs_shares_the_blocks(programs, monkeypatch):
+    monkeypatch.setattr(attention, "program_count", lambda device: programs)
+    q, k, v, start, length = fill([150, 0, 64, 65, 1, 330], 3, 16, torch.float32)
+    found = attention.decode_attention(q, k, v, start, length, 0.3)
+    assert (found.double() - attention_exact(q, k, v, start, length, 0.3)).abs().max() < 1e-5
+
+
+def test_what_is_no_number_stays_with_its_head():
+    q, k, v, start, length = fill([90, 90, 90, 90], 2, 16, torch.float32)
+    k[int(start[0]) + 80, 3] = float("nan")
+    v[int(start[1]) + 2, 5] = float("inf")
+    k[int(start[2]) : int(start[2]) + 64] = 0
+    k[int(start[2]) : int(start[2]) + 64, 0] = -3e38  # scores of -inf or inf: whole blocks of them
+    q[4:6, 0] = torch.tensor([1e3, 1e3])
+    found = attention.decode_attention(q, k, v, start, length, 1.0)
+    expected = reference.decode_attention(q, k, v, start, length, 1.0)
+    assert found[:2].isnan().all()
+    assert found[2:4, 5].isinf().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_scores_of_minus_infinity_alone_are_no_number():
+    q, k, v, start, length = fill([3], 1, 16, torch.float32)
+    k[:] = 0
+    k[int(start[0]) : int(start[0]) + 3, 0], q[0, 0] = -3e38, 1e3
+    assert attention.decode_attention(q, k, v, start, length, 1.0).isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 7, 70])
+@pytest.mark.parametrize("kind", [tables.NONE, tables.WEIGHTED])
+def test_attention_of_a_step(window, kind):
+    """Behind pairs appended since the table was written, with the decision of the group that reads the output."""
+    lengths, group, dim = [100, 0, 65], 2, 16
+    q, cache = cache_of(lengths, group, dim, torch.float32, since=4)
+    columns = q.numel()
+    table, other = (policy_table([columns], kind) for _ in range(2))
+    site, (partial, counter) = site_of(0), scratch()
+    found = attention.attend(q, cache, 0, 0.25, window, site, table, partial, counter)
+    expected = step_reference.attend(q, cache, 0, 0.25, window, site, other, partial, counter)
+    assert (found - expected).abs().max() < 1e-5
+    assert torch.equal(table.bits, other.bits)
+    assert (counter == 0).all()
+
+
+# -- norm, rope, silu ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [33, 64, 1000])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_norm(columns, dtype, add):
+    x, delta, weight = (torch.randn(1, columns, generator=rng(i)).to(dtype) for i in range(3))
+    table, site = policy_table([columns]), site_of()
+    kept = x.clone()
+    h = small_ops.norm(x, delta if add else None, weight[0], 1e-5, site, table, 3.0)
+    total = kept.double() + delta.double() * add
+    assert (x.double() - total).abs().max() <= HALF[dtype] * 8
+    wide = x.double()
+    exact = wide / (wide.square().mean() + 1e-5).sqrt() * weight.double()
+    assert (h.double() - exact).abs().max() < 8 * HALF[dtype]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("first", [False, True])
+def test_norm_decides(count, first):
+    columns = 77
+    x, weight = torch.randn(1, columns, generator=rng(1)), torch.rand(columns, generator=rng(2))
+    table, other = (policy_table([columns] * 4, tables.WEIGHTED) for _ in range(2))
+    site = site_of(*range(1, 1 + count), first=first)
+    for ops, t in ((small_ops, table), (step_reference, other)):
+        ops.norm(x.clone(), None, weight, 1e-5, site, t, 0.1)
+    assert torch.equal(table.bits, other.bits)
+    assert len(table.bits[1 : 1 + count].unique()) == count, "widths differ, so that a mix-up shows"
+    assert table.bits[0] == 0
+    assert torch.allclose(table.state, other.state, rtol=1e-5)
+    assert (table.state[MULTIPLIER] != table_with_state()[MULTIPLIER]) == first
+
+
+def test_a_signal_that_is_no_number_reads_the_seed():
+    table = policy_table([32], tables.WEIGHTED)
+    x = torch.full((1, 32), float("nan"))
+    small_ops.norm(x, None, torch.ones(32), 1e-5, site_of(0), table, 3.0)
+    assert table.bits.tolist() == [2]
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize(("norms", "rotates"), [(False, True), (True, True), (True, False), (False, False)])
+def test_rope_append(dim, norms, rotates):
+    lengths, group = [5, 0, 9], 3
+    _, cache = cache_of(lengths, group, dim, torch.float16, since=2)
+    _, other = cache_of(lengths, group, dim, torch.float16, since=2)
+    qkv = torch.randn(1, (3 * group + 6) * dim, generator=rng(3))
+    weights = tuple(torch.randn(dim, generator=rng(i)) for i in (4, 5)) if norms else None
+    angle = torch.rand(dim // 2, generator=rng(6)) * 6
+    rope = (angle.cos(), angle.sin()) if rotates else None
+    found = small_ops.rope_append(qkv, weights, 1e-5, rope, cache, 0, dim)
+    expected = step_reference.rope_append(qkv, weights, 1e-5, rope, other, 0, dim)
+    assert (found - expected).abs().max() < 1e-5
+    for a, b in ((cache.k[0], other.k[0]), (cache.v[0], other.v[0])):
+        assert (a.float() - b.float()).abs().max() < 4e-3  # a last bit of half precision
+        assert ((a != 7) == (b != 7)).all(), "nothing else was written"
+        assert (a != 7).any(1).sum() == 3
+
+
+@pytest.mark.parametrize("columns", [40, 512, 1300])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_silu_mul(columns, dtype):
+    gate_up = (torch.randn(1, 2 * columns, generator=rng(7)) * 3).to(dtype)
+    gate_up[0, 0], gate_up[0, 1] = -200.0, 200.0
+    table, other = (policy_table([32, columns], tables.WEIGHTED) for _ in range(2))
+    partial, counter = scratch()
+    found = small_ops.silu_mul(gate_up, site_of(1), table, partial, counter)
+    step_reference.silu_mul(gate_up, site_of(1), other, partial, counter)
+    gate, up = gate_up.double().chunk(2, 1)
+    exact = gate.sigmoid() * gate * up
+    assert ((found.double() - exact).abs() <= HALF[dtype] * (1 + exact.abs())).all()
+    assert torch.equal(table.bits, other.bits)
+    assert table.bits[1] > 0
+    assert (counter == 0).all()
+
+
+# -- select and estimates -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 33), (2, 1025), (0, 8)])
+def test_select(rows, columns):
+    x, d = torch.randn(rows, columns, generator=rng(8)), torch.rand(columns, generator=rng(9)).half()
+    error = x.double().square() @ d.double()
+    thresholds = torch.tensor([0.3, 0.5, 1.01, 1.4, float("inf")]) * float(error.mean() if rows else 1)
+    found = select.select(x, d, thresholds, 2)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [2 + int((e > thresholds.double()).sum()) for e in error]
+
+
+@pytest.mark.parametrize("columns", [33, 2050])
+def test_estimates(columns, monkeypatch):
+    monkeypatch.setattr(select, "ROW_BLOCKS", 4)
+    x = torch.randn(1, columns, generator=rng(10))
+    table, other = (policy_table([columns] * 5, tables.ESTIMATED) for _ in range(2))
+    partial, counter = scratch()
+    select.estimate(x, site_of(0, 1, 2, 4), table, partial, counter)
+    step_reference.estimate(x, site_of(0, 1, 2, 4), other, partial, counter)
+    assert torch.equal(table.bits, other.bits)
+    assert sorted(table.bits[[0, 1, 2, 4]].tolist()) == [2, 2, 3, 3]
+    assert table.bits[3] == 0
+    assert (counter == 0).all()
+
+
+# -- behind the head ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [1, 96, 1024, 5000])
+def test_finish(vocabulary):
+    logits = torch.randn(1, vocabulary, generator=rng(11)) * 3
+    best = logits.max()
+    logits[0, vocabulary // 2] = logits[0, -1] = best  # a tie: the first one counts
+    table, (partial, counter) = policy_table([32]), scratch()
+    token = torch.zeros(1, dtype=torch.int32)
+    small_ops.finish(logits, token, table, partial, counter)
+    assert token.item() == int((logits[0] == best).nonzero()[0])
+    wide = logits[0].double()
+    p = wide.softmax(0)
+    assert abs(float(table.state[LOG_TOTAL]) - float(wide.logsumexp(0))) < 1e-5
+    assert abs(float(table.state[ENTROPY]) + float((p * p.log()).sum())) < 1e-5
+    assert (counter == 0).all()
+
+
+def test_finish_of_what_is_no_number_names_a_token():
+    table, (partial, counter) = policy_table([32]), scratch()
+    token = torch.zeros(1, dtype=torch.int32)
+    small_ops.finish(torch.full((1, 1500), float("nan")), token, table, partial, counter)
+    assert 0 <= token.item() < 1500
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_observe(known):
+    """Against the policy's own arithmetic."""
+    logits = torch.randn(1, 300, generator=rng(12))
+    table, (partial, counter) = policy_table([32, 64], tables.WEIGHTED), scratch()
+    _, cache = cache_of([1], 1, 16, torch.float32, since=0)
+    before = torch.tensor([[0.3, -1.0, 0.9]]) if known else None
+    table.state[tables.CONTEXT : tables.CONTEXT + 3] = before[0] if known else float("nan")
+    table.bits.copy_(torch.tensor([4, 3]))
+    small_ops.finish(logits, torch.zeros(1, dtype=torch.int32), table, partial, counter)
+    kept = table.state.clone()
+    small_ops.observe(logits, cache, table, DECAY)
+    assert torch.equal(table.state[tables.CONTEXT : OFFSET + 1], kept[tables.CONTEXT : OFFSET + 1])
+    cache.request.copy_(torch.tensor([17, 0, 0, 1]))
+    small_ops.observe(logits, cache, table, DECAY)
+    context = step_context(logits, torch.tensor([17]), before)
+    assert torch.allclose(table.state[tables.CONTEXT : tables.CONTEXT + 3], context[0], atol=1e-5)
+    used = float(table.bits.double() @ table.share.double())
+    moved = float(kept[CORRECTION]) + float(kept[tables.RATE]) * (float(kept[tables.TARGET]) - used)
+    limit = float(kept[tables.LIMIT])
+    assert math.isclose(float(table.state[CORRECTION]), min(max(moved, -limit), limit), abs_tol=1e-6)
+    weights, means = (kept[i : i + 3] for i in (tables.WEIGHTS, tables.MEANS))
+    offset = float(kept[tables.BIAS] + (context[0] - means) @ weights)
+    assert math.isclose(float(table.state[OFFSET]), offset, abs_tol=1e-5)
+
+
+# -- the whole step -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference_decoder():
+    from dpllm import reference as bundled
+    from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+    from dpllm.loading import LoadOptions, load_decoder
+    from dpllm.quant.overlay import Overlay
+
+    path = bundled.overlay_path()
+    profile = CalibrationProfile.load(path / PROFILE_NAME, Overlay.open(path).hash)
+    options = LoadOptions(backend="reference", granularity=profile.granularity)
+    return load_decoder(path, options), profile
+
+
+@pytest.mark.parametrize("name", ["rate-distortion"])
+def test_a_whole_step(reference_decoder, name):
+    """The bundled model, products by the definitions, everything else by the kernels."""
+    from dpllm.gpu_step import GpuStep
+    from dpllm.kernels.triton import step_operations
+    from dpllm.native import decode_one
+    from dpllm.policy import begin_text, make_policy, observe
+
+    decoder, profile = reference_decoder
+    results = []
+    for step in (GpuStep(decoder, step_operations), None):
+        policy, cache = begin_text(make_policy(name, 3.5, decoder, profile)), decoder.new_ragged_cache(8)
+        logits, found = torch.empty(0), []
+        for t, token in enumerate((5, 17, 99)):
+            if t:
+                observe(policy, logits, torch.tensor([token]))
+            logits, bits = decode_one(decoder, step, token, cache, policy)
+            found.append((logits.clone(), bits.clone()))
+        if step is not None:
+            assert step.finished()[0] == int(logits.argmax())
+        results.append([torch.cat(t) for t in zip(*found, strict=True)])
+    assert torch.equal(results[0][1], results[1][1])
+    assert (results[0][0] - results[1][0]).abs().max() < 1e-3
+
+
+def test_what_doctor_checks():
+    """On a GPU it runs these on the device; here the same through the interpreter, and it notices a wrong kernel."""
+    from dpllm import gpu_info
+
+    cpu = torch.device("cpu")
+    errors = gpu_info.check_step_kernels(cpu)
+    assert set(errors) >= {
+        "norm",
+        "attend",
+        "rope_append",
+        "silu_mul",
+        "estimate",
+        "select",
+        "finish",
+        "observe",
+    }
+    assert max(errors.values()) < 5e-3, errors
+    wrong = {
+        **gpu_info._outputs(step_reference, reference.select, reference.decode_attention, cpu, torch.float16)
+    }
+    assert gpu_info._error(wrong["norm"][1], wrong["norm"][0]) > 5e-3
+    assert gpu_info._error(torch.tensor([3]), torch.tensor([4])) == float("inf")

@@ -1,0 +1,372 @@
+"""The GPU's decode step, its operations run one by one on the CPU, is what the decoder computes."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
+from tiny_models import ARCHITECTURES
+
+from dpllm.engine import GenerateOptions
+from dpllm.engine import load as engine_of
+from dpllm.evaluate import score
+from dpllm.gpu_step import GpuStep, fast_step
+from dpllm.kernels import step_reference
+from dpllm.loading import LoadOptions, load_decoder
+from dpllm.native import decode_one
+from dpllm.policy import RandomPolicy, RateDistortionPolicy, begin_text, make_policy, observe
+from dpllm.sampling import drawn
+
+TOLERANCE = 1e-4
+
+
+def load(path, **options):
+    return load_decoder(path, LoadOptions(backend="reference", **options))
+
+
+def step_of(decoder) -> GpuStep:
+    return GpuStep(decoder, step_reference)
+
+
+def steps(decoder, policy, ids, cache=None, step=None):
+    """(logits [T, V], bits [T, G]) a token at a time."""
+    return step_by_step(decoder, step or step_of(decoder), policy, ids, cache)
+
+
+def rule_of(decoder) -> Thresholds:
+    """Thresholds that no signal meets exactly: a last bit is not to decide."""
+    rule = Thresholds(decoder, IDS)
+    rule.thresholds.mul_(1.0003)
+    return rule
+
+
+def assert_same(found, expected) -> None:
+    assert torch.equal(found[1], expected[1]), "widths"
+    assert (found[0] - expected[0]).abs().max() < TOLERANCE
+    assert (expected[0][1:] - expected[0][:-1]).abs().max() > 0.1, "the tokens must matter"
+
+
+@pytest.mark.parametrize("granularity", ["fused", "linear"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(overlay, name, granularity):
+    decoder = load(overlay(name), granularity=granularity)
+    for policy in (varied(decoder), rule_of(decoder)):
+        found = steps(decoder, policy, IDS)
+        assert_same(found, by_operations(decoder, policy, IDS))
+        assert found[1].unique().tolist() == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3"])
+def test_a_model_that_was_never_quantised(checkpoints, name):
+    decoder, cache = load(checkpoints / name), None
+    found = steps(decoder, None, IDS, cache)[0]
+    with torch.no_grad():
+        assert (found - decoder.forward(torch.tensor(IDS))).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("head_bits", [4, 16])
+def test_kinds_of_head(overlay, head_bits):
+    decoder = load(overlay("llama", head_bits))
+    assert_same(steps(decoder, varied(decoder), IDS), by_operations(decoder, varied(decoder), IDS))
+
+
+def pruned(decoder, ids):
+    """A ragged cache behind these tokens, its heads keeping unlike numbers of pairs."""
+    cache, c = decoder.new_ragged_cache(4), decoder.config
+    with torch.no_grad():
+        decoder.forward(torch.tensor(ids), cache)
+    keep = (
+        torch.rand(c.num_layers, c.num_kv_heads, len(ids), generator=torch.Generator().manual_seed(0)) < 0.5
+    )
+    keep[1, 0] = False  # a head that keeps nothing
+    cache.prune(keep, c.windows, room=3)  # room for three: the cache moves under the step
+    return cache
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window"])
+def test_a_pruned_cache(overlay, name):
+    decoder = load(overlay(name))
+    policy = rule_of(decoder)
+    found = steps(decoder, policy, IDS[10:], pruned(decoder, IDS[:10]))
+    expected = by_operations(decoder, policy, IDS[10:], pruned(decoder, IDS[:10]))
+    assert_same(found, expected)
+
+
+def test_caches_take_turns_and_rewind(overlay):
+    decoder = load(overlay("llama"))
+    policy, step = varied(decoder), step_of(decoder)
+    caches = decoder.new_cache(len(IDS)), pruned(decoder, IDS[:10])
+    other = decoder.new_cache(len(IDS)), pruned(decoder, IDS[:10])
+    for at in range(5):
+        for c, o in zip(caches, other, strict=True):
+            found = steps(decoder, policy, [IDS[at]], c, step)[0]
+            assert (found - by_operations(decoder, policy, [IDS[at]], o)[0]).abs().max() < TOLERANCE
+    caches[0].rewind(2)
+    again = steps(decoder, policy, IDS[2:8], caches[0], step)[0]
+    assert (again - by_operations(decoder, policy, IDS[:8])[0][2:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("granularity", ["fused", "linear"])
+@pytest.mark.parametrize("name", ["uniform", "static", "dp-llm", "rate-distortion"])
+def test_calibrated_policies(quantized, profiles, heldout_sequences, name, granularity):
+    decoder, ids = load(quantized, granularity=granularity), heldout_sequences[0][:30].tolist()
+    policy = make_policy(name, 3.0 if name == "uniform" else 3.25, decoder, profiles[granularity])
+    found = steps(decoder, policy, ids)
+    assert_same(found, by_operations(decoder, policy, ids))
+    assert (len(found[1].unique()) > 1) == (name != "uniform")
+
+
+# -- what a policy learns from finished steps ---------------------------------------------------------------
+
+
+def decode_text(decoder, policy, ids, step, change=lambda t, policy: None):
+    """Token by token with what was decoded told to the policy, as Engine does; both results."""
+    cache, found, logits = decoder.new_cache(len(ids) + 1), [], torch.empty(0)
+    for t, token in enumerate(ids):
+        if t:
+            observe(policy, logits, torch.tensor([token]))
+        change(t, policy)
+        logits, bits = decode_one(decoder, step, token, cache, policy)
+        found.append((logits.clone(), bits.clone()))
+    logits, bits = zip(*found, strict=True)
+    return torch.cat(logits), torch.cat(bits)
+
+
+def test_a_text_with_context_and_correction(quantized, profiles, heldout_sequences):
+    """Including a change of target under way, and an old text's end and a new one's beginning."""
+    decoder = load(quantized)
+    policy, step = RateDistortionPolicy(profiles["fused"], decoder, 2.6), step_of(decoder)
+
+    def change(t, own):
+        if t == 15:
+            own.set_target(4.5)
+
+    for ids in (heldout_sequences[i][:30].tolist() for i in range(2)):
+        found = decode_text(decoder, begin_text(policy), ids, step, change)
+        policy.set_target(2.6)  # the thresholds are shared
+        assert_same(found, decode_text(decoder, begin_text(policy), ids, None, change))
+        assert found[1][16:].double().mean() > found[1][:15].double().mean() + 0.7
+        policy.set_target(2.6)  # the thresholds are shared
+
+
+def test_who_decides_may_change_between_any_two_tokens(quantized, profiles, heldout_sequences):
+    """A text begun by one step goes on by operations, or by another text's step, as if nothing had happened."""
+    decoder, ids = load(quantized), heldout_sequences[2][:24].tolist()
+    policy, step = RateDistortionPolicy(profiles["fused"], decoder, 3.25), step_of(decoder)
+    expected = decode_text(decoder, begin_text(policy), ids, None)
+    own, interloper, cache = begin_text(policy), begin_text(policy), decoder.new_cache(len(ids))
+    found, logits = [], torch.empty(0)
+    for t, token in enumerate(ids):
+        if t:
+            observe(own, logits, torch.tensor([token]))
+        if t % 5 == 4:
+            step(token, decoder.new_cache(2), interloper)
+        logits, bits = decode_one(decoder, None if t % 7 == 4 else step, token, cache, own)
+        found.append((logits.clone(), bits.clone()))
+        if t % 7 != 4:
+            assert own.context is step._policy._context
+    logits, bits = zip(*found, strict=True)
+    assert_same((torch.cat(logits), torch.cat(bits)), expected)
+
+
+def test_retargeting_rewrites_memory_only(quantized, profiles, heldout_sequences):
+    decoder, ids = load(quantized), heldout_sequences[0][:20].tolist()
+    policy, step = RateDistortionPolicy(profiles["fused"], decoder, 2.5), step_of(decoder)
+    cache, used = decoder.new_cache(len(ids)), []
+    for target, part in ((2.5, ids[:10]), (5.0, ids[10:])):
+        policy.set_target(target)
+        used.append(steps(decoder, policy, part, cache, step)[1].double().mean().item())
+        assert len(step._sites) == 1
+    assert used[1] > used[0] + 1
+
+
+# -- the rest -----------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_decides_on_the_host_is_told_once(overlay, caplog):
+    decoder = load(overlay("llama"))
+    with caplog.at_level(logging.WARNING):
+        found = steps(decoder, RandomPolicy(3.4, len(decoder.groups), seed=5), IDS)
+    assert_same(found, by_operations(decoder, RandomPolicy(3.4, len(decoder.groups), seed=5), IDS))
+    assert [r.message for r in caplog.records] == [
+        "policy 'random' decides on the host: decoding operation by operation"
+    ]
+
+
+def test_a_reason_not_to_capture_is_told_once(overlay, caplog):
+    decoder = load(overlay("llama"))
+    step = GpuStep(decoder, step_reference, reason="no reason at all")
+    with caplog.at_level(logging.WARNING):
+        steps(decoder, varied(decoder), IDS[:3], step=step)
+    assert [r.message for r in caplog.records] == ["decoding operation by operation: no reason at all"]
+
+
+def test_what_is_likeliest_and_what_was_read(overlay):
+    decoder = load(overlay("llama"))
+    step, cache = step_of(decoder), decoder.new_cache(4)
+    for policy in (varied(decoder), RandomPolicy(3.5, len(decoder.groups))):
+        logits, bits = step(IDS[0], cache, policy)
+        token, read = step.finished()
+        assert token == int(logits[0].argmax())
+        assert torch.equal(read, bits)
+
+
+@pytest.mark.parametrize("token", [-1, 96])
+def test_tokens_that_do_not_exist(overlay, token):
+    decoder = load(overlay("llama"))
+    with pytest.raises(IndexError, match="token"):
+        step_of(decoder)(token, decoder.new_cache(4), varied(decoder))
+
+
+def test_a_full_cache_and_widths_that_are_not_there(overlay):
+    decoder = load(overlay("llama"))
+    step, cache = step_of(decoder), decoder.new_cache(3)
+    steps(decoder, varied(decoder), IDS[:3], cache, step)
+    with pytest.raises(ValueError, match="holds 3 tokens; 4"):
+        step(IDS[3], cache, varied(decoder))
+    assert cache.length == 3
+    few = load(overlay("llama"), resident_bits=4)
+    with pytest.raises(ValueError, match="6 are not resident"):
+        step_of(few)(IDS[0], few.new_cache(4), Thresholds(decoder, IDS))
+
+
+def test_no_gpu_no_step(overlay, checkpoints):
+    assert GpuStep.of(load(overlay("llama"))) is None
+    assert fast_step(load(checkpoints / "llama")) is None
+
+
+def test_scoring_does_without(quantized, profiles, heldout_sequences):
+    decoder = load(quantized)
+    policy = RateDistortionPolicy(profiles["fused"], decoder, 3.0)
+    assert score(decoder, policy, [heldout_sequences[0][:12].tolist()])[0].tokens == 11
+
+
+def test_tokens_drawn_on_the_device():
+    """Every token over an even grid of numbers: the shares are those of the distribution that top-p leaves."""
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, -0.4, 1.9])
+    grid = (torch.arange(4000) + 0.5) / 4000
+    for temperature, top_p in ((1.0, 1.0), (0.6, 0.8), (1.5, 1e-9)):
+        found = torch.cat([drawn(logits, temperature, top_p, float(u)) for u in grid])
+        p = (logits.double() / temperature).softmax(0)
+        ranked, order = p.sort(descending=True)
+        ranked[ranked.cumsum(0) - ranked >= top_p] = 0
+        expected = torch.zeros(6, dtype=torch.float64).scatter_(0, order, ranked / ranked.sum())
+        assert (found.bincount(minlength=6) / 4000 - expected).abs().max() < 1e-3
+    assert 0 <= int(drawn(logits, 1.0, 1.0, 1 - 2**-53)) < 6
+
+
+def test_the_engine_decodes_by_it(tiny_overlay):
+    """The same text and widths as without; greedy tokens come from the step itself."""
+    texts = []
+    for made in (True, False):
+        engine = engine_of(tiny_overlay, target_bits=3.25, options=LoadOptions(backend="reference"))
+        if made:
+            engine.step = step_of(engine.decoder)
+        steps_ = list(engine.generate("def main():", GenerateOptions(max_new_tokens=12)))
+        drawn_ = list(
+            engine.generate("def main():", GenerateOptions(max_new_tokens=6, temperature=1.0, seed=3))
+        )
+        texts.append([(s.token, tuple(s.bits), s.effective_bits, s.kv_bytes) for s in steps_ + drawn_])
+    assert texts[0] == texts[1]
+    assert len({bits for _, bits, _, _ in texts[0]}) > 2
+
+
+# -- capturing, with a graph that runs the operations again -------------------------------------------------
+
+
+class Replayed:
+    """Stands in for a CUDA graph, for there is no GPU: replaying it runs what was captured."""
+
+    made = 0
+
+    def __init__(self):
+        Replayed.made += 1
+
+    def replay(self):
+        self.run()
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """A factory of steps that go through warm-up and capture."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(torch.cuda, "graph", lambda g: nullcontext())
+    Replayed.made = 0
+
+    def make(decoder) -> GpuStep:
+        step = step_of(decoder)
+        step._captures = True
+        capture = step._captured
+
+        def captured(sites):
+            graph = capture(sites)
+            graph.run = lambda: step._run(sites)
+            return graph
+
+        step._captured = captured
+        return step
+
+    return make
+
+
+def test_capturing_under_way_changes_nothing(capturing, quantized, profiles, heldout_sequences):
+    """A text whose policy is exchanged for one of another kind, and back, on a cache that has grown since it was
+    placed; each kind is captured once, whatever its target."""
+    decoder, ids = load(quantized), heldout_sequences[1][:24].tolist()
+    results = []
+    for step in (capturing(decoder), None):
+        policies = [
+            make_policy(name, target, decoder, profiles["fused"])
+            for name, target in (
+                ("rate-distortion", 2.75),
+                ("dp-llm", 3.25),
+                ("static", 3.3),
+                ("rate-distortion", 4.5),
+            )
+        ]
+        cache, found, logits = decoder.new_ragged_cache(4), [], torch.empty(0)
+        for t, token in enumerate(ids):
+            own = policies[t // 6]
+            if t % 6:
+                observe(own, logits, torch.tensor([token]))
+            logits, bits = decode_one(decoder, step, token, cache, own)
+            found.append((logits.clone(), bits.clone()))
+        logits, bits = zip(*found, strict=True)
+        results.append((torch.cat(logits), torch.cat(bits)))
+    assert_same(*results)
+    assert Replayed.made == 3
+
+
+def test_prepared_before_the_first_token(capturing, quantized, profiles, heldout_sequences):
+    decoder, ids, lines = load(quantized), heldout_sequences[1][:6].tolist(), []
+    step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
+    step.prepare(policy, lines.append)
+    assert lines == ["capturing the decode step (weighted) ...", "captured: one launch a token"]
+    found = decode_text(decoder, begin_text(policy), ids, step)
+    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+    assert Replayed.made == 1
+
+
+def test_a_capture_that_fails_is_told_once(
+    capturing, quantized, profiles, heldout_sequences, caplog, monkeypatch
+):
+    decoder, ids = load(quantized), heldout_sequences[1][:6].tolist()
+    step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
+
+    def refuse(graph):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with caplog.at_level(logging.WARNING):
+        found = decode_text(decoder, begin_text(policy), ids, step)
+    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+    (message,) = [r.message for r in caplog.records]
+    assert "could not be captured (operation not permitted when stream is capturing)" in message

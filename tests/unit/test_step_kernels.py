@@ -1,0 +1,131 @@
+"""The step's Triton kernels: numbers through the interpreter, in a process of its own; code by the assembler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import TARGETS, Launches
+from step_cases import cache_of, policy_table, site_of
+
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.triton import attention, select, small_ops
+
+TESTS = Path(__file__).resolve().parents[1]
+HALF, FLOAT = torch.float16, torch.float32
+
+
+def test_numbers_through_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", str(TESTS / "interpreted" / "step_kernels.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+# -- compiled for GPUs that are not here --------------------------------------------------------------------
+
+
+def attend(dim: int, dtype: torch.dtype, stored: torch.dtype, heads: int = 8, group: int = 4):
+    _, cache = cache_of([1] * heads, group, dim, stored, since=0)
+    q, table = (
+        torch.zeros(heads * group, dim, dtype=dtype),
+        policy_table([heads * group * dim], tables.WEIGHTED),
+    )
+    attention.attend(q, cache, 0, 0.1, None, site_of(0), table, *scratch())
+
+
+def norm(columns: int, dtype: torch.dtype):
+    x, table = torch.zeros(1, columns, dtype=dtype), policy_table([columns], tables.WEIGHTED)
+    small_ops.norm(x, x, x[0], 1e-5, site_of(0, first=True), table, 3.0)
+
+
+def rope(dtype: torch.dtype, stored: torch.dtype):
+    _, cache = cache_of([1] * 8, 4, 128, stored, since=0)
+    weights, turn = (torch.ones(128, dtype=dtype),) * 2, (torch.ones(64),) * 2
+    small_ops.rope_append(torch.zeros(1, 48 * 128, dtype=dtype), weights, 1e-5, turn, cache, 0, 128)
+
+
+def silu(columns: int, dtype: torch.dtype):
+    table = policy_table([columns], tables.WEIGHTED)
+    small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site_of(0), table, *scratch())
+
+
+def behind_the_head(vocabulary: int):
+    logits, table = torch.zeros(1, vocabulary), policy_table([64] * 128, tables.WEIGHTED)
+    _, cache = cache_of([1], 1, 16, FLOAT, since=0)
+    small_ops.finish(logits, torch.zeros(1, dtype=torch.int32), table, *scratch())
+    small_ops.observe(logits, cache, table, 0.8)
+
+
+def estimate(columns: int, dtype: torch.dtype):
+    table = policy_table([columns] * 2, tables.ESTIMATED)
+    select.estimate(torch.zeros(1, columns, dtype=dtype), site_of(0, 1), table, *scratch())
+
+
+def select_rows(columns: int, dtype: torch.dtype):
+    x = torch.zeros(2, columns, dtype=dtype)
+    select.select(x, torch.zeros(columns, dtype=HALF), torch.zeros(4), 2)
+
+
+def scratch():
+    return torch.zeros(4096), torch.zeros(8, dtype=torch.int32)
+
+
+# what is launched, and how many registers a thread may take: what was seen and a little room
+CASES = [
+    ("attention of 128, half", attention, {"attend_kernel": 160, "join_kernel": 64}, lambda: attend(128, HALF, HALF)),
+    ("attention of 64, half", attention, {"attend_kernel": 168, "join_kernel": 64}, lambda: attend(64, HALF, HALF)),
+    ("attention of 80, bfloat", attention, {"attend_kernel": 160, "join_kernel": 64},
+     lambda: attend(80, torch.bfloat16, torch.bfloat16, group=7)),
+    ("attention of 128, float", attention, {"attend_kernel": 168, "join_kernel": 64},
+     lambda: attend(128, FLOAT, FLOAT)),
+    ("attention of 128, mixed", attention, {"attend_kernel": 208, "join_kernel": 64},
+     lambda: attend(128, FLOAT, HALF)),
+    ("norm of 4096", small_ops, {"norm_kernel": 64}, lambda: norm(4096, HALF)),
+    ("norm of 8192", small_ops, {"norm_kernel": 64}, lambda: norm(8192, torch.bfloat16)),
+    ("rope", small_ops, {"rope_kernel": 48}, lambda: rope(HALF, HALF)),
+    ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF)),
+    ("behind the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: behind_the_head(128256)),
+    ("estimate", select, {"estimate_kernel": 64}, lambda: estimate(4096, HALF)),
+    ("select", select, {"select_kernel": 48}, lambda: select_rows(4096, HALF)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "module", "ceilings", "launch"), CASES, ids=[c[0] for c in CASES])
+def test_compiled(monkeypatch, name, module, ceilings, launch):
+    recorded = {kernel: Launches(getattr(module, kernel)) for kernel in ceilings}
+    for kernel, launches in recorded.items():
+        monkeypatch.setattr(module, kernel, launches)
+    launch()
+    for kernel, ceiling in ceilings.items():
+        assert len(recorded[kernel].calls) == 1
+        for target in TARGETS if "128, half" in name else (80, 90, 120):
+            (binary,) = recorded[kernel].compile(target)
+            where = f"{kernel}, sm_{target}: {binary.registers} registers, {binary.shared} B shared"
+            assert binary.count("STL") + binary.count("LDL") + binary.stack == 0, f"{where} spills"
+            assert binary.registers <= ceiling, where
+            assert binary.shared <= 48 << 10, where
+            if kernel == "attend_kernel" and "half" in name:
+                copies = [i for i in binary.instructions if i.startswith("LDGSTS")]
+                assert copies and all(i.endswith(".128") for i in copies), f"{where}: narrow loads of pairs"
+                assert any("MMA" in i for i in binary.instructions), where
+
+
+def test_fake_implementations():
+    """What torch.compile asks: shapes without running anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.empty(8, 64, dtype=HALF), torch.empty(99, 64, dtype=HALF)
+        runs = torch.empty(2, dtype=torch.int64), torch.empty(2, dtype=torch.int32)
+        assert attention.decode_attention(q, k, k, *runs, 0.1).shape == (8, 64)
+        assert select.select(torch.empty(3, 9), torch.empty(9), torch.empty(4), 2).dtype == torch.int32
