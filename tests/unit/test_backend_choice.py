@@ -247,3 +247,17 @@ def test_doctor_without_the_library(without_library, report):
 def test_doctor_notices_wrong_results(report, monkeypatch):
     monkeypatch.setattr(doctor, "TOLERANCE", 1e-9)
     assert report()["ok"] is False
+
+
+def test_doctor_of_a_gpu_that_does_not_work(monkeypatch):
+    """Says so in a line and is not well; there is none here, so its kernels cannot run."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert doctor._gpu() is None
+    monkeypatch.setattr(doctor.gpu_info, "describe", lambda: {"name": "a GPU", "capability": "9.0"})
+    monkeypatch.setattr(doctor.gpu_info, "copy_gb_per_s", lambda: 123.45)
+    found = doctor._gpu()
+    assert found["ok"] is False
+    assert found["kernels"].startswith("cannot run: ") and "\n" not in found["kernels"]
+    assert abs(found["copy_gb_per_s"] - 123.45) < 0.1
+    assert found["backend"]["name"] and found["backend"]["reason"]

@@ -76,6 +76,19 @@ def select_rows(columns: int, dtype: torch.dtype):
     select.select(x, torch.zeros(columns, dtype=HALF), torch.zeros(4), 2)
 
 
+def undecided():
+    """A policy of fixed widths, a cache as the decoder hands it over, no biases of any kind."""
+    x, table = torch.zeros(1, 4096, dtype=HALF), policy_table([4096])
+    small_ops.norm(x, None, x[0], 1e-5, site_of(0), table, 3.0)
+    small_ops.silu_mul(torch.zeros(1, 2 * 4096, dtype=HALF), site_of(0), table, *scratch())
+    _, cache = cache_of([1], 8, 64, torch.bfloat16, since=0)
+    qkv = torch.zeros(1, 10 * 64, dtype=torch.bfloat16)
+    small_ops.rope_append(qkv, None, 1e-5, None, cache, 0, 64)
+    runs = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    pairs = torch.zeros(9, 128, dtype=HALF)
+    attention.decode_attention(torch.zeros(32, 128, dtype=HALF), pairs, pairs, *runs, 0.1)
+
+
 def scratch():
     return torch.zeros(4096), torch.zeros(8, dtype=torch.int32)
 
@@ -95,14 +108,26 @@ CASES = [
     ("rope", small_ops, {"rope_kernel": 48}, lambda: rope(HALF, HALF)),
     ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF)),
     ("behind the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: behind_the_head(128256)),
+    ("fixed widths", small_ops, {"norm_kernel": 48, "silu_kernel": 48, "rope_kernel": 48}, undecided),
+    ("attention of a flat cache", attention, {"attend_kernel": 160, "join_kernel": 64}, undecided),
     ("estimate", select, {"estimate_kernel": 64}, lambda: estimate(4096, HALF)),
     ("select", select, {"select_kernel": 48}, lambda: select_rows(4096, HALF)),
 ]  # fmt: skip
 
 
+KERNELS = {k: getattr(m, k) for _, m, ceilings, _ in CASES for k in ceilings}
+OTHERS = [
+    (small_ops, ("norm_kernel", "silu_kernel", "rope_kernel")), (attention, ("attend_kernel", "join_kernel")),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "module", "ceilings", "launch"), CASES, ids=[c[0] for c in CASES])
 def test_compiled(monkeypatch, name, module, ceilings, launch):
-    recorded = {kernel: Launches(getattr(module, kernel)) for kernel in ceilings}
+    if launch is undecided:  # also launches what is not looked at in this case
+        for other, kernels in OTHERS:
+            for kernel in kernels:
+                monkeypatch.setattr(other, kernel, Launches(getattr(other, kernel)))
+    recorded = {kernel: Launches(KERNELS[kernel]) for kernel in ceilings}
     for kernel, launches in recorded.items():
         monkeypatch.setattr(module, kernel, launches)
     launch()
