@@ -164,6 +164,7 @@ class RateDistortionPolicy(RateDistortionRule):
             if self.lag:
                 self._coming.append(float(self.correction))
                 self._coming.popleft()
+                self.correction = self._coming[0]
 
 
 class Recorder:
