@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-REMEMBERED = 9  # times of a kind; their median shrugs off a pause of the machine
+REMEMBERED = 5  # times of a kind; their median shrugs off a pause of the machine
 FORGETTING = 0.98  # of acceptance, per drafted token looked at: about the last 50 count
 PRIOR = (1.5, 2.0)  # accepted and looked-at tokens before the first draft
 GAIN = 0.97  # of the time of a plain step: less is not worth a change
 TRIAL = 4  # tokens of a first draft
-PAUSES = (
-    16,
-    512,
-)  # rounds between trials of a draft that does not pay: the first pause, doubled up to the last
+# Rounds between trials of a draft that does not pay: the first pause, doubled up to the last.
+PAUSES = (16, 256)
+OUTDATED = 8.0  # drafted tokens that what was learnt before a pause counts for
 REFRESH = 64  # rounds after which a plain step is timed again
 
 
@@ -65,10 +64,16 @@ class Source:
             self.accepted = self.accepted * FORGETTING + hit
             self.looked_at = self.looked_at * FORGETTING + 1
 
-    def tokens(self, k: int) -> float:
-        """Tokens that a round with k drafted ones is expected to yield."""
-        a = self.acceptance
-        return (1 - a ** (k + 1)) / (1 - a)
+    def rest(self) -> None:
+        """No trial for a while, after which what was learnt before counts little: text or machine may have changed."""
+        self.wait, self.pause = self.pause, min(2 * self.pause, PAUSES[1])
+        kept = min(1.0, OUTDATED / self.looked_at)
+        self.accepted, self.looked_at = self.accepted * kept, self.looked_at * kept
+
+
+def expected_tokens(acceptance: float, k: int) -> float:
+    """Tokens that a round with k drafted ones yields on average."""
+    return k + 1.0 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
 class Pacer:
@@ -110,19 +115,22 @@ class Pacer:
         used = self.sources[source]
         used.learn(drafted, accepted)
         used.step.add(draft_ms / drafted)
-        if self._pays(used):
+        if self._pays(used, used.acceptance):
             used.pause = PAUSES[0]
-        elif used.wait < 0:  # a trial that did not convince
-            used.wait, used.pause = used.pause, min(2 * used.pause, PAUSES[1])
+        elif used.wait < 0 and not (accepted == drafted and self._pays(used, 1.0)):
+            used.rest()  # the trial did not convince; one that went well, where more of that would pay, is repeated
 
-    def _pays(self, source: Source) -> bool:
-        return any(
-            self.ms_per_token(source, k) < GAIN * self.check_ms(1) for k in range(1, source.longest + 1)
-        )
+    def _pays(self, source: Source, acceptance: float) -> bool:
+        """Whether some number of drafted tokens would be worth it at this acceptance."""
+        goal, counts = GAIN * self.check_ms(1), range(1, source.longest + 1)
+        return any(self._round_ms(source, k) < goal * expected_tokens(acceptance, k) for k in counts)
 
     def ms_per_token(self, source: Source, k: int) -> float:
         """Expected, of a round with k drafted tokens."""
-        return (k * source.step.typical + self.check_ms(k + 1)) / source.tokens(k)
+        return self._round_ms(source, k) / expected_tokens(source.acceptance, k)
+
+    def _round_ms(self, source: Source, k: int) -> float:
+        return k * source.step.typical + self.check_ms(k + 1)
 
     def check_ms(self, rows: int) -> float:
         """Of a check of so many rows: as measured, or on the line through the nearest that were."""

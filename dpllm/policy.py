@@ -224,6 +224,7 @@ class RateDistortionPolicy(RateDistortionRule):
             if self.lag:
                 self._coming.append(float(self.correction))
                 self._coming.popleft()
+                self.correction = self._coming[0]
 
 
 def extra_bytes(groups: list[Group]) -> Tensor:

@@ -77,28 +77,27 @@ def assert_identical(decoder, policy, others=TOGETHER, **more) -> None:
 def test_every_width(isa, accuracy, shaped_as):
     decoder = shaped(shaped_as, isa, accuracy)
     for bits in range(2, 9):
-        assert_identical(decoder, fixed(decoder, bits), ([16, 8], [3] * 8))
+        assert_identical(decoder, fixed(decoder, bits), ([16, 5, 3],))
     assert_identical(decoder, varied(decoder))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture(overlay, name):
     """Biases, norms of heads, windows, layers without rotation, tied heads."""
-    assert_identical(*with_policy(load_decoder(overlay(name), LoadOptions(cpu=options_of()))))
-
-
-def with_policy(decoder):
-    return decoder, varied(decoder)
+    decoder = load_decoder(overlay(name), LoadOptions(cpu=options_of()))
+    assert_identical(decoder, varied(decoder))
 
 
 @pytest.mark.parametrize("head_bits", [4, 16])
 def test_other_heads(overlay, head_bits):
-    assert_identical(*with_policy(load_decoder(overlay("llama", head_bits), LoadOptions(cpu=options_of()))))
+    decoder = load_decoder(overlay("llama", head_bits), LoadOptions(cpu=options_of()))
+    assert_identical(decoder, varied(decoder))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_every_precision_of_the_cache(dtype):
-    assert_identical(*with_policy(shaped("odd", kv_dtype=dtype)))
+    decoder = shaped("odd", kv_dtype=dtype)
+    assert_identical(decoder, varied(decoder))
 
 
 @pytest.mark.parametrize("accuracy", ["exact", "balanced"])
@@ -167,7 +166,7 @@ def test_the_rate_distortion_rule(quantized, profiles, granularity):
     assert not torch.equal(bits, read(decoder, policy, [16, 8], corrections=[0.0] * len(IDS))[1])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data(), isa=st.sampled_from(ISAS or ["none"]), accuracy=st.sampled_from(["exact", "balanced"]))
 def test_random_models_and_groupings(data, isa, accuracy):
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))

@@ -1,0 +1,506 @@
+"""Drafts change how long a text takes, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cpu_cases import needs_library, options_of
+from scipy.stats import chi2
+
+from dpllm import reference
+from dpllm.context import build_context
+from dpllm.engine import GenerateOptions, load
+from dpllm.kernels.errors import InputError
+from dpllm.kvzip_bridge.budget import Budget
+from dpllm.loading import LoadOptions
+from dpllm.native import NativeStep, decode_one
+from dpllm.pacing import Pacer
+from dpllm.policy import StaticPolicy, begin_text, observe
+from dpllm.pruner import ContextOptions
+from dpllm.sampling import Sampler, sample
+from dpllm.shapes import random_decoder, shape
+from dpllm.speculation import LAG, Continuation, PromptLookup, SelfDraft
+
+pytestmark = needs_library
+
+PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self"
+MODES = [("self", 2), ("self", 3), ("self", 5), ("lookup", None)]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The bundled reference model: it has something to say, and its drafts are sometimes right."""
+    return load(target_bits=6, policy="uniform", options=LoadOptions(cpu=options_of(accuracy="balanced")))
+
+
+@pytest.fixture(autouse=True)
+def at_six_bits(engine):
+    engine.set_policy("uniform", 6)
+    engine._pacers.clear()
+
+
+def ticking():
+    """A clock for which every pass takes as long: drafts are as cheap as can be."""
+    return itertools.count(0.0, 1.0).__next__
+
+
+@pytest.fixture
+def toiling(monkeypatch):
+    """A maker of clocks of a machine for which each token is as much work as the next, drafted or checked: nothing
+    pays."""
+    work, several = [0.0], NativeStep.several
+
+    def counted(self, tokens, *args):
+        work[0] += len(tokens)
+        return several(self, tokens, *args)
+
+    monkeypatch.setattr(NativeStep, "several", counted)
+    return lambda: lambda: work[0]
+
+
+def options(mode="self", draft_bits=None, n=80, **more) -> GenerateOptions:
+    return GenerateOptions(n, speculate=mode, draft_bits=draft_bits, **more)
+
+
+def said(engine, *args, prompt=PROMPT, clock=ticking, **more):
+    """(tokens, widths) of a generation."""
+    steps = list(engine.generate(prompt, options(*args, **more), clock()))
+    return [s.token for s in steps], [tuple(s.bits) for s in steps]
+
+
+# -- the same text ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "target"), [("uniform", 6), ("uniform", 4), ("static", 3.3)])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.2, "top_p": 0.8, "seed": 6}]
+)
+def test_the_text_is_that_of_plain_decoding(engine, policy, target, sampling):
+    """Token for token and width for width, under fixed widths."""
+    engine.set_policy(policy, target)
+    plain = said(engine, "off", **sampling)
+    assert engine.tally.checks == 0
+    for mode, bits in MODES:
+        assert said(engine, mode, bits, **sampling) == plain
+        tally = engine.tally
+        assert tally.accepted > 0 and tally.rejected + (not sampling) > 0, (mode, bits)
+        assert tally.drafted >= tally.accepted + tally.rejected
+        assert 1 + tally.plain + tally.checks + tally.accepted == len(plain[0])
+
+
+@pytest.mark.parametrize("target", [3.5, 5.0])
+def test_what_a_dynamic_policy_reads_does_not_depend_on_drafts(engine, toiling, target):
+    """Greedy and sampled: whatever was drafted, however much, and where passes began and ended."""
+    for sampling in ({}, {"temperature": 1.0, "seed": 2}):
+        engine.set_policy("rate-distortion", target)
+        expected = delayed(engine, **sampling)
+        assert len(set(expected[1])) > 20
+        for mode, bits in MODES:
+            for clock in (ticking, toiling):
+                assert said(engine, mode, bits, clock=clock, **sampling) == expected
+    assert said(engine, "off", **sampling)[1] != expected[1], "where nothing is drafted, nothing is delayed"
+
+
+def delayed(engine, n=80, temperature=0.0, seed=0):
+    """Plain decoding with the policy that speculation uses: step by step, by hand."""
+    decoder, policy = engine.decoder, begin_text(engine.policy)
+    policy.delay(LAG)
+    ids, cache = engine.prompt_ids(PROMPT), decoder.new_cache(200)
+    generator, tokens, widths = torch.Generator().manual_seed(seed), [], [()]
+    logits = engine._prefill(torch.tensor(ids), cache)
+    step = NativeStep.of(decoder)
+    while True:
+        tokens.append(sample(logits[-1], temperature, 1.0, generator))
+        if len(tokens) == n or tokens[-1] in decoder.config.eos_ids:
+            return tokens, widths
+        observe(policy, logits, torch.tensor([tokens[-1]]))
+        logits, bits = decode_one(decoder, step, tokens[-1], cache, policy)
+        widths.append(tuple(bits[0].tolist()))
+
+
+def test_a_delayed_policy_is_on_target(engine):
+    engine.set_policy("rate-distortion", 4.0)
+    for prompt in ("import os\n", PROMPT, "def main(argv):\n"):
+        sampling = {"temperature": 1.0, "seed": 1, "n": 200}
+        steps = list(engine.generate(prompt, options("self", 2, **sampling), ticking()))[1:]
+        assert len(steps) > 150
+        assert sum(s.effective_bits for s in steps) / len(steps) == pytest.approx(4.0, abs=0.15)
+
+
+def test_elsewhere_than_on_the_native_kernels():
+    """Drafts are checked by the decoder; the tokens are the same but for ties."""
+    engine = load(target_bits=6, policy="uniform", options=LoadOptions(backend="reference"))
+    for policy in ("uniform", "rate-distortion"):
+        engine.set_policy(policy, 6)
+        plain = said(engine, "off", n=24)
+        for mode in ("self", "lookup"):
+            assert said(engine, mode, n=24) == plain
+            assert engine.tally.accepted > 0
+        assert said(engine, "auto", n=24) == plain
+        assert engine.tally.checks == 0
+
+
+def test_a_model_that_was_never_quantised():
+    engine = load(reference.model_path())
+    plain = said(engine, "off", n=40)
+    assert said(engine, "lookup", n=40) == plain
+    assert engine.tally.accepted > 0
+    with pytest.raises(InputError, match="not quantised, so it holds no draft"):
+        said(engine, "self")
+
+
+# -- where texts end ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_as_many_tokens_as_asked_for(engine, n):
+    for mode in ("self", "lookup"):
+        for _ in range(2):  # the second time, drafts are known to pay from the start
+            assert len(said(engine, mode, n=n)[0]) == n
+
+
+def test_stop_strings_and_ends_inside_a_run(engine):
+    text = "".join(s.text for s in engine.generate(PROMPT, options("off")))
+    for stop in (text[20:23], text[41:42], text[60:66]):
+        plain = list(engine.generate(PROMPT, options("off", stop=(stop,))))
+        for mode, bits in MODES:
+            steps = list(engine.generate(PROMPT, options(mode, bits, stop=(stop,)), ticking()))
+            assert [(s.token, s.text) for s in steps] == [(s.token, s.text) for s in plain]
+
+
+def test_an_end_of_text_inside_a_run(engine, monkeypatch):
+    plain = said(engine, "off")[0]
+    for end in sorted(set(plain[10:60]))[:8]:
+        ends = replace(engine.decoder.config, eos_ids=(end,))
+        monkeypatch.setattr(engine.decoder, "config", ends)
+        expected = plain[: plain.index(end) + 1]
+        for mode, bits in MODES:
+            assert said(engine, mode, bits)[0] == expected
+
+
+def test_time_and_bytes_are_shared_out(engine):
+    """Nothing is lost, wherever a text ends."""
+    text = "".join(s.text for s in engine.generate(PROMPT, options("off")))
+    draft = SelfDraft(engine.decoder, 3)
+    everything = engine._resident_bytes
+    for stop in ((), (text[30:34],), (text[52:54],)):
+        now = ticking()
+        clocked = []
+
+        def clock(now=now, clocked=clocked):
+            clocked.append(now())
+            return clocked[-1]
+
+        steps = list(engine.generate(PROMPT, options("self", 3, stop=stop), clock))
+        tally = engine.tally
+        passes = 1 + tally.plain + tally.checks  # the prompt's, too
+        read = sum(s.weight_bytes for s in steps)
+        assert read == pytest.approx(passes * everything + tally.drafted * draft.nbytes, abs=len(steps))
+        gaps = len(steps) - 1  # a tick between two steps belongs to the caller
+        assert sum(s.tpot_ms for s in steps) == pytest.approx(1e3 * (clocked[-1] - gaps))
+        assert {s.effective_bits for s in steps} == {6.0}
+        assert all(s.tpot_ms > 0 for s in steps)
+
+
+# -- callers that do what callers do ------------------------------------------------------------------------
+
+
+def test_retargeting_inside_a_run(engine):
+    """From the very next token, and the tokens are those of plain decoding retargeted at the same place."""
+
+    def run(mode, bits=None, **more):
+        engine.set_policy("uniform", 6)
+        found = []
+        for step in engine.generate(PROMPT, options(mode, bits, n=40, **more), ticking()):
+            found.append((step.token, step.effective_bits))
+            if len(found) in (10, 23, 24):
+                engine.set_policy("uniform", {10: 3, 23: 5, 24: 6}[len(found)])
+        return found
+
+    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
+        plain = run("off", **sampling)
+        assert [round(b) for _, b in plain] == [6] * 10 + [3] * 13 + [5] + [6] * 16
+        for mode, bits in MODES:
+            assert run(mode, bits, **sampling) == plain
+            assert engine.tally.checks > 0
+            assert engine.tally.accepted > 0 or sampling
+
+
+def test_a_policy_that_takes_one_token_at_a_time_may_follow(engine):
+    steps = engine.generate(PROMPT, options("self", n=30), ticking())
+    for _ in range(8):
+        next(steps)
+    before = engine.tally.checks
+    engine.set_policy("random", 3.5)
+    assert len(list(steps)) == 22
+    assert before > 0 and engine.tally.checks == before
+
+
+def test_generators_take_turns(engine):
+    prompts = (PROMPT, "import os\nimport sys\n")
+    for policy, target in (("uniform", 6), ("rate-distortion", 4.5)):
+        engine.set_policy(policy, target)
+        for mode in ("self", "lookup", "off"):
+            alone = [said(engine, mode, n=40, prompt=p) for p in prompts]
+            both = [engine.generate(p, options(mode, n=40), ticking()) for p in prompts]
+            turns = [(s.token, tuple(s.bits)) for pair in zip(*both, strict=True) for s in pair]
+            for i in (0, 1):
+                assert turns[i::2] == list(zip(*alone[i], strict=True))
+
+
+@pytest.mark.parametrize("mode", ["self", "lookup"])
+def test_a_context_is_as_it_was(engine, heldout_documents, mode):
+    """Asked, asked by a caller who walks away, kept and gone on with."""
+
+    def conversation(mode):
+        text = heldout_documents[0][:1500]
+        context = build_context(engine, text, ContextOptions(Budget(keep_ratio=0.5), chunk=64))
+        found = []
+        for stop_after, keep in ((40, False), (7, False), (13, True), (40, False)):
+            steps = engine.generate(
+                "\n    return ", options(mode, n=40), ticking(), context=context, keep=keep
+            )
+            found.append([s.token for s in itertools.islice(steps, stop_after)])
+            steps.close()
+            found.append((context.cache.length, list(context.ids[-30:]), list(context.pending)))
+            found.append([float(context.cache.run(3, h)[0].double().sum()) for h in (0, 1)])
+        return found
+
+    assert conversation(mode) == conversation("off")
+    assert engine.tally.checks == 0
+    conversation(mode)
+    assert engine.tally.accepted > 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_while_drafting(engine, monkeypatch, error):
+    """What the draft has written is no part of the text."""
+    ids, cache = engine.prompt_ids(PROMPT), engine.decoder.new_cache(200)
+    ahead = Continuation(engine.decoder, engine.native, cache, Sampler(), ticking())
+    draft = SelfDraft(engine.decoder, 2)
+    ahead.speculate(ids, [draft], Pacer([8]))
+    ahead.follow(engine.policy)
+    first = int(engine._prefill(torch.tensor(ids), cache)[-1].argmax())
+    ahead.next(first, 30)
+    held = cache.length
+    real, calls = draft._native, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 2:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(draft, "_native", failing)
+    with pytest.raises(error):
+        ahead.next(5, 30)
+    assert cache.length == held
+    ahead.drop()
+    assert cache.length == held
+
+
+# -- drafts -------------------------------------------------------------------------------------------------
+
+
+def test_lookup_finds_the_latest_of_the_longest_matches():
+    def proposed(text, count=3):
+        return PromptLookup().propose(text, count, None, None)
+
+    assert proposed([1, 2, 3, 4, 9, 9, 1, 2, 3, 4]) == [9, 9, 1]
+    assert proposed([1, 2, 7, 1, 2, 8, 1, 2]) == [8, 1, 2]  # the later one
+    assert proposed([5, 1, 2, 7, 1, 2, 8, 5, 1, 2]) == [7, 1, 2]  # three match
+    assert proposed([1, 2, 3, 4, 5]) == []
+    assert proposed([4, 4, 4], 5) == [4]  # what is known of it
+    assert proposed([1], 5) == proposed([], 5) == []
+
+
+def test_lookup_goes_on_with_a_growing_text():
+    lookup, text = PromptLookup(), []
+    for token in torch.randint(0, 4, (300,), generator=torch.Generator().manual_seed(0)).tolist():
+        text.append(token)
+        assert lookup.propose(text, 5, None, None) == PromptLookup().propose(text, 5, None, None)
+
+
+def test_auto_is_for_high_quality_on_native_kernels(engine):
+    for policy, target, expected in (
+        ("uniform", 6, True), ("rate-distortion", 6, True), ("uniform", 5, False), ("random", 6, False),
+    ):  # fmt: skip
+        engine.set_policy(policy, target)
+        assert list(engine.generate(PROMPT, GenerateOptions(40), ticking()))
+        assert (engine.tally.checks > 0) == expected, (policy, target)
+
+
+def test_what_does_not_pay_is_left_alone(engine, toiling):
+    said(engine, "self", n=150, clock=toiling)
+    assert 1 <= engine.tally.checks <= 6
+    assert engine.tally.plain > 120
+
+
+def test_what_earlier_texts_taught_is_remembered(engine):
+    said(engine, "self", n=60)
+    said(engine, "self", n=60)
+    assert engine.tally.plain == 0, "no plain step is needed to begin with"
+
+
+# -- sampling -----------------------------------------------------------------------------------------------
+
+VOCABULARY = 6
+LOOKED_UP = (1, 2, 3)
+
+
+class Always(Pacer):
+    """Drafts as much as it may, at any cost."""
+
+    def plans(self, room):
+        return [(0, min(3, room))] if room else []
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model of six tokens at 8 bits, whose 2-bit self is a poor draft."""
+    config = replace(
+        shape("tiny"), num_layers=2, hidden_size=64, intermediate_size=96, head_dim=16, vocab_size=VOCABULARY,
+        windows=(None,) * 2, uses_rope=(True,) * 2, inv_freq=torch.ones(8),
+    )  # fmt: skip
+    decoder = random_decoder(config, 8, LoadOptions(cpu=options_of(accuracy="balanced")), seed=4)
+    return decoder, NativeStep.of(decoder), StaticPolicy([8] * len(decoder.groups))
+
+
+def probabilities(logits, temperature, top_p) -> torch.Tensor:
+    p = (logits.double() / temperature).softmax(-1)
+    ranked, order = p.sort(descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+    return torch.zeros_like(p).scatter_(0, order, ranked / ranked.sum())
+
+
+def exact(tiny, temperature, top_p):
+    """Probability of each sequence of three tokens behind token 0."""
+    decoder, step, policy = tiny
+    found = torch.zeros((VOCABULARY,) * 3, dtype=torch.float64)
+    for a, b in itertools.product(range(VOCABULARY), repeat=2):
+        cache = decoder.new_cache(4)
+        rows = [probabilities(step(t, cache, policy)[0][0].clone(), temperature, top_p) for t in (0, a, b)]
+        found[a, b] = rows[0][a] * rows[1][b] * rows[2]
+    return found
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7)])
+@pytest.mark.parametrize("source", ["self", "lookup"])
+def test_sampling_is_unbiased(tiny, source, temperature, top_p):
+    """Sequences of three tokens are as frequent as their probability says, drafts accepted or not."""
+    decoder, step, policy = tiny
+    expected, draws = exact(tiny, temperature, top_p), 2500
+    sampler = Sampler(temperature, top_p, torch.Generator().manual_seed(11))
+    counts = torch.zeros_like(expected)
+    cache, own = decoder.new_cache(8), SelfDraft(decoder, 2)
+    accepted = rejected = 0
+    for _ in range(draws):
+        cache.rewind(0)
+        ahead = Continuation(decoder, step, cache, sampler, ticking())
+        # Looked up: what followed 5, 0 in a text before.
+        ahead.speculate([5, 0, *LOOKED_UP, 5], [own if source == "self" else PromptLookup()], Always([3]))
+        ahead.follow(policy)
+        tokens = [0]
+        for room in (4, 3, 2):
+            tokens.append(ahead.next(tokens[-1], room).token)
+        counts[tuple(tokens[1:])] += 1
+        accepted, rejected = accepted + ahead.tally.accepted, rejected + ahead.tally.rejected
+    assert min(accepted, rejected) > 200
+    assert counts[expected == 0].sum() == 0
+    often = expected * draws >= 5
+    found = torch.cat([counts[often], counts[~often].sum()[None]])
+    wanted = torch.cat([expected[often], expected[~often].sum()[None]]) * draws
+    keep = wanted > 0
+    statistic = float(((found - wanted)[keep] ** 2 / wanted[keep]).sum())
+    assert statistic < chi2.ppf(1 - 1e-4, int(keep.sum()) - 1)
+
+
+def test_shared_clocks_accept_about_what_two_distributions_have_in_common(tiny):
+    """Between (1 - d) / (1 + d) and 1 - d, at a total variation d."""
+    decoder, step, policy = tiny
+    draft, wide = (
+        probabilities(step(0, decoder.new_cache(2), p)[0][0].clone(), 1.0, 1.0)
+        for p in (StaticPolicy([2] * len(decoder.groups)), policy)
+    )
+    d = 0.5 * float((draft - wide).abs().sum())
+    assert 0.05 < d < 0.9
+    sampler, agreed, draws = Sampler(1.0, 1.0, torch.Generator().manual_seed(1)), 0, 20_000
+    for _ in range(draws):
+        guess = sampler.twin()(draft.log())
+        agreed += sampler(wide.log()) == guess
+    margin = 4 * (0.25 / draws) ** 0.5
+    assert (1 - d) / (1 + d) - margin < agreed / draws < 1 - d + margin
+
+
+def test_a_sampler_goes_back():
+    sampler, logits = Sampler(1.0, 1.0, torch.Generator().manual_seed(0)), torch.zeros(50)
+    state = sampler.state()
+    twin = sampler.twin()
+    first = [sampler(logits) for _ in range(5)]
+    assert [twin(logits) for _ in range(5)] == first
+    sampler.go_back(state)
+    assert [sampler(logits) for _ in range(5)] == first
+    assert Sampler().twin().state() is None
+
+
+# -- what cannot be -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"speculate": "yes"}, "Choose one of: auto, off, self, lookup"),
+     ({"speculate": "lookup", "draft_bits": 3}, "makes none"), ({"speculate": "off", "draft_bits": 3}, "makes none")],
+)  # fmt: skip
+def test_impossible_options(wrong, says):
+    with pytest.raises(InputError, match=says):
+        GenerateOptions(**wrong)
+
+
+@pytest.mark.parametrize("bits", [1, 7, 0])
+def test_widths_that_are_not_resident(engine, bits):
+    with pytest.raises(InputError, match=r"2\.\.6 are resident"):
+        said(engine, "self", bits)
+
+
+@pytest.mark.parametrize("policy", ["random", "oracle-rate-distortion"])
+def test_policies_that_decide_one_token_at_a_time(engine, policy):
+    engine.set_policy(policy, 3.5)
+    for mode in ("self", "lookup"):
+        with pytest.raises(InputError, match=f"'{policy}' decides one token at a time"):
+            said(engine, mode)
+
+
+# -- the command line ---------------------------------------------------------------------------------------
+
+
+def test_generate_speculates(ok):
+    def run(*args):
+        return ok("generate", PROMPT, "--bits", "6", "--max-new-tokens", "60", *args)
+
+    plain = json.loads(run("--speculate", "off", "--json").out.splitlines()[-1])
+    assert plain["speculation"] == {
+        "checks": 0, "plain_steps": 59, "acceptance_rate": None, "accepted_per_check": None, "k": None,
+        "tokens_per_pass": 1.0,
+    }  # fmt: skip
+    for args in (("--speculate", "self", "--draft-bits", "2"), ("--speculate", "lookup"), ()):
+        found = json.loads(run(*args, "--json").out.splitlines()[-1])
+        assert found["text"] == plain["text"]
+        drafts = found["speculation"]
+        assert drafts["checks"] > 0
+        assert 0 <= drafts["acceptance_rate"] <= 1
+        assert drafts["tokens_per_pass"] >= 1
+    shown = run("--speculate", "lookup")
+    assert "of drafts accepted" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [(("--speculate", "maybe"), "auto, off, self, lookup"), (("--speculate", "self", "--draft-bits", "9"), "resident"),
+     (("--draft-bits", "3", "--speculate", "off"), "makes none"),
+     (("--policy", "random", "--target-bits", "3.5", "--speculate", "self"), "'random' decides one token")],
+)  # fmt: skip
+def test_generate_refuses(refused, args, says):
+    refused("generate", PROMPT, *args, says=says)
