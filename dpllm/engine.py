@@ -22,12 +22,12 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
 from dpllm.decoder import Decoder
+from dpllm.drafting import SPECULATE, Drafting
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep
-from dpllm.pacing import Pacer
 from dpllm.policy import (
     PrecisionPolicy,
     RateDistortionPolicy,
@@ -40,16 +40,14 @@ from dpllm.policy import (
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import Sampler
-from dpllm.speculation import Continuation, Draft, Passed, PromptLookup, SelfDraft, Tally, obstacle
+from dpllm.speculation import Continuation, Passed, Tally
+from dpllm.text_stream import TextStream
 
 if TYPE_CHECKING:
     from dpllm.context import KVContext
 
 PREFILL_CHUNK = 512
 DEFAULT_TARGET_BITS = 3.5
-SPECULATE = ("auto", "off", "self", "lookup")
-HIGH_QUALITY = 6.0  # bits, from which 'auto' tries to speculate
-DRAFT_BITS = 3
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,7 @@ class Engine:
         self.target_bits: float | None = None
         self.tally = Tally()  # of the drafts of the last generation
         self.controller: LatencyController | QueryBudget | None = None
-        self._self_drafts: dict[int, SelfDraft] = {}
-        self._pacers: dict[tuple, Pacer] = {}  # what earlier texts have taught
+        self.drafting = Drafting(decoder)
 
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
         """Changes policy or target; takes effect with the next token."""
@@ -217,9 +214,10 @@ class Engine:
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
         ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)
-        if drafts := self._drafts(options):
+        if drafts := self.drafting.sources(options, self.policy, self.native, self.target_bits):
             before = [] if context is None else context.ids
-            ahead.speculate([*before, *ids], drafts, self._pacer(options, drafts))
+            pacer = self.drafting.pacer(options, self.policy, self.target_bits, drafts)
+            ahead.speculate([*before, *ids], drafts, pacer)
         self.tally = ahead.tally
         said: list[int] = []
         if isinstance(self.controller, QueryBudget):
@@ -239,7 +237,7 @@ class Engine:
         """The steps behind ids; the tokens go to `said`."""
         budget, clock, eos = options.max_new_tokens, ahead.clock, self._eos(options)
         ahead.cache.runs(len(ids) + budget)  # room for all of it at once
-        pending = _Pending(self.tokenizer, options.stop)
+        pending = TextStream(self.tokenizer, options.stop)
         chosen = self.policy
         deciding = None if chosen is None else begin_text(chosen)
         ahead.follow(deciding)
@@ -317,45 +315,6 @@ class Engine:
             self.policy, self.controller = before, controller
             cache.rewind(start)
 
-    def _drafts(self, options: GenerateOptions) -> list[Draft]:
-        """Sources of drafts, the cheapest first. Raises InputError where those asked for cannot be."""
-        mode, why = options.speculate, obstacle(self.policy, self.native)
-        if mode == "auto" and (why or self.native is None or (self.target_bits or 0) < HIGH_QUALITY):
-            mode = "off"
-        if mode == "off":
-            return []
-        if why:
-            raise InputError(
-                f"{why}, so drafts cannot be checked. Choose policy uniform, static or rate-distortion, or leave "
-                "--speculate out."
-            )
-        lookup: list[Draft] = [PromptLookup()] if mode != "self" else []
-        return lookup if mode == "lookup" else [*lookup, self._self_draft(options.draft_bits)]
-
-    def _self_draft(self, bits: int | None) -> SelfDraft:
-        first = self.decoder.groups[0]
-        if first.dense:
-            raise InputError(
-                f"{self.path} is not quantised, so it holds no draft of itself. Run dpllm quantize first, or choose "
-                "--speculate lookup."
-            )
-        held = max(g.resident_bits for g in self.decoder.groups)
-        if bits is None:
-            bits = min(max(DRAFT_BITS, first.seed_bits), held)
-        if not first.seed_bits <= bits <= held:
-            raise InputError(
-                f"a draft of {bits} bits is impossible: {first.seed_bits}..{held} are resident. Choose one of these."
-            )
-        if bits not in self._self_drafts:
-            self._self_drafts[bits] = SelfDraft(self.decoder, bits)
-        return self._self_drafts[bits]
-
-    def _pacer(self, options: GenerateOptions, drafts: Sequence[Draft]) -> Pacer:
-        """What is known of drafts of this kind at this target."""
-        name = self.policy.name if self.policy else None
-        key = (name, self.target_bits, options.draft_bits, options.temperature, *(d.name for d in drafts))
-        return self._pacers.setdefault(key, Pacer([d.longest for d in drafts]))
-
     @torch.no_grad()
     def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits after the prompt, read at the resident maximum, chunk by chunk."""
@@ -385,40 +344,6 @@ def _sampler(options: GenerateOptions) -> Sampler:
     if options.seed is None:
         return Sampler(options.temperature, options.top_p)
     return Sampler(options.temperature, options.top_p, torch.Generator().manual_seed(options.seed))
-
-
-class _Pending:
-    """Text that is decoded but not final: an unfinished character, or the start of a stop string."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.tokens: list[int] = []
-        self.sent = ""
-        self.stopped = False
-
-    def push(self, token: int | None, last: bool) -> str:
-        """Adds a token (None: end of text) and returns what became final."""
-        if token is not None:
-            self.tokens.append(token)
-        full = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        cut = min(
-            (i for s in self.stop if (i := full.find(s, max(0, len(self.sent) - len(s)))) >= 0), default=-1
-        )
-        if cut >= 0:
-            self.stopped = True
-            full = full[:cut]
-        elif not last:
-            full = full[: len(full) - self._held_back(full)]
-        text = full[len(self.sent) :]
-        self.sent += text
-        return text
-
-    def _held_back(self, full: str) -> int:
-        whole = full.rstrip("\ufffd")  # behind it, a character whose bytes are not all there yet
-        starts = (
-            n for s in self.stop for n in range(min(len(s) - 1, len(whole)), 0, -1) if whole.endswith(s[:n])
-        )
-        return len(full) - len(whole) + max(starts, default=0)
 
 
 def load(

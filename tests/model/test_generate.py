@@ -14,12 +14,13 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
 from dpllm import engine as engine_module
-from dpllm.engine import GenerateOptions, _Pending, load
+from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
 from dpllm.policy import Recorder, make_policy, observe
 from dpllm.quant.text import load_tokenizer
 from dpllm.sampling import sample
+from dpllm.text_stream import TextStream
 
 PROMPT = "def main(argv):\n    return "
 
@@ -149,7 +150,7 @@ TEXTS = st.text("aab€é😀 ", max_size=14)
 @given(text=TEXTS, stop=st.lists(st.text("aab€é😀 ", min_size=1, max_size=4), max_size=3), data=st.data())
 def test_streamed_text_is_final(tokenizer, text, stop, data):
     ids = [i for b in text for i in tokenizer(b, add_special_tokens=False)["input_ids"]]
-    pending, sent = _Pending(tokenizer, tuple(stop)), ""
+    pending, sent = TextStream(tokenizer, tuple(stop)), ""
     for n, token in enumerate(ids, 1):
         piece = pending.push(token, last=n == len(ids))
         assert "\ufffd" not in piece

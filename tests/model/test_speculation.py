@@ -40,7 +40,7 @@ def engine():
 @pytest.fixture(autouse=True)
 def at_six_bits(engine):
     engine.set_policy("uniform", 6)
-    engine._pacers.clear()
+    engine.drafting.pacers.clear()
 
 
 def ticking():
