@@ -161,9 +161,11 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     )
 
 
-def _tpot_target(engine: Engine) -> float | None:
+def _target(engine: Engine) -> dict[str, float | None]:
     held = engine.controller
-    return held.target_ms if isinstance(held, LatencyController) else None
+    return (
+        {"tpot_ms": held.target_ms} if isinstance(held, LatencyController) else {"bits": engine.target_bits}
+    )
 
 
 def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
         "ttft_ms": round(steps[0].tpot_ms, 3),
         "tpot_ms": {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
         "policy": engine.policy.name if engine.policy else None,
-        "target": {"bits": engine.target_bits, "tpot_ms": _tpot_target(engine)},
+        "target": _target(engine),
         "backend": engine.decoder.backend.name,
         "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded])))
         if dynamic
