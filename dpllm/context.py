@@ -78,6 +78,7 @@ class KVContext:
         self._busy = False
         if not keep or not said:
             self.cache.rewind(read)
+            self.cache.trim()
             return
         tokens, count = [*asked, *said], self.cache.length - read
         self.ids += tokens[:count]

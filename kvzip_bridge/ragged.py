@@ -178,6 +178,16 @@ class RaggedKVCache:
             finally:
                 self._count()
 
+    def trim(self, room: int = SLACK) -> None:
+        """Gives slack back where more than twice `room` tokens of it are left: what a forgotten tail has taken."""
+        if self._free <= 2 * room:
+            return
+        try:
+            for layer in range(len(self.k)):
+                self._rebuild(layer, None, room)
+        finally:
+            self._count()
+
     def rewind(self, length: int) -> None:
         """Forgets every token from this position on. Only the tail can be forgotten."""
         if not self.base <= length <= self.length:

@@ -202,6 +202,31 @@ def test_growing_copies_seldom():
     assert moves <= 6
 
 
+def test_slack_of_a_long_question_is_given_back():
+    cache = pruned_cache()
+    context = [t.clone() for layer in range(2) for h in range(2) for t in cache.run(layer, h)]
+    at, small = cache.length, cache.allocated_nbytes
+    q, k, v = tokens(200, 4, 2, seed=1)
+    feed(cache, q, k, v, [200])
+    cache.trim(4)
+    assert cache.length == at + 200, "what is held stays"
+    cache.rewind(at)
+    large = cache.allocated_nbytes
+    cache.trim(4)
+    assert cache.allocated_nbytes <= small + 2 * 4 * 2 * DIM * 4 * 2 < large
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            context, [t for layer in range(2) for h in range(2) for t in cache.run(layer, h)], strict=True
+        )
+    )
+    before = cache.k[0].data_ptr()
+    cache.trim(4)
+    assert cache.k[0].data_ptr() == before, "little slack is left alone"
+    feed(cache, q[:9], k[:9], v[:9], [9])
+    assert cache.length == at + 9
+
+
 def test_pairs_of_a_beginning_and_of_the_tail():
     q, k, v = tokens(12, 4, 2)
     cache = RaggedKVCache(1, 2, DIM, 12)
