@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 native-test:
 	$(PYTHON) tests/native/run.py

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, halves of pairs
 _numbers = count(1)  # of figures, for the ids that label them
@@ -139,16 +140,14 @@ def y_axis(scale: Scale, x: float, right: float, label: str | None = None) -> st
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, in their order, at least `gap` apart, within the bounds where there is room."""
+    """Positions near the wanted ones, in their order, `gap` apart at least, or as far as the bounds have room for.
+
+    The nearest ones in squares: less i * gap, positions need only not fall."""
     order = np.argsort(wanted, kind="stable")
-    placed = np.asarray(wanted, dtype=float)[order]
-    for _ in range(50):
-        for i in range(1, len(placed)):
-            lack = gap - (placed[i] - placed[i - 1])
-            if lack > 1e-6:
-                placed[i - 1] -= lack / 2
-                placed[i] += lack / 2
-        placed = np.clip(placed, low, high)
+    gap = min(gap, (high - low) / max(1, len(order) - 1))
+    steps = gap * np.arange(len(order))
+    nearest = isotonic_regression(np.asarray(wanted, dtype=float)[order] - steps).x
+    placed = np.clip(nearest, low, max(low, high - steps[-1])) + steps
     out = np.empty(len(placed))
     out[order] = placed
     return [float(v) for v in out]

@@ -29,8 +29,8 @@ class Deciders {
       for (int i = 0; i < 6; i++) spread_[g * 6 + i] = 0.02f * float(1 << (2 * i));
     }
   }
-  dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr}; }
-  dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr}; }
+  dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
+  dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
   dpllm::Selection mixed() const {
     return {mixed_, kGroups, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr};
   }
@@ -39,7 +39,7 @@ class Deciders {
     return {nullptr, 0, diagonals_, spread_, 6, 2, probe, corrections_, 0.1f, 3, nullptr};
   }
   static dpllm::Selection callback(int32_t (*choose)(int32_t, const float*)) {
-    return {nullptr, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose};
+    return {nullptr, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose, nullptr, 0};
   }
   const int32_t* widths() const { return fixed_; }
   static dpllm::Selection behind(dpllm::Selection s, int tokens) {

@@ -48,7 +48,8 @@ def test_a_scale_is_linear():
 def test_labels_are_moved_apart(wanted):
     placed = apart(wanted, 15, 0, 300)
     order = sorted(range(len(wanted)), key=lambda i: (placed[i], wanted[i]))
-    assert all(placed[b] - placed[a] >= 12 for a, b in pairwise(order))
+    assert all(placed[b] - placed[a] >= 15 - 1e-6 for a, b in pairwise(order))
+    assert all(-1e-6 <= p <= 300 + 1e-6 for p in placed)
     assert sorted(wanted) == [wanted[i] for i in order] or len(set(wanted)) < len(wanted)
 
 
