@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 native-test:
 	$(PYTHON) tests/native/run.py

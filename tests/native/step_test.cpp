@@ -32,7 +32,7 @@ class Deciders {
   dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
   dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
   dpllm::Selection mixed() const {
-    return {mixed_, kGroups, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr};
+    return {mixed_, kGroups, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0};
   }
   // With a probe, and corrections that differ from token to token.
   dpllm::Selection probed(const float* probe) const {
