@@ -35,6 +35,22 @@ def signed(n, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def load_fours(x, at, ASM: tl.constexpr):
+    """Packed pairs 2 at and 2 at + 1 of x (int32 words), at tiled as the weights are: their layout must not change.
+
+    Two neighbouring words at a time, which are 16 aligned bytes.
+    """
+    if ASM:
+        found = tl.inline_asm_elementwise(
+            """ld.global.v4.b32 {$0, $2, $1, $3}, [$4];""",
+            "=r,=r,=r,=r,l,l", [(x + 2 * at).to(tl.int64)], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        found = tl.load(x + 2 * at), tl.load(x + (2 * at + 1))
+    return found
+
+
+@triton.jit
 def int8_gemv_kernel(
     x_ptr, factor_ptr, w_ptr, scale_ptr, y_ptr, N, KW4, R: tl.constexpr, BKW: tl.constexpr, EVEN: tl.constexpr,
     ASM: tl.constexpr,
@@ -46,7 +62,7 @@ def int8_gemv_kernel(
     w = w_ptr.to(tl.pointer_type(tl.uint32))
     row_a = w + tl.minimum(first, N - 1).to(tl.int64)[:, None] * KW
     row_b = w + tl.minimum(first + R, N - 1).to(tl.int64)[:, None] * KW
-    x = (x_ptr + token * (4 * KW)).to(tl.pointer_type(tl.uint64))
+    x = (x_ptr + token * (4 * KW)).to(tl.pointer_type(tl.uint32))
     kw = tl.arange(0, BKW)[None, :]
     sum_a, sum_b = tl.zeros([R, BKW], tl.float32), tl.zeros([R, BKW], tl.float32)
     for k0 in range(0, KW, BKW):
@@ -54,9 +70,10 @@ def int8_gemv_kernel(
         at = k0 + kw
         a = pairs_of_bytes(load_words(row_a + at, inside), ASM)
         b = pairs_of_bytes(load_words(row_b + at, inside), ASM)
-        four = load_words(x + tl.broadcast_to(at, [R, BKW]), inside)
-        sum_a, sum_b = multiply(a[0], b[0], four.to(tl.uint32), sum_a, sum_b, ASM)
-        sum_a, sum_b = multiply(a[1], b[1], (four >> 32).to(tl.uint32), sum_a, sum_b, ASM)
+        there = at if EVEN else tl.where(inside, at, at % 2)  # behind the end: any number, as weights are 0 there
+        four = load_fours(x, tl.broadcast_to(there, [R, BKW]), ASM)
+        sum_a, sum_b = multiply(a[0], b[0], four[0], sum_a, sum_b, ASM)
+        sum_a, sum_b = multiply(a[1], b[1], four[1], sum_a, sum_b, ASM)
     y_a, y_b = tl.sum(own_sums(sum_a, ASM), 1), tl.sum(own_sums(sum_b, ASM), 1)
     finish(y_a, first, N, token, y_ptr, factor_ptr, scale_ptr, None)
     finish(y_b, first + R, N, token, y_ptr, factor_ptr, scale_ptr, None)

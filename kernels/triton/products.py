@@ -26,7 +26,7 @@ WARPS = 4
 FEW_ROWS = 4  # served row by row, each as if it were alone
 MANY_ROWS = 128  # from here on a dense float16 block is made and multiplied by cuBLAS
 BLOCK_BYTES = 32 << 20  # of that block: it stays in the L2 cache of large GPUs
-OUTPUTS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def gemv(
@@ -40,20 +40,19 @@ def gemv(
     multiplies dequantised weights.
     """
     _check(x, w.in_features)
-    if bits.shape != (len(x),) or bits.dtype != torch.int32:
-        raise ValueError(
-            f"widths {list(bits.shape)}, {bits.dtype}: int32 [{len(x)}], one for each row, is needed."
-        )
+    if bits.shape != (len(x),):
+        raise ValueError(f"widths {list(bits.shape)} do not match {len(x)} rows of activations.")
     if torch.is_grad_enabled() and x.requires_grad:
-        return _differentiable(x, w, bits, bias)
-    y = x.new_empty(len(x), w.out_features) if out is None else _checked_out(out, x, w.out_features)
+        y = _differentiable(x, w, bits, bias)
+        return y if out is None else out.copy_(y)
+    straight = out is not None and out.shape == (len(x), w.out_features) and out.is_contiguous()
+    y = out if straight and out.dtype in DTYPES else x.new_empty(len(x), w.out_features)
     if y.numel():
-        low, high = w.widths
-        bits = bits.contiguous()
+        bits = bits.to(torch.int32).contiguous()
         torch.ops.dpllm.bitplane_product(
-            x, w.planes, w.tables, w.table_count, w.seed_bits, w.scale, bias, bits, low, high, y
+            x, w.planes, w.tables, w.table_count, w.seed_bits, w.scale, bias, bits, *w.widths, y
         )
-    return y
+    return y if out is None or y is out else out.copy_(y)
 
 
 def matmul(x: Tensor, w: TritonWeight) -> Tensor:
@@ -123,7 +122,7 @@ def bitplane_product(
             grid = triton.cdiv(n, 64), triton.cdiv(m, bm)
             gemm_kernel[grid](
                 *pointers, m, n, words // 4, table_count, share, low, high, seed_bits, 64, bm, step,
-                words % step == 0, ASM, num_warps=WARPS,
+                words % step == 0, ASM, num_warps=WARPS, num_stages=1,
             )  # fmt: skip
 
 
@@ -139,7 +138,7 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> None:
     with torch.cuda.device_of(x):
         halves, factor = halves_of(x, k)
         if m <= FEW_ROWS:
-            step = 256 if words % 256 == 0 else _step(words)
+            step = _step(words)
             int8_gemv_kernel[(m, triton.cdiv(n, 2 * WARPS))](
                 halves, factor, values, scale, out, n, words // 4, WARPS, step, words % step == 0, ASM,
                 num_warps=WARPS,
@@ -147,7 +146,7 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> None:
         else:
             bm = min(64, max(16, triton.next_power_of_2(m)))
             grid = triton.cdiv(n, 64), triton.cdiv(m, bm)
-            int8_gemm_kernel[grid](halves, factor, values, scale, out, m, n, k, 64, bm, 64, num_warps=WARPS)
+            int8_gemm_kernel[grid](halves, factor, values, scale, out, m, n, k, 64, bm, 64, num_warps=WARPS, num_stages=2)
 
 
 @torch.library.custom_op(
@@ -209,17 +208,11 @@ def _by_blocks(x: Tensor, n: int, k: int, dense) -> Tensor:
 
 def _check(x: Tensor, columns: int) -> None:
     """The kernels trust their caller; what does not match would be read beyond its end."""
-    if x.ndim != 2 or x.shape[1] != columns or x.dtype not in OUTPUTS:
+    if x.ndim != 2 or x.shape[1] != columns or x.dtype not in DTYPES:
         raise ValueError(
             f"activations {list(x.shape)}, {x.dtype} do not match a matrix of {columns} columns: "
             "float16, bfloat16 or float32 [M, K] is needed."
         )
-
-
-def _checked_out(out: Tensor, x: Tensor, n: int) -> Tensor:
-    if out.shape != (len(x), n) or out.dtype not in OUTPUTS or not out.is_contiguous():
-        raise ValueError(f"out {list(out.shape)}, {out.dtype}: contiguous [{len(x)}, {n}] is needed.")
-    return out
 
 
 def _differentiable(x: Tensor, w: TritonWeight, bits: Tensor, bias: Tensor | None) -> Tensor:
