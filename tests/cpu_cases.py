@@ -3,7 +3,7 @@ that this processor runs."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import pytest
@@ -65,7 +65,11 @@ class Weights:
             seed_bits=lo,
             scale=None if scale is None else torch.from_numpy(scale),
         )
-        self.prepared: PreparedWeight = prepare(self.stored)
+
+    @cached_property
+    def prepared(self) -> PreparedWeight:
+        """For the CPU kernels."""
+        return prepare(self.stored)
 
     def table(self, bits: int) -> np.ndarray:
         """[N, 2^bits] float64: what each row's codes mean, the row's scale included."""
