@@ -1,5 +1,7 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
+# make gpu-code   compiles every GPU kernel for five targets and compares with tests/gpu_code.json; needs no GPU
+#                 make gpu-code OTHER_TRITON=3.9.0   the same with another Triton, in build/, figures for information
 # make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
 # make neon-test     the same code for aarch64, under qemu-user
 PYTHON ?= python3
@@ -8,14 +10,21 @@ BIN := $(VENV)/bin
 # Where torch comes from; https://download.pytorch.org/whl/cpu saves gigabytes on Linux without a GPU.
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
+# The Triton that tests/gpu_code.json describes, where torch does not bring one (its CUDA builds do).
+TRITON := triton==3.6.0; sys_platform=="linux" and platform_machine=="x86_64"
+OTHER_TRITON ?=
 
-.PHONY: demo test native-test neon-test lint types bench clean
+.PHONY: demo test gpu-code native-test neon-test lint types bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+gpu-code: $(STAMP)
+	$(if $(OTHER_TRITON),$(BIN)/pip install --quiet --no-deps --target build/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON))
+	$(if $(OTHER_TRITON),PYTHONPATH=build/triton-$(OTHER_TRITON)) $(BIN)/python tests/gpu_code.py --all
 
 native-test:
 	$(PYTHON) tests/native/run.py
@@ -47,6 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dpllm needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check '$(TRITON)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 

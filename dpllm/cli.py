@@ -40,7 +40,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on the
 Threads = Annotated[Optional[int], typer.Option("--threads", help="CPU threads; default: one per core.")]  # noqa: UP045
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="cpu, cpu:INSTRUCTION_SET or reference; default: the best there is."),
+    typer.Option(
+        "--backend", help="cpu, cpu:INSTRUCTION_SET, triton or reference; default: the best there is."
+    ),
 ]
 Accuracy = Annotated[
     str,

@@ -13,7 +13,9 @@ from dpllm.kernels.cpu.functions import CpuKernels, prepare
 from dpllm.kernels.cpu.library import CpuOptions, Handle
 from dpllm.kernels.errors import InputError
 
-NAMES = ("cpu", "reference")
+NAMES = ("cpu", "triton", "reference")
+TRITON = (3, 6)  # oldest version the GPU kernels are checked with
+CAPABILITY = (8, 0)  # tensor cores that multiply 16 x 8 x 16 float16
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,62 @@ def _cpu(options: CpuOptions, reason: str) -> Backend:
     )
 
 
+def _triton(device: torch.device, reason: str) -> Backend:
+    """The GPU's kernels, where nothing is `_lacking_for_triton`."""
+    from dpllm.kernels.triton import products
+
+    return Backend(
+        name="triton",
+        reason=f"{reason}; {torch.cuda.get_device_name(device)}, {_capability(device)}",
+        prepare=products.prepare,
+        gemv=products.gemv,
+        matmul=products.matmul,
+        dequantize=products.dequantize,
+        int8_linear=products.int8_linear,
+        select=reference.select,
+        decode_attention=reference.decode_attention,
+    )
+
+
+def _lacking_for_triton(device: torch.device) -> str | None:
+    """Why the GPU's kernels cannot run on a device, with what to do; None where they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: it needs a CUDA build of torch and an NVIDIA driver"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"the GPU is {_capability(device)}, and they need sm_80 (Ampere) or newer"
+    try:
+        import triton
+    except ImportError as e:
+        return f"triton cannot be imported ({' '.join(str(e).split())[:80]}): pip install 'dpllm[triton]'"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
+        oldest = ".".join(map(str, TRITON))
+        return f"triton is {triton.__version__}: pip install --upgrade 'triton>={oldest}'"
+    return None
+
+
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _choose_for_gpu(name: str | None, device: torch.device) -> Backend:
+    lacking = _lacking_for_triton(device)
+    if lacking is None:
+        return _triton(device, "asked for by name" if name else "compiled for this GPU")
+    if name is not None:
+        raise InputError(f"backend 'triton' cannot be used on {device}: {lacking}.")
+    return _reference(f"torch operations on {device}; no kernels of ours there: {lacking}")
+
+
 def choose_backend(
     name: str | None = None, device: torch.device | str = "cpu", options: CpuOptions | None = None
 ) -> Backend:
     """The named backend, or the best this machine has for the device.
 
-    name: 'cpu' (or 'cpu:ISA' for one instruction set), 'reference', or None to choose.
+    name: 'cpu' (or 'cpu:ISA' for one instruction set), 'triton' (CUDA devices), 'reference', or None to choose.
     Raises InputError for a name that does not exist or cannot run here.
     """
-    options = options or CpuOptions()
+    options, where = options or CpuOptions(), torch.device(device)
     if name is not None:
         kind, _, isa = name.partition(":")
         if kind not in NAMES or (isa and kind != "cpu"):
@@ -83,10 +132,16 @@ def choose_backend(
             )
         if kind == "reference":
             return _reference("asked for by name")
-        if torch.device(device).type != "cpu":
+        if kind == "triton" and where.type != "cuda":
+            raise InputError(f"backend 'triton' runs on CUDA devices, not on {device}. Use --backend cpu.")
+        if kind == "triton":
+            return _choose_for_gpu(name, where)
+        if where.type != "cpu":
             raise InputError(f"backend '{name}' runs on the CPU, not on {device}. Use --backend reference.")
         options = CpuOptions(options.threads, options.pin, isa or options.isa, options.accuracy)
-    elif torch.device(device).type != "cpu":
+    elif where.type == "cuda":
+        return _choose_for_gpu(None, where)
+    elif where.type != "cpu":
         return _reference(
             f"torch operations on {device}; no faster backend for it is built into this version"
         )

@@ -20,7 +20,9 @@ def assembly(kernel: Any) -> list[str]:
     return re.findall(r'inline_asm_elementwise\(\s*"""(.*?)"""', inspect.getsource(kernel.fn), re.S)
 
 
-def run(text: str, outputs: int, inputs: list[np.ndarray], memory: np.ndarray | None = None) -> list[np.ndarray]:
+def run(
+    text: str, outputs: int, inputs: list[np.ndarray], memory: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Values of $0 .. after the text, given those of the operands behind them. memory: bytes from address 0."""
     registers: dict[str, Any] = {f"${outputs + i}": v for i, v in enumerate(inputs)}
     registers["%laneid"] = lane.astype(np.uint32)

@@ -1,11 +1,12 @@
-"""Activations as the products read them: float16, rows padded to whole words, with a factor where float16 is narrower."""
+"""Activations as the products read them: float16, rows padded to whole words, and a factor for wider types."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -18,8 +19,8 @@ def halve_kernel(x_ptr, row_stride, out_ptr, factor_ptr, K, KP, BLOCK: tl.conste
         largest = tl.zeros([BLOCK], tl.float32)
         for k0 in range(0, K, BLOCK):
             x = tl.load(x_ptr + m * row_stride + k0 + column, mask=k0 + column < K, other=0.0).to(tl.float32)
-            x = tl.abs(x)
-            largest = tl.maximum(largest, tl.where(x < float("inf"), x, 0.0))  # neither infinities nor NaN count
+            x = tl.abs(x)  # neither infinities nor NaN count:
+            largest = tl.maximum(largest, tl.where(x < float("inf"), x, 0.0))
         exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
         exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)  # its reciprocal is a number, too
         factor = exponent.to(tl.float32, bitcast=True)
@@ -30,19 +31,26 @@ def halve_kernel(x_ptr, row_stride, out_ptr, factor_ptr, K, KP, BLOCK: tl.conste
         tl.store(out_ptr + m * KP + k0 + column, (x * factor).to(tl.float16), mask=k0 + column < KP)
 
 
+def halve(x: Tensor, out: Tensor, factor: Tensor | None) -> None:
+    """out [M, columns] and, where given, factor [M] from x [M, K], K <= columns."""
+    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    columns = out.shape[1]
+    if out.numel():
+        block = min(4096, triton.next_power_of_2(columns))
+        halve_kernel[(len(x),)](x, x.stride(0), out, factor, x.shape[1], columns, block)
+
+
 def halves_of(x: Tensor, columns: int) -> tuple[Tensor, Tensor | None]:
     """(float16 [M, columns], float32 [M] or None): x = first * second, row by row, zeros behind x's own columns.
 
-    x: [M, K], K <= columns. float16 of the right shape is passed on as it is. Wider types are divided by a power of two, so
-    that any range fits; what is lost are bits 12 and on, and values 2^24 times smaller than their row's largest.
+    x: [M, K], K <= columns. float16 that lies as it should is passed on as it is. Wider types are divided by a power
+    of two, so that any range fits; what is lost are bits 12 and on, and values 2^24 times smaller than their row's
+    largest.
     """
-    x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     narrow = x.dtype == torch.float16
     if narrow and x.shape[1] == columns and x.is_contiguous() and x.data_ptr() % 16 == 0:
         return x, None
     out = torch.empty(len(x), columns, dtype=torch.float16, device=x.device)
     factor = None if narrow else torch.empty(len(x), device=x.device)
-    if len(x):
-        block = min(4096, triton.next_power_of_2(columns))
-        halve_kernel[(len(x),)](x, x.stride(0), out, factor, x.shape[1], columns, block)
+    halve(x, out, factor)
     return out, factor

@@ -1,13 +1,15 @@
 """From bitplanes to float16 values, in registers: what every kernel that reads quantised weights shares.
 
-A word of a plane holds one bit of 32 weights. `words_of` transposes B such words, bit by bit, into words of whole codes:
-8 codes of 4 bits each or 4 codes of 8 bits. `pairs_of` looks the codes of a word up and gives packed pairs of float16;
-pair m of word kw holds columns 2 * (m * KW + kw) and the next (pack.py puts them there), so that the activations of a
-pair are one aligned 32-bit word, and those of neighbouring kw lie side by side.
+A word of a plane holds one bit of 32 weights. `words_of` transposes B such words, bit by bit, into words of whole
+codes: 8 codes of 4 bits each or 4 codes of 8 bits. `pairs_of` looks the codes of a word up and gives packed pairs of
+float16; pair m of word kw holds columns 2 * (m * KW + kw) and the next (pack.py puts them there), so that the
+activations of a pair are one aligned 32-bit word, and those of neighbouring kw lie side by side.
 
-Widths up to 4 look up with byte permutations: a table of 2^B float16 values sits in registers as its low bytes and its
-high bytes, and one PRMT translates four codes at once. Wider tables are gathered from memory: a table of 64 values is
-one line of the L1 cache.
+Where the values come from, by width:
+2-4   byte permutations: a row's 2^B float16 values sit in registers as low bytes and high bytes, and one PRMT
+      translates four codes.
+5, 6  shuffles: the lanes of a warp, which are all in one row (LANES), hold its 32 or 64 values between them.
+7, 8  loads: a row's 256 values are four lines of the L1 cache. Also 5 and 6 where a warp has many rows.
 
 ASM=False computes the same without inline assembly, for Triton's interpreter, which has none.
 """
@@ -74,10 +76,10 @@ def load_planes(w_ptr, at, plane, mask, FIRST: tl.constexpr, LAST: tl.constexpr)
     words = ()
     for j in tl.static_range(FIRST, LAST):
         if mask is None:
-            q = tl.load(w_ptr + (at + j * plane), eviction_policy="evict_first")
+            q = tl.load((w_ptr + j * plane) + at, eviction_policy="evict_first")
         else:
-            q = tl.load(w_ptr + (at + j * plane), mask=mask, other=0, eviction_policy="evict_first")
-        words = words + (q.to(tl.uint32, bitcast=True),)
+            q = tl.load((w_ptr + j * plane) + at, mask=mask, other=0, eviction_policy="evict_first")
+        words = words + (q.to(tl.uint32, bitcast=True),)  # noqa: RUF005 (no stars in kernels)
     return words
 
 
@@ -126,7 +128,7 @@ def load_table(table_ptr, table, B: tl.constexpr, BKW: tl.constexpr, LANES: tl.c
         words = table_ptr.to(tl.pointer_type(tl.uint32)) + (table << (B - 1))
         found = ()
         for j in tl.static_range(2 ** (B - 1)):
-            found = found + (tl.load(words + j),)
+            found = found + (tl.load(words + j),)  # noqa: RUF005
     elif ASM and LANES and (B == 5 or B == 6):
         found = (lane_entries(tl.broadcast_to(table_ptr + (table << (B + 1)), [table.shape[0], BKW]), B),)
     else:

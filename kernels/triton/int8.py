@@ -60,17 +60,17 @@ def int8_gemv_kernel(
     KW = KW4 * 4
     first = tl.program_id(1) * (2 * R) + tl.arange(0, R)
     w = w_ptr.to(tl.pointer_type(tl.uint32))
-    row_a = w + tl.minimum(first, N - 1).to(tl.int64)[:, None] * KW
-    row_b = w + tl.minimum(first + R, N - 1).to(tl.int64)[:, None] * KW
+    row_a, row_b = tl.minimum(first, N - 1)[:, None] * KW, tl.minimum(first + R, N - 1)[:, None] * KW
     x = (x_ptr + token * (4 * KW)).to(tl.pointer_type(tl.uint32))
     kw = tl.arange(0, BKW)[None, :]
     sum_a, sum_b = tl.zeros([R, BKW], tl.float32), tl.zeros([R, BKW], tl.float32)
     for k0 in range(0, KW, BKW):
         inside = None if EVEN else (k0 + kw < KW)
         at = k0 + kw
-        a = pairs_of_bytes(load_words(row_a + at, inside), ASM)
-        b = pairs_of_bytes(load_words(row_b + at, inside), ASM)
-        there = at if EVEN else tl.where(inside, at, at % 2)  # behind the end: any number, as weights are 0 there
+        a = pairs_of_bytes(load_words(w + (row_a + at), inside), ASM)
+        b = pairs_of_bytes(load_words(w + (row_b + at), inside), ASM)
+        # Behind the end, where weights are 0, any of the row's own numbers will do.
+        there = at if EVEN else tl.where(inside, at, at % 2)
         four = load_fours(x, tl.broadcast_to(there, [R, BKW]), ASM)
         sum_a, sum_b = multiply(a[0], b[0], four[0], sum_a, sum_b, ASM)
         sum_a, sum_b = multiply(a[1], b[1], four[1], sum_a, sum_b, ASM)

@@ -6,17 +6,18 @@ Each is a torch custom operator with a fake implementation, so graph capture and
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from dpllm.kernels.triton.activations import halves_of
+import triton
+from dpllm.kernels.triton.activations import halve, halves_of
 from dpllm.kernels.triton.gemm import dequantize_kernel, gemm_kernel
 from dpllm.kernels.triton.gemv import gemv_kernel
 from dpllm.kernels.triton.int8 import int8_gemm_kernel, int8_gemv_kernel
-from dpllm.kernels.triton.pack import TritonWeight, prepare, table_offset
+from dpllm.kernels.triton.pack import MAX_WORDS, TritonWeight, prepare, table_offset
 from dpllm.kernels.weight import WORD, Int8Weight
 
 __all__ = ["dequantize", "gemv", "int8_linear", "matmul", "prepare"]
@@ -81,7 +82,8 @@ def int8_linear(x: Tensor, w: Int8Weight) -> Tensor:
     """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
     n, k = w.values.shape
     _check(x, k)
-    if (torch.is_grad_enabled() and x.requires_grad) or k % 16 or not w.values.is_contiguous():
+    odd = k % 16 or not w.values.is_contiguous() or n * k > 4 * MAX_WORDS
+    if odd or (torch.is_grad_enabled() and x.requires_grad):
         return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
     if len(x) >= MANY_ROWS:
         return _by_blocks(x, n, k, lambda rows: _scaled(w, slice(rows.start, rows.stop)))
@@ -146,7 +148,9 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> None:
         else:
             bm = min(64, max(16, triton.next_power_of_2(m)))
             grid = triton.cdiv(n, 64), triton.cdiv(m, bm)
-            int8_gemm_kernel[grid](halves, factor, values, scale, out, m, n, k, 64, bm, 64, num_warps=WARPS, num_stages=2)
+            int8_gemm_kernel[grid](
+                halves, factor, values, scale, out, m, n, k, 64, bm, 64, num_warps=WARPS, num_stages=2
+            )
 
 
 @torch.library.custom_op(
@@ -170,7 +174,18 @@ def dequantize_rows(
         )  # fmt: skip
 
 
-for _operator in (bitplane_product, int8_product, dequantize_rows):
+@torch.library.custom_op(
+    "dpllm::halve",
+    mutates_args=("out", "factor"),
+    schema="(Tensor x, Tensor(a!) out, Tensor(b!) factor) -> ()",
+)
+def halve_rows(x: Tensor, out: Tensor, factor: Tensor) -> None:
+    """float16 out [M, K] times float32 factor [M] is x [M, K]: see activations.halves_of."""
+    with torch.cuda.device_of(x):
+        halve(x, out, factor)
+
+
+for _operator in (bitplane_product, int8_product, dequantize_rows, halve_rows):
     _operator.register_fake(lambda *args: None)  # shapes stand in `out`
 
 
@@ -195,15 +210,19 @@ def _scaled(w: Int8Weight, rows: slice) -> Tensor:
     return (w.values[rows] * w.scale[rows].float()[:, None]).to(torch.float16)
 
 
-def _by_blocks(x: Tensor, n: int, k: int, dense) -> Tensor:
+def _by_blocks(x: Tensor, n: int, k: int, dense: Callable[[range], Tensor]) -> Tensor:
     """x [M, K] times blocks of rows that `dense` makes as float16, [M, N] in x's dtype."""
-    halves, factor = halves_of(x, k)
+    halves, factor = x, None
+    if x.dtype != torch.float16:
+        halves = torch.empty(len(x), k, dtype=torch.float16, device=x.device)
+        factor = torch.empty(len(x), device=x.device)
+        torch.ops.dpllm.halve(x, halves, factor)
     y = torch.empty(len(x), n, dtype=torch.float16, device=x.device)
     rows = max(1, BLOCK_BYTES // (2 * k))
     for first in range(0, n, rows):
         block = range(first, min(first + rows, n))
         y[:, block.start : block.stop] = halves @ dense(block).T
-    return y.to(x.dtype) if factor is None else (y.float() * factor[:, None]).to(x.dtype)
+    return y if factor is None else (y.float() * factor[:, None]).to(x.dtype)
 
 
 def _check(x: Tensor, columns: int) -> None:

@@ -75,7 +75,7 @@ def test_the_reference_by_name():
 
 @pytest.mark.parametrize("name", ["abacus", "", "CPU", "reference:avx2", "cuda", "abacus:portable"])
 def test_unknown_backends(name):
-    with refuses(f"unknown kernel backend '{name}'.*cpu, reference"):
+    with refuses(f"unknown kernel backend '{name}'.*cpu, triton, reference"):
         choose_backend(name)
 
 

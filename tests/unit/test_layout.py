@@ -79,7 +79,8 @@ def test_packages_listed_are_the_folders_with_python_files(setuptools_table):
 def test_packages_are_mapped_to_their_folders(setuptools_table):
     expected = {f if f == "dpllm" else f"dpllm.{f}": f for f in FOLDERS}
     for part in ("cpu", "triton"):
-        expected[f"dpllm.kernels.{part}"] = f"kernels/{part}"  # a namespace folder does not lend its sub-packages a place
+        # a namespace folder does not lend its sub-packages a place
+        expected[f"dpllm.kernels.{part}"] = f"kernels/{part}"
     assert setuptools_table["package-dir"] == expected
     for package in setuptools_table["packages"]:
         parts = package.split(".")

@@ -54,7 +54,8 @@ def test_byte_permutations_look_up(rng, width):
 
 @pytest.mark.parametrize("width", [5, 6])
 def test_lanes_share_a_table(rng, width):
-    load, (text,) = ptx.assembly(codes.lane_entries)[width - 5], ptx.assembly([codes.shuffled32, codes.shuffled64][width - 5])
+    load = ptx.assembly(codes.lane_entries)[width - 5]
+    (text,) = ptx.assembly([codes.shuffled32, codes.shuffled64][width - 5])
     for _ in range(20):
         table, digits = table_of(rng, width), rng.integers(0, 2**width, (32, 4))
         memory = np.concatenate([np.zeros(128, np.uint8), table.view(np.uint8)])
@@ -97,7 +98,8 @@ def test_tensor_cores_add_up_each_quads_own_columns(rng):
     for row in range(2):
         mine = [w.view(np.float32) for w in ptx.run(own, 2, sums[2 * row : 2 * row + 2])]
         assert (np.count_nonzero(mine, axis=0).reshape(8, 4).sum(1) == 1).all()
-        np.testing.assert_allclose(np.sum(mine, 0).reshape(8, 4).sum(1), exact[row].reshape(8, 4).sum(1), rtol=1e-5, atol=1e-5)
+        found, wanted = (v.reshape(8, 4).sum(1) for v in (np.sum(mine, 0), exact[row]))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_no_number_spoils_its_own_quad_only(rng):
