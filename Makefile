@@ -26,10 +26,6 @@ gpu-code: $(STAMP)
 	$(if $(OTHER_TRITON),$(BIN)/pip install --quiet --no-deps --target build/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON))
 	$(if $(OTHER_TRITON),PYTHONPATH=build/triton-$(OTHER_TRITON)) $(BIN)/python tests/gpu_code.py --all
 
-gpu-code: $(STAMP)
-	$(if $(OTHER_TRITON),$(BIN)/pip install --quiet --no-deps --target build/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON))
-	$(if $(OTHER_TRITON),PYTHONPATH=build/triton-$(OTHER_TRITON)) $(BIN)/python tests/gpu_code.py --all
-
 native-test:
 	$(PYTHON) tests/native/run.py
 	$(PYTHON) tests/native/run.py --sanitize thread

@@ -46,8 +46,11 @@ def gemv(
     if torch.is_grad_enabled() and x.requires_grad:
         y = _differentiable(x, w, bits, bias)
         return y if out is None else out.copy_(y)
-    straight = out is not None and out.shape == (len(x), w.out_features) and out.is_contiguous()
-    y = out if straight and out.dtype in DTYPES else x.new_empty(len(x), w.out_features)
+    shape = (len(x), w.out_features)
+    if out is not None and out.shape == shape and out.is_contiguous() and out.dtype in DTYPES:
+        y = out
+    else:
+        y = x.new_empty(*shape)
     if y.numel():
         bits = bits.to(torch.int32).contiguous()
         torch.ops.dpllm.bitplane_product(
