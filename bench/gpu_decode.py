@@ -95,7 +95,8 @@ class Rule:
         self.thresholds = torch.tensor(rows, device=DEVICE)
 
     def __call__(self, group: Group, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("evaluated on the device")
+        square = (x.float() ** 2) @ self.diagonals[group.index].float()
+        return group.seed_bits + (square[:, None] > self.thresholds[group.index]).sum(1, dtype=torch.int32)
 
 
 def columns_of(group: Group) -> int:

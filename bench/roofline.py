@@ -24,12 +24,9 @@ from dpllm.config import ModelConfig
 from dpllm.kernels.weight import MAX_TABLE_BITS
 from dpllm.shapes import SHAPES, shape
 
-# Instructions per weight of the main loop, compiled for sm_90, loads of weights and input included: a byte-permute
-# codebook at 3 and 4 bits, a codebook of the top three bits with affine ones below it beyond. 2 bits: counted as 3.
-INSTRUCTIONS = {2: 2.82, 3: 2.82, 4: 4.52, 5: 4.47, 6: 4.66, 7: 4.86, 8: 5.55}
-COMMITTED = (
-    Path(__file__).resolve().parents[1] / "kernels" / "triton" / "instructions.json"
-)  # {bits: per weight}
+CODE = (
+    Path(__file__).resolve().parents[1] / "tests" / "gpu_code.json"
+)  # of compiled kernels, checked by the tests
 DENSE, INT8 = 1.0, 1.5  # instructions per weight of fp16 and int8 products: loads and multiply-adds
 LANES = 128  # that a multiprocessor issues to in a cycle
 ATTAINED = 0.9  # of the published bandwidth, by long reads
@@ -46,10 +43,9 @@ class Launch:
 
 
 def instructions_per_weight() -> dict[int, float]:
-    """The committed counts where there are any, else those above."""
-    if not COMMITTED.exists():
-        return INSTRUCTIONS
-    return INSTRUCTIONS | {int(b): float(n) for b, n in json.loads(COMMITTED.read_text()).items()}
+    """Of the main loop of each width's product compiled for sm_90, loads of weights and input included."""
+    found = json.loads(CODE.read_text())["rows"]
+    return {b: found[f"gemv {b} sm_90"]["per_weight"] for b in range(2, 9)}
 
 
 def product(rows: int, columns: int, bits: float, per_weight: dict[int, float]) -> Launch:

@@ -56,20 +56,20 @@ class LatencyController:
         """bytes_for: what a token reads at some effective bits. least_bits: to read whatever it takes, for quality's
         sake. Raises InputError for a time that is no target."""
         self.cost, self.options, self._bytes_for = cost, options, bytes_for
-        self._low = max(least_bits, cost.bits[0])
         self.target_ms = 0.0
         self._ratios: deque[float] = deque(maxlen=options.window)  # log of time taken over the model's
         self.slowdown = 0.0  # log of the machine's factor
         self.trim = 0.0  # log of what is added to the target's time to make the median right
         self._bits: float | None = None
         self._saturated = 0  # -1 at the fewest bits, +1 at the most
-        self.retarget(target_ms)
+        self.retarget(target_ms, least_bits)
 
-    def retarget(self, target_ms: float) -> None:
+    def retarget(self, target_ms: float, least_bits: float = 0.0) -> None:
         """Another target from the next token on; what is known of the machine stays."""
         if not (math.isfinite(target_ms) and target_ms > 0):
             raise InputError(f"a target of {target_ms:g} ms per token is impossible. Give a time above 0.")
         self.target_ms, self._bits = target_ms, None
+        self._low = max(least_bits, self.cost.bits[0])
 
     def order(self, pairs: float) -> Order:
         """For the next token, with so many pairs in the cache."""

@@ -158,11 +158,6 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
 def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
     """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
     slows all of them alike. Raises InputError for a model without bits to choose."""
-    if engine.profile is None or not engine.quantized:
-        raise InputError(
-            f"{engine.path} has no calibration profile, so there is nothing to plan with. "
-            f"Run: dpllm calibrate {engine.path}"
-        )
     targets, contexts = _targets(engine), _contexts(engine)
     heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
     cells = [(t, 0) for t in targets] + [(targets[0], n) for n in contexts]
@@ -193,8 +188,7 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
 
 def _targets(engine: Engine) -> list[float]:
     """Effective bits to time, ends included."""
-    assert engine.profile is not None
-    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
+    low, high = engine.calibration().target_range(engine.planes)
     if high - low < 0.1:
         raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
     return [float(t) for t in np.linspace(low, high, POINTS)]
@@ -218,10 +212,4 @@ def _rising(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def _hash(engine: Engine) -> str:
-    assert engine.profile is not None
-    return engine.profile.overlay_hash
-
-
-def as_json(cost: CostModel) -> dict[str, Any]:
-    """The object of `dpllm profile --json`."""
-    return {"cost": asdict(cost)}
+    return engine.calibration().overlay_hash

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dpllm.decoder import Decoder
+from dpllm.generate_options import GenerateOptions
 from dpllm.kernels.errors import InputError
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
 from dpllm.policy import PrecisionPolicy
 from dpllm.speculation import Draft, PromptLookup, SelfDraft, obstacle
 
-if TYPE_CHECKING:
-    from dpllm.engine import GenerateOptions
-
-SPECULATE = ("auto", "off", "self", "lookup")
 HIGH_QUALITY = 6.0  # bits, from which 'auto' tries to speculate
 DRAFT_BITS = 3
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dpllm import reference
@@ -22,7 +23,8 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
 from dpllm.decoder import Decoder
-from dpllm.drafting import SPECULATE, Drafting
+from dpllm.drafting import Drafting
+from dpllm.generate_options import GenerateOptions
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
@@ -40,7 +42,7 @@ from dpllm.policy import (
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import Sampler
-from dpllm.speculation import Continuation, Passed, Tally
+from dpllm.speculation import Continuation, Draft, Passed, Tally
 from dpllm.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -48,44 +50,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 512
 DEFAULT_TARGET_BITS = 3.5
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """temperature 0 is greedy. stop: strings that end the text (not part of it).
-
-    speculate: where drafts come from that are checked several tokens a pass (dpllm/speculation.py). 'self': the
-    overlay itself at draft_bits (None: 3, or what is resident); 'lookup': earlier occurrences in prompt and output;
-    'auto': both for targets of 6 bits or more on the native kernels, else off. Where no draft is worth its time, there
-    is none. ignore_eos: go on behind the end-of-text token, for measurements.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    chat: bool = False
-    speculate: str = "auto"
-    draft_bits: int | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed.")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1].")
-        if "" in self.stop:
-            raise InputError("an empty stop string would stop at once. Give at least one character.")
-        if self.speculate not in SPECULATE:
-            raise InputError(f"speculate is '{self.speculate}'. Choose one of: {', '.join(SPECULATE)}.")
-        if self.draft_bits is not None and self.speculate not in ("auto", "self"):
-            raise InputError(
-                f"draft_bits is the width of a draft of the model itself; speculate '{self.speculate}' makes none. "
-                "Choose 'self', or leave draft_bits out."
-            )
 
 
 @dataclass(frozen=True)
@@ -121,6 +85,20 @@ class Engine:
         self.controller: LatencyController | QueryBudget | None = None
         self.drafting = Drafting(decoder)
 
+    @property
+    def planes(self) -> np.ndarray:
+        """int64 [G]: planes held of each group."""
+        return np.asarray([g.resident_bits for g in self.decoder.groups])
+
+    def calibration(self) -> CalibrationProfile:
+        """The profile. Raises InputError where there is none, so that there are no bits to choose or plan with."""
+        if self.profile is None or not self.quantized:
+            raise InputError(
+                f"{self.path} has no calibration profile, so there is nothing to choose or plan with. "
+                f"Run: dpllm calibrate {self.path}"
+            )
+        return self.profile
+
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
         """Changes policy or target; takes effect with the next token."""
         self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
@@ -131,7 +109,7 @@ class Engine:
         and keeps what it knows of the machine. cost: of this engine (dpllm/cost.py). least_bits: to read whatever it
         takes."""
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
-            self.controller.retarget(target_ms)
+            self.controller.retarget(target_ms, least_bits)
             return
         controller = LatencyController(cost, target_ms, self.bytes_for, least_bits=least_bits)
         self.set_policy("rate-distortion", controller.order(0).bits)
@@ -214,7 +192,7 @@ class Engine:
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
         ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)
-        if drafts := self.drafting.sources(options, self.policy, self.native, self.target_bits):
+        if drafts := self._drafts(options):
             before = [] if context is None else context.ids
             pacer = self.drafting.pacer(options, self.policy, self.target_bits, drafts)
             ahead.speculate([*before, *ids], drafts, pacer)
@@ -265,6 +243,16 @@ class Engine:
             self._steer(deciding, ahead.cache)
             passed = ahead.next(token, budget - count - 1)
 
+    def _drafts(self, options: GenerateOptions) -> list[Draft]:
+        """None under a budget: what a token may read depends on what the one before has read."""
+        if not isinstance(self.controller, QueryBudget):
+            return self.drafting.sources(options, self.policy, self.native, self.target_bits)
+        if options.speculate in ("self", "lookup"):
+            raise InputError(
+                "a budget is kept token by token, so drafts cannot be checked together. Leave out --speculate."
+            )
+        return []
+
     def _eos(self, options: GenerateOptions) -> tuple[int, ...]:
         return () if options.ignore_eos else self.decoder.config.eos_ids
 
@@ -274,8 +262,8 @@ class Engine:
             return
         order = self.controller.order(self.pairs(cache))
         # Kernels on a GPU know no allowance: a time per token does without it, a budget is worth the slower step.
-        spare = isinstance(self.step, GpuStep) and isinstance(self.controller, LatencyController)
-        policy.steer(order.bits, None if spare else order.most_bytes)
+        boundless = isinstance(self.step, GpuStep) and isinstance(self.controller, LatencyController)
+        policy.steer(order.bits, None if boundless else order.most_bytes)
 
     def _record(self, step: Step, cache: KVCache) -> None:
         """Tells the controller what a token took; the first one is the prompt's."""

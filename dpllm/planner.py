@@ -60,7 +60,6 @@ class Machine:
     """
 
     held: Mapping[int, int]
-    seed_bits: int
     read_bytes: Callable[[float], int]
     pairs: int
     pair_bytes: int
@@ -176,12 +175,7 @@ class Planner:
 
 def machine_of(engine: Engine) -> Machine:
     """What plans for this engine lean on. Raises InputError for a model without bits to choose."""
-    profile, c = engine.profile, engine.decoder.config
-    if profile is None or not engine.quantized:
-        raise InputError(
-            f"{engine.path} has no calibration profile, so there is nothing to plan with. "
-            f"Run: dpllm calibrate {engine.path}"
-        )
+    profile, c = engine.calibration(), engine.decoder.config
     overlay = Overlay.open(engine.path)
     high = max(g.resident_bits for g in engine.decoder.groups)
     uniform = {int(row[0]) for row in profile.resident if (row == row[0]).all()}
@@ -194,7 +188,7 @@ def machine_of(engine: Engine) -> Machine:
 
     head = engine.decoder.head_bytes() + profile.estimator_bytes()
     return Machine(
-        held={b: resident_bytes(overlay, b) for b in planes}, seed_bits=profile.bits[0],
+        held={b: resident_bytes(overlay, b) for b in planes},
         read_bytes=lambda bits: engine.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
         pair_bytes=2 * c.head_dim * engine.decoder.kv_dtype.itemsize, max_positions=c.max_positions,
         penalty=cache(penalty),

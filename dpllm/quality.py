@@ -95,14 +95,8 @@ class QualityModel:
 
 def quality_of(engine: Engine) -> QualityModel:
     """The measurement beside the overlay, else the calibration's estimate. Raises InputError without a profile."""
-    if engine.profile is None:
-        raise InputError(
-            f"{engine.path} has no calibration profile, so its quality is not known. Run: dpllm calibrate {engine.path}"
-        )
-    beside = engine.path / NAME
-    if beside.exists():
-        return QualityModel.load(beside, engine.profile.overlay_hash)
-    return estimated(engine.profile)
+    profile, beside = engine.calibration(), engine.path / NAME
+    return QualityModel.load(beside, profile.overlay_hash) if beside.exists() else estimated(profile)
 
 
 def estimated(profile: CalibrationProfile, resident: Resident = None) -> QualityModel:
@@ -138,16 +132,12 @@ def measure(
 ) -> QualityModel:
     """Decodes at every number of bits over a cache pruned to every ratio. Raises InputError for a text that is too
     short, or a model without bits to choose."""
-    if engine.profile is None or not engine.quantized:
-        raise InputError(
-            f"{engine.path} has no calibration profile, so there are no bits to choose. "
-            f"Run: dpllm calibrate {engine.path}"
-        )
+    profile = engine.calibration()
     documents = _documents(engine, text, options)
-    low, high = engine.profile.target_range(np.asarray([g.resident_bits for g in engine.decoder.groups]))
+    low, high = profile.target_range(engine.planes)
     bits = [low + step * (high - low) for step in STEPS]
-    policies = [make_policy("rate-distortion", b, engine.decoder, engine.profile) for b in bits]
-    most = StaticPolicy([g.resident_bits for g in engine.decoder.groups])
+    policies = [make_policy("rate-distortion", b, engine.decoder, profile) for b in bits]
+    most = StaticPolicy(engine.planes.tolist())
     sums = np.zeros((len(bits), len(KEEPS)))
     best = 0.0
     for number, ids in enumerate(documents):
@@ -168,7 +158,7 @@ def measure(
     progress("quality", len(documents), len(documents))
     tokens = len(documents) * options.following
     return QualityModel(
-        engine.profile.overlay_hash, text.name, tokens, tuple(bits), KEEPS[::-1],
+        profile.overlay_hash, text.name, tokens, tuple(bits), KEEPS[::-1],
         _falling((sums - best)[:, ::-1] / tokens),
     )  # fmt: skip
 

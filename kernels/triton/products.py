@@ -46,11 +46,11 @@ def gemv(
     if torch.is_grad_enabled() and x.requires_grad:
         y = _differentiable(x, w, bits, bias)
         return y if out is None else out.copy_(y)
-    shape = (len(x), w.out_features)
+    shape = len(x), w.out_features
     if out is not None and out.shape == shape and out.is_contiguous() and out.dtype in DTYPES:
         y = out
     else:
-        y = x.new_empty(*shape)
+        y = x.new_empty(shape)
     if y.numel():
         bits = bits.to(torch.int32).contiguous()
         torch.ops.dpllm.bitplane_product(
@@ -127,7 +127,7 @@ def bitplane_product(
             grid = triton.cdiv(n, 64), triton.cdiv(m, bm)
             gemm_kernel[grid](
                 *pointers, m, n, words // 4, table_count, share, low, high, seed_bits, 64, bm, step,
-                words % step == 0, ASM, num_warps=WARPS, num_stages=1, maxnreg=168,
+                words % step == 0, ASM, num_warps=WARPS, num_stages=1,
             )  # fmt: skip
 
 

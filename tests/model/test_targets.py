@@ -93,6 +93,9 @@ def test_a_text_reads_no_more_than_its_budget(engine):
         total = sum(read(engine, list(s.bits)) for s in steps)
         assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
         assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
+    assert not engine.tally.drafted
+    with pytest.raises(InputError, match="Leave out --speculate"):
+        next(engine.generate(PROMPT, GenerateOptions(4, speculate="self")))
     engine.set_policy("rate-distortion", 3.0)
     assert engine.controller is None
 

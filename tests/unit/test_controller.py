@@ -132,6 +132,10 @@ def test_least_bits_are_read_whatever_they_take():
     order = controller.order(0)
     assert order.bits == 3.2
     assert order.most_bytes is not None and order.most_bytes >= bytes_for(3.2)
+    controller.retarget(11.0, least_bits=2.6)
+    assert controller.order(0).bits == 2.6
+    controller.retarget(11.0)
+    assert controller.order(0).bits < 2.6
 
 
 def test_the_order_stays_where_little_changes():

@@ -86,6 +86,8 @@ def test_bytes_are_those_of_the_decoder(roofline):
     decoder = random_decoder(roofline.shape("tiny"), 4)
     read = sum(g.bytes_at[3 - g.seed_bits] for g in decoder.groups)
     products = [
-        x for x in roofline.step(roofline.shape("tiny"), 3, 0, roofline.INSTRUCTIONS) if x.instructions
+        x
+        for x in roofline.step(roofline.shape("tiny"), 3, 0, roofline.instructions_per_weight())
+        if x.instructions
     ]
     assert abs(sum(p.nbytes for p in products[:-1]) - read) < 1

@@ -22,7 +22,7 @@ QUALITY = QualityModel(
     nats=((0.5, 0.32, 0.3), (0.25, 0.06, 0.05), (0.2, 0.02, 0.01), (0.19, 0.01, 0.0)),
 )  # fmt: skip
 MACHINE = Machine(
-    held={3: 300, 4: 400, 6: 600}, seed_bits=2, read_bytes=lambda bits: round(bits * 100), pairs=64, pair_bytes=1,
+    held={3: 300, 4: 400, 6: 600}, read_bytes=lambda bits: round(bits * 100), pairs=64, pair_bytes=1,
     max_positions=32768, penalty=lambda planes, bits: 0.002 * (6 - planes) * (bits > planes - 1),
 )  # fmt: skip
 PLANNER = Planner(MACHINE, COST, QUALITY)
