@@ -11,7 +11,7 @@ from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.policy import Context, Hidden, ModelView, RepeatPrompts
 from dpllm.kvzip_bridge.recording import Watch, watched
 
-PIECE = 512  # tokens in one forward pass
+PIECE = 512  # tokens in one forward pass, about
 CUE = 8  # tokens of the chunk before, which say where to go on
 USEFUL = 32  # tokens of a chunk worth suggesting
 
@@ -45,7 +45,7 @@ def repeat(context: Context, ids: Tensor, watch: Watch, hidden: Hidden | None = 
     once the piece's keys are written, `hidden` each layer's input before that."""
     cache = watched(context.cache, watch)
     try:
-        for piece in ids.split(PIECE):
+        for piece in ids.tensor_split(max(1, round(len(ids) / PIECE))):  # no short rest: it reads all weights too
             context.model.forward(piece, cache, hidden)
     finally:
         context.cache.rewind(len(context.ids))
