@@ -142,24 +142,23 @@ def changing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[
 
 
 def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 96) -> list[dict]:
-    """Effective bits of whole queries under each mode."""
+    """Effective bits and time of whole queries under each mode."""
     rows = []
     for mode in ("average", "bounded"):
         if mode == "average":
             engine.set_policy("rate-distortion", bits)
         else:
             engine.hold_budget(bits)
-        found = []
+        found, ms = [], []
         for text in texts:
             steps = list(engine.generate(text, GenerateOptions(tokens, ignore_eos=True)))[1:]
             found.append(statistics.mean(s.effective_bits for s in steps))
-        low, middle, high = (round(float(v), 4) for v in np.percentile(found, (5, 50, 95)))
-        rows.append(
-            {
-                "what": "queries", "phase": f"{mode}, target {bits:g} bits", "queries": len(found), "bits_p5": low,
-                "bits_p50": middle, "bits_p95": high, "bits_most": round(max(found), 4),
-            }
-        )  # fmt: skip
+            ms.append(statistics.median(s.tpot_ms for s in steps))
+        row = {"what": "queries", "phase": f"{mode}, target {bits:g} bits", "queries": len(found)}
+        for name, values in (("bits", found), ("ms", ms)):
+            for q in (5, 50, 95):
+                row[f"{name}_p{q}"] = round(float(np.percentile(values, q)), 4)
+        rows.append({**row, "bits_most": round(max(found), 4)})
     return rows
 
 

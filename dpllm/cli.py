@@ -213,6 +213,7 @@ def generate(
         ),
     ] = "auto",
     draft_bits: Annotated[Optional[int], typer.Option(help="Width of drafts; default: 3.")] = None,  # noqa: UP045
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -222,6 +223,7 @@ def generate(
 
     Example: dpllm generate 'def fibonacci(n):' --target-bits 3.25, or --tpot-ms 25: as many bits as the time allows.
     """
+    from dpllm.commands.common import Hardware
     from dpllm.commands.generate import GenerateArguments, run
     from dpllm.engine import GenerateOptions
 
@@ -237,9 +239,7 @@ def generate(
             policy,
             resident_bits,
             max_memory,
-            threads,
-            backend,
-            accuracy,
+            Hardware(device, backend, threads, accuracy),
             json,
             context,
             tpot_ms,
@@ -260,6 +260,7 @@ def evaluate(
     target_bits: Annotated[str, typer.Option(help="Targets, separated by commas.")] = "2.5,3.25,4",
     context: Annotated[int, typer.Option(help="Tokens of each document to score, from its start.")] = 1024,
     max_tokens: Annotated[int, typer.Option(min=0, help="Stop after about this many tokens; 0 = all.")] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -267,9 +268,11 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Perplexity and effective bits of policies at targets, through the decode path."""
+    from dpllm.commands.common import Hardware
     from dpllm.commands.evaluate import run
 
-    run(text_file, overlay, policy, target_bits, context, max_tokens, threads, backend, accuracy, seed, json)
+    hardware = Hardware(device, backend, threads, accuracy)
+    run(text_file, overlay, policy, target_bits, context, max_tokens, hardware, seed, json)
 
 
 @contexts.command("build")
@@ -304,6 +307,7 @@ def build_context(
         bool, typer.Option("--chat", help="The text opens a chat; questions follow in the model's template.")
     ] = False,
     overlay: Overlay = None,
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -313,12 +317,13 @@ def build_context(
 
     Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
     """
+    from dpllm.commands.common import Hardware
     from dpllm.commands.context import BuildArguments, run
 
     run(
         BuildArguments(
-            text_file, out, keep, keep_tokens, keep_memory, policy, allocation, block, chunk, chat, overlay, threads,
-            backend, accuracy, json,
+            text_file, out, keep, keep_tokens, keep_memory, policy, allocation, block, chunk, chat, overlay,
+            Hardware(device, backend, threads, accuracy), json,
         )
     )  # fmt: skip
 
@@ -360,6 +365,7 @@ def profile(
         Optional[str],  # noqa: UP045
         typer.Option("--data", help="Your own text to measure quality on; implies --quality."),
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -369,10 +375,11 @@ def profile(
 
     They measure by themselves where nothing is stored. Run it again when the machine is quiet, or has changed.
     """
+    from dpllm.commands.common import Hardware
     from dpllm.commands.plan import MachineArguments
     from dpllm.commands.plan import profile as run
 
-    run(MachineArguments(overlay, threads, backend, accuracy, json), quality, data)
+    run(MachineArguments(overlay, Hardware(device, backend, threads, accuracy), json), quality, data)
 
 
 @app.command()
@@ -386,6 +393,7 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option("--cost", help="A stored 'dpllm profile' of this device; default: this machine's own."),
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -395,11 +403,12 @@ def plan(
 
     Example: dpllm plan --tpot-ms 25 --max-memory 4GB --context 16k
     """
+    from dpllm.commands.common import Hardware
     from dpllm.commands.plan import MachineArguments, targets_of
     from dpllm.commands.plan import plan as run
 
     targets = targets_of(tpot_ms, max_memory, max_quality_loss, context)
-    run(MachineArguments(overlay, threads, backend, accuracy, json), targets, cost)
+    run(MachineArguments(overlay, Hardware(device, backend, threads, accuracy), json), targets, cost)
 
 
 @app.command()
@@ -426,6 +435,7 @@ def bench(
     context: Annotated[
         int, typer.Option(min=0, help="Tokens already in the cache when decoding begins.")
     ] = 0,
+    device: Device = "cpu",
     threads: Threads = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep each thread on its core.")] = False,
     backend: Backend = None,
@@ -437,8 +447,10 @@ def bench(
     A shape needs no download: its weights are random, which changes neither bytes nor time.
     """
     from dpllm.commands.bench import BenchArguments, run
+    from dpllm.commands.common import Hardware
 
-    run(BenchArguments(model, bits, prompt, new_tokens, context, threads, pin, backend, accuracy, json))
+    hardware = Hardware(device, backend, threads, accuracy, pin)
+    run(BenchArguments(model, bits, prompt, new_tokens, context, hardware, json))
 
 
 @app.command()
@@ -485,6 +497,7 @@ def report(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")
     ] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     backend: Backend = None,
     accuracy: Accuracy = "balanced",
@@ -500,13 +513,15 @@ def report(
 
     DP-LLM's curve needs its own calibration: dpllm calibrate OVERLAY --dp-llm --targets 2.5,3,3.5,4
     """
-    from dpllm.commands.common import parse_targets
+    from dpllm.commands.common import Hardware, parse_targets
     from dpllm.commands.report import ReportArguments, policies_of, run
     from dpllm.engine import GenerateOptions
     from dpllm.report.measure import ReportOptions
 
     run(
-        ReportArguments(prompt, out, overlay, profile, text, context, threads, backend, accuracy, json),
+        ReportArguments(
+            prompt, out, overlay, profile, text, context, Hardware(device, backend, threads, accuracy), json
+        ),
         ReportOptions(
             target_bits, tpot_ms, policies_of(policies),
             None if targets is None else tuple(parse_targets(targets)), score_tokens, queries,

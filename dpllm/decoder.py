@@ -96,24 +96,24 @@ class Decoder:
 
         ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
         at each group; None reads every resident plane. observe: sees every group's input and output.
-        Returns [T, vocab] in fp32, or [1, vocab] with last_only, for which the last layer is computed for
-        one row behind its attention (and select and observe see just that row there). Differentiable when gradients are on and
-        no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
+        Returns [T, vocab] in fp32, or [1, vocab] with last_only; behind its attention the last layer is
+        computed for one row then, the only one that select and observe see there. Differentiable when gradients
+        are on and no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
         """
         x = self._embed(ids)
         rope = self._rope(cache.length if cache else 0, len(ids))
         for layer in self.layers:
             rows = slice(-1, None) if last_only and layer is self.layers[-1] else slice(None)
             if torch.is_grad_enabled() and self.recompute:
-                x = checkpoint(self._block, layer, x, rows, rope, cache, select, observe, use_reentrant=False)
+                x = checkpoint(self._block, layer, x, rope, cache, select, observe, rows, use_reentrant=False)
             else:
-                x = self._block(layer, x, rows, rope, cache, select, observe)
+                x = self._block(layer, x, rope, cache, select, observe, rows)
         if cache:
             cache.advance(len(ids))
         return self._head(self._rms_norm(x, self.norm)).float()
 
-    def _block(self, layer, x, rows, rope, cache, select, observe) -> Tensor:
-        """One layer, of which only some rows are wanted: behind attention, the others are not computed."""
+    def _block(self, layer, x, rope, cache, select, observe, rows=slice(None)) -> Tensor:
+        """One layer. rows: those that are wanted of it; behind attention, the others are not computed."""
 
         def apply(groups: list[Group], h: Tensor) -> Tensor:
             outs = [self._apply(g, h, select, observe) for g in groups]

@@ -30,8 +30,9 @@ class Drafting:
         policy: PrecisionPolicy | None,
         native: NativeStep | None,
         target_bits: float | None,
+        text: Sequence[int],
     ) -> list[Draft]:
-        """Sources of drafts, the cheapest first. Raises InputError where those asked for cannot be."""
+        """Sources of drafts behind a text, the cheapest first. Raises InputError where those asked for cannot be."""
         mode, why = options.speculate, obstacle(policy, native)
         if mode == "auto" and (why or native is None or (target_bits or 0) < HIGH_QUALITY):
             mode = "off"
@@ -42,7 +43,7 @@ class Drafting:
                 f"{why}, so drafts cannot be checked. Choose policy uniform, static or rate-distortion, or leave "
                 "--speculate out."
             )
-        lookup: list[Draft] = [PromptLookup()] if mode != "self" else []
+        lookup: list[Draft] = [PromptLookup(text)] if mode != "self" else []
         return lookup if mode == "lookup" else [*lookup, self._self_draft(options.draft_bits)]
 
     def pacer(
@@ -52,9 +53,9 @@ class Drafting:
         target_bits: float | None,
         drafts: Sequence[Draft],
     ) -> Pacer:
-        """What is known of drafts of this kind at this target."""
-        name = policy.name if policy else None
-        key = (name, target_bits, options.draft_bits, options.temperature, *(d.name for d in drafts))
+        """What is known of drafts of this kind at about this target."""
+        about = None if policy is None else (policy.name, round(target_bits or 0))
+        key = (about, options.draft_bits, options.temperature > 0, *(d.name for d in drafts))
         return self.pacers.setdefault(key, Pacer([d.longest for d in drafts]))
 
     def _self_draft(self, bits: int | None) -> SelfDraft:

@@ -192,10 +192,10 @@ class Engine:
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
         ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)
-        if drafts := self._drafts(options):
-            before = [] if context is None else context.ids
+        text = ids if context is None else [*context.ids, *ids]
+        if drafts := self._drafts(options, text):
             pacer = self.drafting.pacer(options, self.policy, self.target_bits, drafts)
-            ahead.speculate([*before, *ids], drafts, pacer)
+            ahead.speculate(text, drafts, pacer)
         self.tally = ahead.tally
         said: list[int] = []
         if isinstance(self.controller, QueryBudget):
@@ -243,10 +243,10 @@ class Engine:
             self._steer(deciding, ahead.cache)
             passed = ahead.next(token, budget - count - 1)
 
-    def _drafts(self, options: GenerateOptions) -> list[Draft]:
+    def _drafts(self, options: GenerateOptions, text: Sequence[int]) -> list[Draft]:
         """None under a budget: what a token may read depends on what the one before has read."""
         if not isinstance(self.controller, QueryBudget):
-            return self.drafting.sources(options, self.policy, self.native, self.target_bits)
+            return self.drafting.sources(options, self.policy, self.native, self.target_bits, text)
         if options.speculate in ("self", "lookup"):
             raise InputError(
                 "a budget is kept token by token, so drafts cannot be checked together. Leave out --speculate."

@@ -77,26 +77,30 @@ class SelfDraft:
 
 class PromptLookup:
     """What followed the last few tokens where they occurred before, in prompt or output; the longest and latest match.
-    Made for one text."""
+    Made for one text, which proposals continue."""
 
     name, longest, nbytes = "lookup", MAX_ROWS - 1, 0
     SIZES = (4, 3, 2)  # tokens that have to match, the most first
 
-    def __init__(self) -> None:
+    def __init__(self, text: Sequence[int] = ()) -> None:
         self._after: dict[tuple[int, ...], int] = {}  # tokens -> where their latest occurrence ended
         self._known = 0
+        self._read(text)
 
     def propose(self, text: Sequence[int], count: int, cache: KVCache, pick: Sampler) -> list[int]:
-        """See Draft. `text` goes on where it ended the last time."""
+        """See Draft."""
+        self._read(text)
+        for n in self.SIZES:
+            if len(text) >= n and (at := self._after.get(tuple(text[-n:]))) is not None:
+                return list(text[at : at + count])
+        return []
+
+    def _read(self, text: Sequence[int]) -> None:
         for end in range(self._known, len(text)):  # the last tokens of the text are no match for themselves
             for n in self.SIZES:
                 if end >= n:
                     self._after[tuple(text[end - n : end])] = end
         self._known = len(text)
-        for n in self.SIZES:
-            if len(text) >= n and (at := self._after.get(tuple(text[-n:]))) is not None:
-                return list(text[at : at + count])
-        return []
 
 
 @dataclass

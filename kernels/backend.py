@@ -141,7 +141,7 @@ def choose_backend(
         if kind == "reference":
             return _reference("asked for by name")
         if kind == "triton" and where.type != "cuda":
-            raise InputError(f"backend 'triton' runs on CUDA devices, not on {device}. Use --backend cpu.")
+            raise InputError(f"backend 'triton' runs on CUDA devices, not on {device}. Use --device cuda.")
         if kind == "triton":
             return _choose_for_gpu(name, where)
         if where.type != "cpu":

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dpllm.commands.common import cpu_options, note, print_json, stage_bars, stdout
+from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout
 from dpllm.decoder import Decoder
 from dpllm.gpu_step import fast_step
 from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import empty_planes
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.loading import LoadOptions, is_overlay, load_decoder
+from dpllm.loading import is_overlay, load_decoder
 from dpllm.memory import check_memory
 from dpllm.native import decode_one
 from dpllm.policy import StaticPolicy
@@ -38,10 +38,7 @@ class BenchArguments:
     prompt: int
     new_tokens: int
     context: int
-    threads: int | None
-    pin: bool
-    backend: str | None
-    accuracy: str
+    hardware: Hardware
     json: bool
 
 
@@ -55,7 +52,7 @@ def widths_of(text: str) -> list[int]:
 
 def open_model(args: BenchArguments, widest: int) -> tuple[Decoder, str]:
     """The decoder to measure, and what it is."""
-    options = LoadOptions(backend=args.backend, cpu=cpu_options(args.threads, args.accuracy, args.pin))
+    options = args.hardware.load_options()
     path = Path(args.model).expanduser()
     if path.is_dir():
         if not is_overlay(path):
@@ -95,10 +92,10 @@ def run(args: BenchArguments) -> None:
         "stream_gb_per_s": stream,
         "model": args.model,
         "measured_on": kind,
-        "device": "cpu",
+        "device": args.hardware.device,
         "threads": decoder.backend.cpu.handle.threads if decoder.backend.cpu else torch.get_num_threads(),
         "backend": decoder.backend.name,
-        "accuracy": args.accuracy if decoder.backend.cpu else None,
+        "accuracy": args.hardware.accuracy if decoder.backend.cpu else None,
         "context": args.context,
     }
     if args.json:
@@ -119,7 +116,9 @@ def measure(
     prefill = None
     if args.prompt:
         progress("prefill", 0, 1)
-        prefill = args.prompt / median_seconds(lambda: read_prompt(decoder, cache, args.prompt), 3)
+        prefill = args.prompt / median_seconds(
+            partial(read_prompt, decoder, cache, args.prompt), decoder.device
+        )
         progress("prefill", 1, 1)
     times: dict[int, list[float]] = {b: [] for b in widths}
     streams: list[float] = []
@@ -133,7 +132,8 @@ def measure(
             cache.rewind(0)
             cache.advance(args.context)
             count = min(8, args.new_tokens - 8 * r) + WARM_UP
-            seconds = [timed(partial(decode_one, decoder, step, 1, cache, policies[b])) for _ in range(count)]
+            decode = partial(decode_one, decoder, step, 1, cache, policies[b])
+            seconds = [timed(decode, decoder.device) for _ in range(count)]
             times[b] += seconds[WARM_UP:]
             if cpu is not None:
                 streams.append(cpu.read_bandwidth(memory))
@@ -169,24 +169,25 @@ def _row(
     }
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that a call takes."""
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes, and what it has started on a GPU."""
     began = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - began
 
 
-def median_seconds(work: Callable[[], Any], times: int) -> float:
+def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call, after one to warm up."""
-    work()
-    return statistics.median(timed(work) for _ in range(times))
+    return statistics.median([timed(work, device) for _ in range(4)][1:])
 
 
 @torch.no_grad()
 def read_prompt(decoder: Decoder, cache: DenseKVCache, tokens: int) -> None:
     """Prefill of a prompt of so many tokens, from an empty cache."""
     cache.rewind(0)
-    ids = torch.arange(tokens) % decoder.config.vocab_size
+    ids = torch.arange(tokens, device=decoder.device) % decoder.config.vocab_size
     for chunk in ids.split(512):
         decoder.forward(chunk, cache, last_only=True)
 

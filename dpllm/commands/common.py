@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.progress import (
 from dpllm.kernels.backend import Backend
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.errors import InputError
+from dpllm.loading import LoadOptions
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -62,12 +64,6 @@ def stage_bars() -> Iterator[Any]:
             progress.stop()
 
 
-def note_slow_backend(backend: Backend, asked_for: str | None) -> None:
-    """Says what would make it faster, where the native kernels are missing."""
-    if asked_for is None and backend.name == "reference":
-        note(f"backend {backend.name}: {backend.reason}")
-
-
 def cpu_options(threads: int | None, accuracy: str = "balanced", pin: bool = False) -> CpuOptions:
     """What the CPU kernels run with; torch is held to the same number of threads (None leaves both free)."""
     if threads is None:
@@ -86,6 +82,28 @@ def check_device(device: str) -> str:
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device} is unknown. Use cpu or cuda.")
     return device
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a command runs on. backend: None for the best there is. threads, accuracy, pin: of the CPU kernels."""
+
+    device: str = "cpu"
+    backend: str | None = None
+    threads: int | None = None
+    accuracy: str = "balanced"
+    pin: bool = False
+
+    def load_options(self, resident_bits: int | None = None) -> LoadOptions:
+        """How to load a model onto it: half precision on a GPU. Raises InputError for a device that is not there."""
+        cpu = cpu_options(self.threads, self.accuracy, self.pin)
+        dtype = torch.float16 if check_device(self.device) == "cuda" else torch.float32
+        return LoadOptions(resident_bits, backend=self.backend, cpu=cpu, device=self.device, dtype=dtype)
+
+    def note_if_slow(self, backend: Backend) -> None:
+        """Says what would make it faster, where the kernels are missing."""
+        if self.backend is None and backend.name == "reference":
+            note(f"backend {backend.name}: {backend.reason}")
 
 
 def parse_targets(text: str) -> list[float]:

@@ -11,9 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from dpllm.commands.common import (
-    cpu_options,
+    Hardware,
     note,
-    note_slow_backend,
     parse_size,
     print_json,
     stage_bars,
@@ -24,7 +23,6 @@ from dpllm.engine import Engine, load
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES
-from dpllm.loading import LoadOptions
 from dpllm.pruner import DEFAULT_KEEP, ContextOptions
 from dpllm.saved_context import check_free, save_context
 
@@ -44,9 +42,7 @@ class BuildArguments:
     chunk: int | None
     chat: bool
     overlay: str | None
-    threads: int | None
-    backend: str | None
-    accuracy: str
+    hardware: Hardware
     json: bool
 
 
@@ -56,10 +52,8 @@ def run(args: BuildArguments) -> None:
     out = Path(args.out).expanduser()
     check_free(out)
     text = read_text(args.text_file)
-    engine = load(
-        args.overlay, options=LoadOptions(backend=args.backend, cpu=cpu_options(args.threads, args.accuracy))
-    )
-    note_slow_backend(engine.decoder.backend, args.backend)
+    engine = load(args.overlay, options=args.hardware.load_options())
+    args.hardware.note_if_slow(engine.decoder.backend)
     began = time.perf_counter()
     with stage_bars() as bars:
         context = build_context(engine, text, options, bars)

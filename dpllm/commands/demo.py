@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpllm import reference
-from dpllm.commands.common import note_slow_backend, print_json, stage_bars, stdout
+from dpllm.commands.common import Hardware, print_json, stage_bars, stdout
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import summarize
 from dpllm.engine import GenerateOptions, load
@@ -23,7 +23,7 @@ HELDOUT_TOKENS = 12_000
 def run(tokens: int, as_json: bool) -> None:
     """Generates the same prompt at each target and scores held-out text at it."""
     engine = load()
-    note_slow_backend(engine.decoder.backend, None)
+    Hardware().note_if_slow(engine.decoder.backend)
     documents = token_documents(engine, reference.heldout_text(), context=512, max_tokens=HELDOUT_TOKENS)
     total = sum(len(d) - 1 for d in documents)
     rows: list[dict[str, Any]] = []

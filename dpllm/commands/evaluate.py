@@ -8,9 +8,8 @@ from rich.table import Table
 
 from dpllm import reference
 from dpllm.commands.common import (
-    cpu_options,
+    Hardware,
     note,
-    note_slow_backend,
     parse_targets,
     print_json,
     stage_bars,
@@ -19,7 +18,6 @@ from dpllm.commands.common import (
 from dpllm.engine import Engine, load
 from dpllm.evaluate import EvalResult, evaluate
 from dpllm.kernels.errors import InputError
-from dpllm.loading import LoadOptions
 from dpllm.policy import POLICIES, make_policy
 from dpllm.quant.text import encode, read_documents
 
@@ -44,7 +42,7 @@ def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 
 
 def run(
     text_file: str | None, overlay: str | None, policy: str, target_bits: str, context: int, max_tokens: int,
-    threads: int | None, backend: str | None, accuracy: str, seed: int, as_json: bool,
+    hardware: Hardware, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Scores every policy at every target and prints a table or JSON."""
     targets, names = parse_targets(target_bits), [p.strip() for p in policy.split(",")]
@@ -52,8 +50,8 @@ def run(
         if name not in POLICIES:
             raise InputError(f"unknown policy '{name}'. Choose from: {', '.join(POLICIES)}.")
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
-    engine = load(overlay, options=LoadOptions(backend=backend, cpu=cpu_options(threads, accuracy)))
-    note_slow_backend(engine.decoder.backend, backend)
+    engine = load(overlay, options=hardware.load_options())
+    hardware.note_if_slow(engine.decoder.backend)
     if not engine.quantized:
         raise InputError(
             f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."

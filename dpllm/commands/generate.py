@@ -13,9 +13,8 @@ import numpy as np
 
 from dpllm import reference
 from dpllm.commands.common import (
-    cpu_options,
+    Hardware,
     note,
-    note_slow_backend,
     parse_share,
     parse_size,
     print_json,
@@ -25,7 +24,7 @@ from dpllm.controller import LatencyController
 from dpllm.cost import cost_of
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.kernels.errors import InputError
-from dpllm.loading import LoadOptions, is_overlay
+from dpllm.loading import is_overlay
 from dpllm.memory import resident_bits_within
 from dpllm.quality import quality_of
 from dpllm.saved_context import load_context
@@ -42,9 +41,7 @@ class GenerateArguments:
     policy: str | None
     resident_bits: int | None
     max_memory: str | None
-    threads: int | None
-    backend: str | None
-    accuracy: str
+    hardware: Hardware
     json: bool
     context: str | None
     tpot_ms: float | None = None
@@ -93,8 +90,7 @@ def open_engine(args: GenerateArguments) -> Engine:
             raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
         if args.max_memory is not None:
             resident = resident_bits_within(path, parse_size(args.max_memory))
-    cpu = cpu_options(args.threads, args.accuracy)
-    options = LoadOptions(resident_bits=resident, backend=args.backend, cpu=cpu)
+    options = args.hardware.load_options(resident)
     if args.bits is not None:
         return load(
             args.overlay, target_bits=float(args.bits), policy="uniform", options=options, progress=note
@@ -129,7 +125,7 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
     engine = open_engine(args)
     context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
-    note_slow_backend(engine.decoder.backend, args.backend)
+    args.hardware.note_if_slow(engine.decoder.backend)
     aim(engine, args, 0.0 if context is None else float(context.cache.lengths.sum()))
     if args.resident_bits is not None or args.max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits

@@ -11,9 +11,8 @@ from rich.table import Table
 
 from dpllm import reference
 from dpllm.commands.common import (
-    cpu_options,
+    Hardware,
     note,
-    note_slow_backend,
     parse_share,
     parse_size,
     print_json,
@@ -23,7 +22,6 @@ from dpllm.commands.common import (
 from dpllm.cost import CostModel, cost_of, cost_path, measure
 from dpllm.engine import Engine, load
 from dpllm.kernels.errors import InputError
-from dpllm.loading import LoadOptions
 from dpllm.planner import Plan, Planned, Planner, Targets, machine_of
 from dpllm.quality import NAME, QualityModel, quality_of
 from dpllm.quality import measure as measure_quality
@@ -34,16 +32,13 @@ class MachineArguments:
     """Which model, and what it runs on."""
 
     overlay: str | None
-    threads: int | None
-    backend: str | None
-    accuracy: str
+    hardware: Hardware
     json: bool
 
     def open(self) -> Engine:
         """The engine, every plane resident."""
-        options = LoadOptions(backend=self.backend, cpu=cpu_options(self.threads, self.accuracy))
-        engine = load(self.overlay, options=options)
-        note_slow_backend(engine.decoder.backend, self.backend)
+        engine = load(self.overlay, options=self.hardware.load_options())
+        self.hardware.note_if_slow(engine.decoder.backend)
         return engine
 
 

@@ -11,13 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 from dpllm import reference
-from dpllm.commands.common import cpu_options, note, note_slow_backend, print_json, stage_bars
+from dpllm.commands.common import Hardware, note, print_json, stage_bars
 from dpllm.commands.demo import PROMPT
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.kernels.errors import InputError
-from dpllm.loading import LoadOptions
 from dpllm.machine import machine_of
 from dpllm.policy import POLICIES
 from dpllm.quant.files import write_text
@@ -39,9 +38,7 @@ class ReportArguments:
     profile: str | None
     text: str | None
     context: str | None
-    threads: int | None
-    backend: str | None
-    accuracy: str
+    hardware: Hardware
     json: bool
 
 
@@ -75,8 +72,7 @@ def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions
     out, began = check_out(args.out), time.perf_counter()
     given = None if args.prompt is None else read_prompt(args.prompt)
     text = reference.heldout_text() if args.text is None else Path(args.text).expanduser()
-    load_options = LoadOptions(backend=args.backend, cpu=cpu_options(args.threads, args.accuracy))
-    engine = load(args.overlay, profile=args.profile, options=load_options)
+    engine = load(args.overlay, profile=args.profile, options=args.hardware.load_options())
     if not engine.quantized:
         raise InputError(
             f"{args.overlay} is not quantised, so there is nothing to choose. Run dpllm quantize first."
@@ -86,7 +82,7 @@ def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions
             f"{engine.path} has no calibration profile to choose by. Run: dpllm calibrate {engine.path}"
         )
     context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
-    note_slow_backend(engine.decoder.backend, args.backend)
+    args.hardware.note_if_slow(engine.decoder.backend)
     documents = token_documents(engine, text, engine.decoder.config.max_positions)
     prompt = given if given is not None else default_prompt(engine, args, documents)
     with stage_bars() as progress:

@@ -474,6 +474,20 @@ def test_no_cuda_device(refused, tiny_checkpoint, tiny_overlay, tmp_path):
     refused("calibrate", tiny_overlay, "--device", "cuda", says="sees no CUDA device")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "text"), ("eval",), ("profile",), ("plan", "--tpot-ms", "9"), ("bench", "--model", "tiny"), ("report",),
+     ("context", "build", "-", "-o", "ctx")],
+)  # fmt: skip
+def test_devices_of_commands_that_decode(refused, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a text"))
+    refused(*command, "--device", "tpu", says="--device tpu is unknown")
+    if not torch.cuda.is_available():
+        refused(*command, "--device", "cuda", says="sees no CUDA device")
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- bad input: text --------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from cpu_cases import needs_library, options_of
-from scipy.stats import chi2
 
 from dpllm import reference
 from dpllm.context import build_context
@@ -19,11 +18,10 @@ from dpllm.kvzip_bridge.budget import Budget
 from dpllm.loading import LoadOptions
 from dpllm.native import NativeStep, decode_one
 from dpllm.pacing import Pacer
-from dpllm.policy import StaticPolicy, begin_text, observe
+from dpllm.policy import begin_text, observe
 from dpllm.pruner import ContextOptions
 from dpllm.sampling import Sampler, sample
-from dpllm.shapes import random_decoder, shape
-from dpllm.speculation import LAG, Continuation, PromptLookup, SelfDraft
+from dpllm.speculation import LAG, Continuation, SelfDraft
 
 pytestmark = needs_library
 
@@ -305,25 +303,6 @@ def test_interrupted_while_drafting(engine, monkeypatch, error):
 # -- drafts -------------------------------------------------------------------------------------------------
 
 
-def test_lookup_finds_the_latest_of_the_longest_matches():
-    def proposed(text, count=3):
-        return PromptLookup().propose(text, count, None, None)
-
-    assert proposed([1, 2, 3, 4, 9, 9, 1, 2, 3, 4]) == [9, 9, 1]
-    assert proposed([1, 2, 7, 1, 2, 8, 1, 2]) == [8, 1, 2]  # the later one
-    assert proposed([5, 1, 2, 7, 1, 2, 8, 5, 1, 2]) == [7, 1, 2]  # three match
-    assert proposed([1, 2, 3, 4, 5]) == []
-    assert proposed([4, 4, 4], 5) == [4]  # what is known of it
-    assert proposed([1], 5) == proposed([], 5) == []
-
-
-def test_lookup_goes_on_with_a_growing_text():
-    lookup, text = PromptLookup(), []
-    for token in torch.randint(0, 4, (300,), generator=torch.Generator().manual_seed(0)).tolist():
-        text.append(token)
-        assert lookup.propose(text, 5, None, None) == PromptLookup().propose(text, 5, None, None)
-
-
 def test_auto_is_for_high_quality_on_native_kernels(engine):
     for policy, target, expected in (
         ("uniform", 6, True), ("rate-distortion", 6, True), ("uniform", 5, False), ("random", 6, False),
@@ -343,107 +322,6 @@ def test_what_earlier_texts_taught_is_remembered(engine):
     said(engine, "self", n=60)
     said(engine, "self", n=60)
     assert engine.tally.plain == 0, "no plain step is needed to begin with"
-
-
-# -- sampling -----------------------------------------------------------------------------------------------
-
-VOCABULARY = 6
-LOOKED_UP = (1, 2, 3)
-
-
-class Always(Pacer):
-    """Drafts as much as it may, at any cost."""
-
-    def plans(self, room):
-        return [(0, min(3, room))] if room else []
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """A random model of six tokens at 8 bits, whose 2-bit self is a poor draft."""
-    config = replace(
-        shape("tiny"), num_layers=2, hidden_size=64, intermediate_size=96, head_dim=16, vocab_size=VOCABULARY,
-        windows=(None,) * 2, uses_rope=(True,) * 2, inv_freq=torch.ones(8),
-    )  # fmt: skip
-    decoder = random_decoder(config, 8, LoadOptions(cpu=options_of(accuracy="balanced")), seed=4)
-    return decoder, NativeStep.of(decoder), StaticPolicy([8] * len(decoder.groups))
-
-
-def probabilities(logits, temperature, top_p) -> torch.Tensor:
-    p = (logits.double() / temperature).softmax(-1)
-    ranked, order = p.sort(descending=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-    return torch.zeros_like(p).scatter_(0, order, ranked / ranked.sum())
-
-
-def exact(tiny, temperature, top_p):
-    """Probability of each sequence of three tokens behind token 0."""
-    decoder, step, policy = tiny
-    found = torch.zeros((VOCABULARY,) * 3, dtype=torch.float64)
-    for a, b in itertools.product(range(VOCABULARY), repeat=2):
-        cache = decoder.new_cache(4)
-        rows = [probabilities(step(t, cache, policy)[0][0].clone(), temperature, top_p) for t in (0, a, b)]
-        found[a, b] = rows[0][a] * rows[1][b] * rows[2]
-    return found
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7)])
-@pytest.mark.parametrize("source", ["self", "lookup"])
-def test_sampling_is_unbiased(tiny, source, temperature, top_p):
-    """Sequences of three tokens are as frequent as their probability says, drafts accepted or not."""
-    decoder, step, policy = tiny
-    expected, draws = exact(tiny, temperature, top_p), 2500
-    sampler = Sampler(temperature, top_p, torch.Generator().manual_seed(11))
-    counts = torch.zeros_like(expected)
-    cache, own = decoder.new_cache(8), SelfDraft(decoder, 2)
-    accepted = rejected = 0
-    for _ in range(draws):
-        cache.rewind(0)
-        ahead = Continuation(decoder, step, cache, sampler, ticking())
-        # Looked up: what followed 5, 0 in a text before.
-        ahead.speculate([5, 0, *LOOKED_UP, 5], [own if source == "self" else PromptLookup()], Always([3]))
-        ahead.follow(policy)
-        tokens = [0]
-        for room in (4, 3, 2):
-            tokens.append(ahead.next(tokens[-1], room).token)
-        counts[tuple(tokens[1:])] += 1
-        accepted, rejected = accepted + ahead.tally.accepted, rejected + ahead.tally.rejected
-    assert min(accepted, rejected) > 200
-    assert counts[expected == 0].sum() == 0
-    often = expected * draws >= 5
-    found = torch.cat([counts[often], counts[~often].sum()[None]])
-    wanted = torch.cat([expected[often], expected[~often].sum()[None]]) * draws
-    keep = wanted > 0
-    statistic = float(((found - wanted)[keep] ** 2 / wanted[keep]).sum())
-    assert statistic < chi2.ppf(1 - 1e-4, int(keep.sum()) - 1)
-
-
-def test_shared_clocks_accept_about_what_two_distributions_have_in_common(tiny):
-    """Between (1 - d) / (1 + d) and 1 - d, at a total variation d."""
-    decoder, step, policy = tiny
-    draft, wide = (
-        probabilities(step(0, decoder.new_cache(2), p)[0][0].clone(), 1.0, 1.0)
-        for p in (StaticPolicy([2] * len(decoder.groups)), policy)
-    )
-    d = 0.5 * float((draft - wide).abs().sum())
-    assert 0.05 < d < 0.9
-    sampler, agreed, draws = Sampler(1.0, 1.0, torch.Generator().manual_seed(1)), 0, 20_000
-    for _ in range(draws):
-        guess = sampler.twin()(draft.log())
-        agreed += sampler(wide.log()) == guess
-    margin = 4 * (0.25 / draws) ** 0.5
-    assert (1 - d) / (1 + d) - margin < agreed / draws < 1 - d + margin
-
-
-def test_a_sampler_goes_back():
-    sampler, logits = Sampler(1.0, 1.0, torch.Generator().manual_seed(0)), torch.zeros(50)
-    state = sampler.state()
-    twin = sampler.twin()
-    first = [sampler(logits) for _ in range(5)]
-    assert [twin(logits) for _ in range(5)] == first
-    sampler.go_back(state)
-    assert [sampler(logits) for _ in range(5)] == first
-    assert Sampler().twin().state() is None
 
 
 # -- what cannot be -----------------------------------------------------------------------------------------

@@ -188,20 +188,28 @@ void Step::store_pairs(const Layer& l, int layer, Cache& cache) {
   }
 }
 
-// mixed = attention of each token to what lies before it and to itself. Every head of every token is a run of its own.
+// mixed = attention of each token to what lies before it and to itself. Every head of every token is a run of its own; so
+// many tokens at once as memory for partial results is worth.
 void Step::attend(const Layer& l, int layer, const Cache& cache) {
-  const int heads = m_.kv_heads;
+  constexpr int64_t kPairs = 1 << 19;  // of all runs taken at once
+  const int heads = m_.kv_heads, d = m_.head_dim;
+  int64_t pairs = 1;  // of the last token
   for (int r = 0; r < rows_; r++)
     for (int h = 0; h < heads; h++) {
       const int i = layer * heads + h, length = cache.length[i] - (rows_ - 1 - r);
       const int skip = l.window ? std::max(0, length - l.window) : 0;
       start_[size_t(r * heads + h)] = cache.start[i] + skip;
       length_[size_t(r * heads + h)] = length - skip;
+      pairs += r == rows_ - 1 ? length - skip : 0;
     }
-  attention_.run(c_, Attention{q_.data(), static_cast<const char*>(cache.k[layer]),
-                               static_cast<const char*>(cache.v[layer]), start_.data(), length_.data(),
-                               rows_ * m_.heads, rows_ * heads, m_.head_dim, 1.f / std::sqrt(float(m_.head_dim)),
-                               cache.storage, mixed_.data()});
+  const int together = int(std::min<int64_t>(rows_, std::max<int64_t>(1, kPairs / pairs)));
+  for (int r = 0; r < rows_; r += together) {
+    const int n = std::min(together, rows_ - r);
+    const size_t at = size_t(r) * m_.heads * d, first = size_t(r) * heads;
+    attention_.run(c_, Attention{&q_[at], static_cast<const char*>(cache.k[layer]),
+                                 static_cast<const char*>(cache.v[layer]), &start_[first], &length_[first],
+                                 n * m_.heads, n * heads, d, 1.f / std::sqrt(float(d)), cache.storage, &mixed_[at]});
+  }
 }
 
 bool Step::attention(const Layer& l, int index, Cache& cache) {
