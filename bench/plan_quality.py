@@ -1,4 +1,4 @@
-"""Whether plans come true, on the reference model.
+"""Whether plans come true: times at the 1.1B shape on random weights and on the reference model, quality on the latter.
 
 Limits measured: (1) predicted against measured time per token, at bits and contexts that the cost model was not fitted
 to, whole caches and pruned ones: bar 5% at the median; (2) regret: the perplexity of the chosen plan, by quality
@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from random_engine import random_engine
 from report import report
 
 from dpllm import reference
@@ -24,12 +25,14 @@ from dpllm.cost import WARM_UP, CostModel, measure
 from dpllm.engine import Engine, load
 from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.loading import LoadOptions
 from dpllm.planner import Plan, Planner, Targets, machine_of
 from dpllm.policy import make_policy
 from dpllm.quality import QualityModel, QualityOptions, quality_of
 from dpllm.quality import measure as measure_quality
 
 BITS, CONTEXTS, KEEP = (2.4, 3.1, 3.9, 5.2), (0, 300, 2500), 0.3
+SHAPE, PLANES = "1.1B", 6
 ROUNDS, TOKENS = 12, 10
 
 
@@ -48,26 +51,27 @@ def pruned(engine: Engine, context: int) -> RaggedKVCache:
     return cache
 
 
-def times_come_true(engine: Engine, cost: CostModel) -> list[dict]:
+def times_come_true(name: str, engine: Engine, cost: CostModel, rounds: int) -> list[dict]:
     """Limit 1."""
+    pair = 2 * engine.decoder.config.head_dim * engine.decoder.kv_dtype.itemsize
     cells = [(b, n, 1.0) for b in BITS for n in CONTEXTS] + [(b, CONTEXTS[-1], KEEP) for b in BITS]
     caches = {n: pruned(engine, n) for _, n, keep in cells if keep < 1}
     times: dict[tuple, list[float]] = {cell: [] for cell in cells}
     pairs: dict[tuple, float] = {}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for cell in cells:
             bits, context, keep = cell
             policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile)
             cache = None if keep == 1 else caches[context]
             steps = list(engine.decode_after(context, TOKENS, policy, cache))
             times[cell] += [s.tpot_ms for s in steps[WARM_UP:]]
-            pairs[cell] = steps[-1].kv_bytes / (2 * engine.decoder.config.head_dim * 4)
+            pairs[cell] = steps[-1].kv_bytes / pair
     rows = []
     for cell, taken in times.items():
         told, found = cost.step_ms(cell[0], pairs[cell]), statistics.median(taken)
         rows.append(
             {
-                "what": "time per token", "bits": cell[0], "context": cell[1], "kept": cell[2],
+                "what": f"time per token, {name}", "bits": cell[0], "context": cell[1], "kept": cell[2],
                 "predicted": round(told, 4), "measured": round(found, 4), "error": round(told / found - 1, 4),
             }
         )  # fmt: skip
@@ -112,8 +116,12 @@ def main() -> None:
     args = parser.parse_args()
     engine = load()
     cost = measure(engine)
-    rows = times_come_true(engine, cost)
-    errors = sorted(abs(r["error"]) for r in rows)
+    rows = times_come_true("reference model", engine, cost, ROUNDS)
+    large = random_engine(SHAPE, PLANES, LoadOptions())
+    of_shape = times_come_true(f"{SHAPE} shape", large, measure(large), ROUNDS // 3)
+    del large
+    errors = {name: [abs(r["error"]) for r in of] for name, of in (("reference", rows), (SHAPE, of_shape))}
+    rows += of_shape
     skip = QualityOptions().documents
     truth = measure_quality(
         engine, reference.heldout_text(), QualityOptions(documents=args.documents, skip=skip)
@@ -126,8 +134,9 @@ def main() -> None:
     columns = list(dict.fromkeys(k for row in rows for k in row))
     regrets = [r["regret"] for r in rows if "regret" in r]
     report(
-        "plan_quality", [{c: row.get(c, "") for c in columns} for row in rows], measured_on="reference model",
-        time_error={"median": statistics.median(errors), "largest": errors[-1]},
+        "plan_quality", [{c: row.get(c, "") for c in columns} for row in rows],
+        measured_on=f"reference model; times also on random weights at the {SHAPE} shape",
+        time_error={n: {"median": statistics.median(e), "largest": max(e)} for n, e in errors.items()},
         regret={"median": statistics.median(regrets), "largest": max(regrets)}, truth_tokens=truth.tokens,
     )  # fmt: skip
 

@@ -476,8 +476,8 @@ def test_no_cuda_device(refused, tiny_checkpoint, tiny_overlay, tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [("generate", "text"), ("eval",), ("profile",), ("plan", "--tpot-ms", "9"), ("bench", "--model", "tiny"), ("report",),
-     ("context", "build", "-", "-o", "ctx")],
+    [("generate", "text"), ("eval",), ("profile",), ("plan", "--tpot-ms", "9"), ("bench", "--model", "tiny"),
+     ("report",), ("context", "build", "-", "-o", "ctx")],
 )  # fmt: skip
 def test_devices_of_commands_that_decode(refused, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

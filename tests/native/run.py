@@ -59,17 +59,34 @@ def run(command: list[str], label: str) -> str:
     return result.stdout
 
 
+def processor_flags() -> set[str]:
+    """Of this processor, as the compiler spells them: 'avx512vnni'. x86 only."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((line.split(":")[1] for line in lines if line.startswith("flags")), "")
+    return set(flags.replace("_", "").split())
+
+
 class Build:
     """The objects of one mode."""
 
     def __init__(self, mode: str, machine: str, compiler: str, extra: list[str], jobs: int):
         self.folder = ROOT / "build" / f"native-{mode}"
         self.machine, self.compiler, self.extra, self.jobs = machine, compiler, extra, jobs
+        self.sanitized = any(f.startswith("-fsanitize") for f in extra)
 
     def library(self) -> dict[str, list[str]]:
         """Object -> source and flags, of the library."""
         found = units(self.machine)
-        return {name: [str(SOURCES / source), *flags, *self.extra] for name, (source, flags) in found.items()}
+        return {
+            name: [str(SOURCES / source), *flags, *(self.extra if self.runs(flags) else ["-O0"])]
+            for name, (source, flags) in found.items()
+        }
+
+    def runs(self, flags: list[str]) -> bool:
+        """False for code that only has to be linked: sanitizers' checks take minutes to compile, and this processor,
+        for which they are, lacks the instructions to run it."""
+        wanted = {f[2:] for f in flags if f.startswith("-m") and "=" not in f}
+        return not self.sanitized or wanted <= processor_flags()
 
     def tests(self) -> dict[str, list[str]]:
         """Object -> source and flags, of the tests."""
