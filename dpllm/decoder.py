@@ -96,21 +96,22 @@ class Decoder:
 
         ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
         at each group; None reads every resident plane. observe: sees every group's input and output.
-        Returns [T, vocab] in fp32, or [1, vocab] with last_only; behind its attention the last layer is
-        computed for one row then, the only one that select and observe see there. Differentiable when gradients
-        are on and no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
+        Returns [T, vocab] in fp32, or [1, vocab] with last_only; without select, the last layer is then computed
+        for one row behind its attention, the only one that observe sees there. Differentiable when gradients are
+        on and no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
         """
         x = self._embed(ids)
         rope = self._rope(cache.length if cache else 0, len(ids))
+        alone = last_only and select is None  # what selects may keep account of every token in every group
         for layer in self.layers:
-            rows = slice(-1, None) if last_only and layer is self.layers[-1] else slice(None)
+            rows = slice(-1, None) if alone and layer is self.layers[-1] else slice(None)
             if torch.is_grad_enabled() and self.recompute:
                 x = checkpoint(self._block, layer, x, rope, cache, select, observe, rows, use_reentrant=False)
             else:
                 x = self._block(layer, x, rope, cache, select, observe, rows)
         if cache:
             cache.advance(len(ids))
-        return self._head(self._rms_norm(x, self.norm)).float()
+        return self._head(self._rms_norm(x[-1:] if last_only else x, self.norm)).float()
 
     def _block(self, layer, x, rope, cache, select, observe, rows=slice(None)) -> Tensor:
         """One layer. rows: those that are wanted of it; behind attention, the others are not computed."""
