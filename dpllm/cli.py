@@ -232,22 +232,11 @@ def generate(
     )
     run(
         GenerateArguments(
-            prompt,
-            overlay,
-            target_bits,
-            bits,
-            policy,
-            resident_bits,
-            max_memory,
-            Hardware(device, backend, threads, accuracy),
-            json,
-            context,
-            tpot_ms,
-            max_quality_loss,
-            guarantee,
+            prompt, overlay, target_bits, bits, policy, resident_bits, max_memory,
+            Hardware(device, backend, threads, accuracy), json, context, tpot_ms, max_quality_loss, guarantee,
         ),
         options,
-    )
+    )  # fmt: skip
 
 
 @app.command("eval")

@@ -45,9 +45,8 @@ def repeat(context: Context, ids: Tensor, watch: Watch, hidden: Hidden | None = 
     once the piece's keys are written, `hidden` each layer's input before that."""
     cache = watched(context.cache, watch)
     try:
-        for piece in ids.tensor_split(
-            max(1, round(len(ids) / PIECE))
-        ):  # no short rest: it reads all weights too
+        # Even pieces: a short rest would read all weights too.
+        for piece in ids.tensor_split(max(1, round(len(ids) / PIECE))):
             context.model.forward(piece, cache, hidden)
     finally:
         context.cache.rewind(len(context.ids))

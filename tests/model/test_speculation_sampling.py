@@ -45,6 +45,7 @@ def test_lookup_goes_on_with_a_growing_text():
 
 
 # -- sampling -----------------------------------------------------------------------------------------------
+
 VOCABULARY = 6
 LOOKED_UP = (1, 2, 3)
 
