@@ -12,7 +12,8 @@ from torch import Tensor
 from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
-BLOCK_BYTES = 16 << 20  # of dequantised weights at a time in `matmul`
+BLOCK_BYTES = {torch.float32: 2 << 20, torch.bfloat16: 16 << 20}  # dequantised at a time in `matmul`
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 8}  # so many are multiplied faster than a matrix is dequantised
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +116,8 @@ class CpuKernels:
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
         """y = x W^T at every resident plane, for the many rows of a prompt.
 
-        int8 on processors with VNNI but without AMX; else dequantised in blocks and multiplied by torch, in
-        bfloat16 where the processor multiplies it in hardware. float32 for accuracy 'exact'.
+        int8 on processors with VNNI but without AMX, and for a few rows; else dequantised in blocks and multiplied by
+        torch, in bfloat16 where the processor multiplies it in hardware. float32 for accuracy 'exact'.
         """
         _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -128,11 +129,13 @@ class CpuKernels:
                 self.context, ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), y.data_ptr()
             ):
                 return y.to(x.dtype)
-        bf16 = not exact and _has("_is_avx512_bf16_supported")
-        return self._matmul_by_torch(x, w, torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if not exact and _has("_is_avx512_bf16_supported") else torch.float32
+        if not exact and len(x) <= FEW_ROWS[dtype]:
+            return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))
+        return self._matmul_by_torch(x, w, dtype)
 
     def _matmul_by_torch(self, x: Tensor, w: PreparedWeight, dtype: torch.dtype) -> Tensor:
-        rows = max(1, BLOCK_BYTES // (w.in_features * dtype.itemsize))
+        rows = max(1, BLOCK_BYTES[dtype] // (w.in_features * dtype.itemsize))
         xs, y = x.to(dtype), x.new_empty(len(x), w.out_features)
         for first in range(0, w.out_features, rows):
             last = min(first + rows, w.out_features)
@@ -144,7 +147,7 @@ class CpuKernels:
     def _scratch(self, dtype: torch.dtype, size: int) -> Tensor:
         """Memory for one block: fresh pages for each would cost as much as filling them."""
         if self._block.dtype != dtype or self._block.numel() < size:
-            self._block = torch.empty(max(size, BLOCK_BYTES // dtype.itemsize), dtype=dtype)
+            self._block = torch.empty(max(size, BLOCK_BYTES[dtype] // dtype.itemsize), dtype=dtype)
         return self._block[:size]
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels.cpu import functions
-from dpllm.kernels.cpu.functions import digits_of, prepare
+from dpllm.kernels.cpu.functions import FEW_ROWS, digits_of, prepare
 
 pytestmark = needs_library
 
@@ -104,10 +104,11 @@ def test_tables_of_zeros_and_of_one_value(isa, accuracy):
 @each_isa
 def test_matmul_reads_every_resident_plane(isa, accuracy, shape):
     w, kernels = weights_of(*shape), kernels_of(isa, accuracy)
-    x = inputs(37, w.k)
-    y = kernels.matmul(x, w.prepared)
-    assert y.dtype == torch.float32
-    assert relative_error(y, x, w.dense(8)) < TOLERANCE[accuracy]
+    for rows in (5, FEW_ROWS[torch.float32] + 9):
+        x = inputs(rows, w.k)
+        y = kernels.matmul(x, w.prepared)
+        assert y.dtype == torch.float32
+        assert relative_error(y, x, w.dense(8)) < TOLERANCE[accuracy]
     if accuracy == "exact":
         product = x @ kernels.dequantize(w.prepared, 8).T
         assert (y - product).abs().max() < 1e-4 * product.abs().max()
@@ -118,16 +119,16 @@ def test_matmul_in_blocks_of_rows(monkeypatch, accuracy):
     """Whole blocks and a smaller one at the end; memory kept from a larger or another product does no harm."""
     kernels = kernels_of(None, accuracy)
     for k, n in ((256, 301), (100, 67), (515, 33)):
-        w, x = weights_of(n, k), inputs(20, k)
+        w, x = weights_of(n, k), inputs(FEW_ROWS[torch.float32] + 20, k)
         for rows in (1, 4, 1000):
-            monkeypatch.setattr(functions, "BLOCK_BYTES", rows * k * 4)
+            monkeypatch.setattr(functions, "BLOCK_BYTES", dict.fromkeys(functions.BLOCK_BYTES, rows * k * 4))
             assert relative_error(kernels.matmul(x, w.prepared), x, w.dense(8)) < TOLERANCE[accuracy]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @each_accuracy
 def test_matmul_of_other_dtypes(accuracy, dtype):
-    w, x = weights_of(67, 160), inputs(20, 160).to(dtype)
+    w, x = weights_of(67, 160), inputs(FEW_ROWS[torch.float32] + 20, 160).to(dtype)
     y = kernels_of(None, accuracy).matmul(x, w.prepared)
     assert y.dtype == dtype
     assert relative_error(y, x, w.dense(8)) < max(TOLERANCE[accuracy], 6e-3)

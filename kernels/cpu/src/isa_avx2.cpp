@@ -1,8 +1,7 @@
 // AVX2. Compiled twice: with AVX-VNNI (Alder Lake, Zen 5) where __AVXVNNI__ is on, and without (Haswell, Zen).
 #include "vec_avx2.h"
 //
-#include "bitplane.h"
-#include "ops.h"
+#include "dequantize.h"
 
 namespace dpllm {
 namespace {
@@ -21,10 +20,9 @@ bool supported() { return base(); }
 }  // namespace
 
 #ifdef __AVXVNNI__
-extern const Isa kAvx2Vnni =
-    make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("avx2vnni", "AVX2 FMA F16C AVX-VNNI", supported);
+extern const Isa kAvx2Vnni = bitplane_isa<Vec>("avx2vnni", "AVX2 FMA F16C AVX-VNNI", supported);
 #else
-extern const Isa kAvx2 = make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("avx2", "AVX2 FMA F16C", supported);
+extern const Isa kAvx2 = bitplane_isa<Vec>("avx2", "AVX2 FMA F16C", supported);
 #endif
 
 }  // namespace dpllm

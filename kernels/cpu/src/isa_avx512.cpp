@@ -13,7 +13,7 @@ bool supported() {
 }
 
 void dequantize_lines(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1) {
-  if (!bf16) return dequantize(w, bits, bf16, out, n0, n1);
+  if (!bf16) return kAvx512Bw.dequantize(w, bits, bf16, out, n0, n1);  // every processor with VBMI is one of those
   with_width(bits, [&](auto width) {
     dequantize_bf16<decltype(width)::value>(w, static_cast<uint16_t*>(out), n0, n1);
   });
@@ -21,8 +21,7 @@ void dequantize_lines(const Matrix& w, int bits, bool bf16, void* out, int n0, i
 }  // namespace
 
 extern const Isa kAvx512 = [] {
-  Isa isa = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported);
-  isa.dequantize = dequantize_lines;
+  Isa isa = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported, dequantize_lines);
   isa.quantize_prompt = quantize_prompt;
   isa.matmul = matmul;
   return isa;

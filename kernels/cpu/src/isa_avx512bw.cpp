@@ -2,8 +2,7 @@
 #include "simd_avx512.h"
 #include "vec_avx512bw.h"
 //
-#include "bitplane.h"
-#include "ops.h"
+#include "dequantize.h"
 
 namespace dpllm {
 namespace {
@@ -13,7 +12,6 @@ bool supported() {
 }
 }  // namespace
 
-extern const Isa kAvx512Bw =
-    make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("avx512bw", "AVX-512 F BW VL DQ", supported);
+extern const Isa kAvx512Bw = bitplane_isa<Vec>("avx512bw", "AVX-512 F BW VL DQ", supported);
 
 }  // namespace dpllm

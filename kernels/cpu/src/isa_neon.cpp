@@ -3,8 +3,7 @@
 
 #include "vec_neon.h"
 //
-#include "bitplane.h"
-#include "ops.h"
+#include "dequantize.h"
 
 namespace dpllm {
 namespace {
@@ -16,10 +15,9 @@ bool supported() { return true; }
 }  // namespace
 
 #ifdef __ARM_FEATURE_DOTPROD
-extern const Isa kNeonDot =
-    make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("neondot", "NEON with dot products", supported);
+extern const Isa kNeonDot = bitplane_isa<Vec>("neondot", "NEON with dot products", supported);
 #else
-extern const Isa kNeon = make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("neon", "NEON", supported);
+extern const Isa kNeon = bitplane_isa<Vec>("neon", "NEON", supported);
 #endif
 
 }  // namespace dpllm

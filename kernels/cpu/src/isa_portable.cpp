@@ -1,15 +1,13 @@
 // Any processor.
 #include "vec_portable.h"
 //
-#include "bitplane.h"
-#include "ops.h"
+#include "dequantize.h"
 
 namespace dpllm {
 namespace {
 bool supported() { return true; }
 }  // namespace
 
-extern const Isa kPortable =
-    make_isa<Bitplane<Vec>::Layout, Bitplane<Vec>::Rows>("portable", "nothing", supported);
+extern const Isa kPortable = bitplane_isa<Vec>("portable", "nothing", supported);
 
 }  // namespace dpllm

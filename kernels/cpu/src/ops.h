@@ -402,48 +402,9 @@ void quantize_as(const float* x, int columns, int digits, Activation* out) {
   out->correction = float(correction);
 }
 
-// -- dequantisation ------------------------------------------------------------------------------------------------
-
-template <int B, class Out>
-void dequantize_rows(const Matrix& w, Out* out, int n0, int n1) {
-  for (int n = n0; n < n1; n++) {
-    const int table = n / w.rows_per_table;
-    const int8_t* digits = w.tables[B] + ((int64_t(table) * 2) << B);
-    const float scale = w.scales[B][table] * (w.row_scale ? w.row_scale[n] : 1.f);
-    Out entries[1 << B];
-    for (int i = 0; i < 1 << B; i++) {
-      const float value = float(kBase * digits[i] + digits[i + (1 << B)]) * scale;
-      if constexpr (sizeof(Out) == 2) entries[i] = to_bf16(value);
-      else entries[i] = value;
-    }
-    for (int k = 0; k < w.columns; k += kGroup) {
-      uint32_t words[B], codes[kGroup];
-      for (int p = 0; p < B; p++)
-        std::memcpy(&words[p], w.planes + p * w.plane_bytes + n * w.row_bytes + k / 8, 4);
-      for (int i = 0; i < kGroup; i++) {
-        uint32_t code = 0;
-        for (int p = 0; p < B; p++) code = code << 1 | (words[p] >> i & 1);
-        codes[i] = code;
-      }
-      const int count = w.columns - k < kGroup ? w.columns - k : kGroup;
-      for (int i = 0; i < count; i++) out[k + i] = entries[codes[i]];
-    }
-    out += w.columns;
-  }
-}
-
-void dequantize(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1) {
-  const auto run = [&](auto width) {
-    constexpr int B = decltype(width)::value;
-    if (bf16) dequantize_rows<B>(w, static_cast<uint16_t*>(out), n0, n1);
-    else dequantize_rows<B>(w, static_cast<float*>(out), n0, n1);
-  };
-  with_width(bits, run);
-}
-
 // The table of functions: what depends on the instruction set beyond vector types is passed in.
 template <class Layout, template <int, int, int> class Rows>
-constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
+constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)(), decltype(Isa::dequantize) dequantize) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
              weighted_square, attend, attend_prompt, attention_peaks, store_pair, Simd::from_half, nullptr, nullptr};
