@@ -28,17 +28,19 @@ from dpllm.policy import make_policy, resident_mean
 from dpllm.quant.files import write_text
 
 if TYPE_CHECKING:
-    from dpllm.engine import Engine
+    from dpllm.engine import Engine, Step
+    from dpllm.kvzip_bridge.cache import KVCache
 
 VERSION = 1
 POINTS = 7  # effective bits at which the step is timed
-TOKENS = 8  # decoded in a row at each point, the first two of which do not count
-WARM_UP = 2
+TOKENS = 12  # decoded in a row at each point, the first of which do not count: caches and predictors settle
+WARM_UP = 4
 SECONDS = 4.0  # to spend, more or less: slow models get fewer rounds
 ROUNDS = (3, 24)  # at least, at most
 CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
 
 Progress = Callable[[str, int, int], None]
+Cell = tuple[float, int]  # effective bits asked for, tokens of context
 
 
 @dataclass(frozen=True)
@@ -158,52 +160,49 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
 def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
     """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
     slows all of them alike. Raises InputError for a model without bits to choose."""
-    targets, contexts = _targets(engine), _contexts(engine)
-    heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
-    cells = [(t, 0) for t in targets] + [(targets[0], n) for n in contexts]
-    times: dict[tuple[float, int], list[float]] = {cell: [] for cell in cells}
-    read: dict[tuple[float, int], list[float]] = {cell: [] for cell in cells}
+    taken: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
     began, rounds = time.perf_counter(), ROUNDS[1]
     done = 0
     while done < rounds:
-        for cell in cells:
-            steps = _decode(engine, *cell)
-            times[cell] += [ms for ms, _ in steps]
-            read[cell] += [bits for _, bits in steps]
+        for (target, context), steps in taken.items():
+            steps += steps_at(engine, target, context)
         done += 1
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
         progress("timing", done, rounds)
-    at = sorted(
-        {round(float(np.mean(read[t, 0])), 4): statistics.median(times[t, 0]) for t in targets}.items()
-    )
-    base = statistics.median(times[targets[0], 0])
-    added = [statistics.median(times[targets[0], n]) - base for n in contexts]
-    return CostModel(
-        device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
-        bits=tuple(b for b, _ in at), weights_ms=_rising([ms for _, ms in at]),
-        pairs=(0.0, *(float(n * heads) for n in contexts)), attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
-    )  # fmt: skip
+    return fit(engine, taken)
 
 
-def _targets(engine: Engine) -> list[float]:
-    """Effective bits to time, ends included."""
+def cells_of(engine: Engine) -> list[Cell]:
+    """What is timed: effective bits with an empty cache, ends included, and contexts at the least bits."""
     low, high = engine.calibration().target_range(engine.planes)
     if high - low < 0.1:
         raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
-    return [float(t) for t in np.linspace(low, high, POINTS)]
-
-
-def _contexts(engine: Engine) -> list[int]:
     room = engine.decoder.config.max_positions - TOKENS - 1
-    return sorted({min(n, room) for n in CONTEXTS if room > 0})
+    contexts = sorted({min(n, room) for n in CONTEXTS if room > 0})
+    return [(float(t), 0) for t in np.linspace(low, high, POINTS)] + [(float(low), n) for n in contexts]
 
 
-def _decode(engine: Engine, target: float, context: int) -> list[tuple[float, float]]:
-    """(ms, effective bits) of a few tokens behind a cache of so many pairs a head (their values change no time)."""
+def steps_at(engine: Engine, target: float, context: int, behind: KVCache | None = None) -> list[Step]:
+    """A few tokens behind a cache of so many pairs a head (their values change no time), or behind a given one."""
     policy = make_policy("rate-distortion", target, engine.decoder, engine.profile)
-    steps = list(engine.decode_after(context, TOKENS, policy))
-    return [(s.tpot_ms, s.effective_bits) for s in steps[WARM_UP:]]
+    return list(engine.decode_after(context, TOKENS, policy, behind))[WARM_UP:]
+
+
+def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
+    """The cost model of what `cells_of` were timed."""
+    ms = {cell: statistics.median(s.tpot_ms for s in steps) for cell, steps in taken.items()}
+    read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
+    at = sorted({round(read[cell], 4): ms[cell] for cell in taken if not cell[1]}.items())
+    behind = [cell for cell in taken if cell[1]]
+    heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
+    added = [ms[low, n] - ms[low, 0] for low, n in behind]
+    return CostModel(
+        device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
+        bits=tuple(b for b, _ in at), weights_ms=_rising([t for _, t in at]),
+        pairs=(0.0, *(float(n * heads) for _, n in behind)),
+        attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
+    )  # fmt: skip
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:
