@@ -12,8 +12,8 @@ from torch import Tensor
 from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
-BLOCK_BYTES = {torch.float32: 2 << 20, torch.bfloat16: 16 << 20}  # dequantised at a time in `matmul`
-FEW_ROWS = {torch.float32: 64, torch.bfloat16: 8}  # so many are multiplied faster than a matrix is dequantised
+BLOCK_BYTES = 16 << 20  # of dequantised weights at a time, where torch multiplies in bfloat16
+FEW_ROWS = 8  # that are multiplied faster than a matrix is dequantised for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class CpuKernels:
 
     def __init__(self, handle: Handle):
         self.handle, self.lib, self.context = handle, handle.lib, handle.context
-        self._block = torch.empty(0)
+        self._block = torch.empty(0, dtype=torch.bfloat16)
 
     def gemv(self, x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) -> Tensor:
         """y = x W_b^T, each row of x at its own width. See kernels/reference.py.
@@ -116,38 +116,38 @@ class CpuKernels:
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
         """y = x W^T at every resident plane, for the many rows of a prompt.
 
-        int8 on processors with VNNI but without AMX, and for a few rows; else dequantised in blocks and multiplied by
-        torch, in bfloat16 where the processor multiplies it in hardware. float32 for accuracy 'exact'.
+        In bfloat16, by torch from dequantised blocks, on processors with AMX; else natively, in int8 where there are
+        instructions for it, or float32, which it always is for accuracy 'exact'.
         """
         _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
         exact = self.handle.options.accuracy == "exact"
-        if not exact and not _has("_is_amx_tile_supported"):
-            values, y = _floats(x), torch.empty(len(x), w.out_features)
-            if self.lib.dpllm_matmul(
-                self.context, ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), y.data_ptr()
-            ):
-                return y.to(x.dtype)
-        dtype = torch.bfloat16 if not exact and _has("_is_avx512_bf16_supported") else torch.float32
-        if not exact and len(x) <= FEW_ROWS[dtype]:
-            return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))
-        return self._matmul_by_torch(x, w, dtype)
+        if not exact and _has("_is_amx_tile_supported"):
+            if len(x) <= FEW_ROWS:
+                return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))
+            return self._matmul_by_torch(x, w)
+        values, y = _floats(x), torch.empty(len(x), w.out_features)
+        self.lib.dpllm_matmul(
+            self.context, ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), int(exact),
+            y.data_ptr(),
+        )  # fmt: skip
+        return y.to(x.dtype)
 
-    def _matmul_by_torch(self, x: Tensor, w: PreparedWeight, dtype: torch.dtype) -> Tensor:
-        rows = max(1, BLOCK_BYTES[dtype] // (w.in_features * dtype.itemsize))
-        xs, y = x.to(dtype), x.new_empty(len(x), w.out_features)
+    def _matmul_by_torch(self, x: Tensor, w: PreparedWeight) -> Tensor:
+        rows = max(1, BLOCK_BYTES // (w.in_features * 2))
+        xs, y = x.bfloat16(), x.new_empty(len(x), w.out_features)
         for first in range(0, w.out_features, rows):
             last = min(first + rows, w.out_features)
-            block = self._scratch(dtype, (last - first) * w.in_features).view(last - first, -1)
+            block = self._scratch((last - first) * w.in_features).view(last - first, -1)
             self._dequantize_into(block, w, w.resident_bits, first)
             y[:, first:last] = xs @ block.T
         return y
 
-    def _scratch(self, dtype: torch.dtype, size: int) -> Tensor:
+    def _scratch(self, size: int) -> Tensor:
         """Memory for one block: fresh pages for each would cost as much as filling them."""
-        if self._block.dtype != dtype or self._block.numel() < size:
-            self._block = torch.empty(max(size, BLOCK_BYTES[dtype] // dtype.itemsize), dtype=dtype)
+        if self._block.numel() < size:
+            self._block = torch.empty(max(size, BLOCK_BYTES // 2), dtype=torch.bfloat16)
         return self._block[:size]
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -93,7 +93,7 @@ def load_library() -> ctypes.CDLL:
         "dpllm_close": (None, Pointer),
         "dpllm_digits": (None, Pointer, Long, Int, Pointer, Pointer),
         "dpllm_gemm": (None, Pointer, Pointer, Pointer, Pointer, Int, Pointer),
-        "dpllm_matmul": (Int, Pointer, Pointer, Pointer, Int, Int, Pointer),
+        "dpllm_matmul": (None, Pointer, Pointer, Pointer, Int, Int, Int, Pointer),
         "dpllm_dequantize": (None, Pointer, Pointer, Int, Int, Pointer, Int, Int),
         "dpllm_int8_gemm": (None, Pointer, Pointer, Pointer, Int, Int, Pointer, Int, Pointer),
         "dpllm_weighted_square": (None, Pointer, Pointer, Pointer, Int, Int, Pointer),

@@ -55,19 +55,22 @@ void check_shape(const Handle& h, const Digits& digits, const RandomMatrix& w, R
   }
 }
 
-// The product of a prompt, where the instruction set has one.
+// The product of a prompt of few tokens and of more than a block of them, as quick as may be and exact.
 void check_prompt(const Handle& h, const RandomMatrix& w, Random& random) {
-  constexpr int kRows = 8;
-  const Buffer<float> x = normals(size_t(kRows) * w.shape.columns, random);
-  for (int b = 2; b <= kMaxBits; b++) {
-    Buffer<float> y(size_t(kRows) * w.shape.rows);
-    if (!dpllm_matmul(h, &w.matrix, x.data(), b, kRows, y.data())) return;
-    const std::vector<double> dense = w.dense(b);
-    for (int i = 0; i < kRows; i++) {
-      const double error =
-          product_error(w, dense, &x[size_t(i) * w.shape.columns], &y[size_t(i) * w.shape.rows]);
-      CHECK(error < kDigits[0].bound * (w.shape.rows < 4 ? 2 : 1), text("prompt row %d at %d bits: error %g", i, b, error));
-    }
+  const int columns = w.shape.columns, rows = w.shape.rows;
+  for (int tokens : {8, 70}) {
+    const Buffer<float> x = normals(size_t(tokens) * columns, random);
+    for (int b = 2; b <= kMaxBits; b++)
+      for (int exact : {0, 1}) {
+        Buffer<float> y(size_t(tokens) * rows);
+        dpllm_matmul(h, &w.matrix, x.data(), b, tokens, exact, y.data());
+        const std::vector<double> dense = w.dense(b);
+        const double bound = exact ? 1e-5 : kDigits[0].bound * (rows < 4 ? 2 : 1);
+        for (int i = 0; i < tokens; i += 7) {
+          const double error = product_error(w, dense, &x[size_t(i) * columns], &y[size_t(i) * rows]);
+          CHECK(error < bound, text("token %d of %d at %d bits, exact %d: error %g", i, tokens, b, exact, error));
+        }
+      }
   }
 }
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels.cpu import functions
-from dpllm.kernels.cpu.functions import FEW_ROWS, digits_of, prepare
+from dpllm.kernels.cpu.functions import digits_of, prepare
 
 pytestmark = needs_library
 
@@ -104,7 +104,7 @@ def test_tables_of_zeros_and_of_one_value(isa, accuracy):
 @each_isa
 def test_matmul_reads_every_resident_plane(isa, accuracy, shape):
     w, kernels = weights_of(*shape), kernels_of(isa, accuracy)
-    for rows in (5, FEW_ROWS[torch.float32] + 9):
+    for rows in (1, 7, 24, 25, 64, 133):
         x = inputs(rows, w.k)
         y = kernels.matmul(x, w.prepared)
         assert y.dtype == torch.float32
@@ -114,21 +114,41 @@ def test_matmul_reads_every_resident_plane(isa, accuracy, shape):
         assert (y - product).abs().max() < 1e-4 * product.abs().max()
 
 
+@each_isa
 @each_accuracy
-def test_matmul_in_blocks_of_rows(monkeypatch, accuracy):
-    """Whole blocks and a smaller one at the end; memory kept from a larger or another product does no harm."""
-    kernels = kernels_of(None, accuracy)
+def test_matmul_of_a_token_is_its_own(isa, accuracy):
+    """What else there is of the prompt does not change a bit of it."""
+    w, x, kernels = weights_of(67, 515), inputs(150, 515), kernels_of(isa, accuracy)
+    whole = kernels.matmul(x, w.prepared)
+    assert torch.equal(whole[60:131], kernels.matmul(x[60:131], w.prepared))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_matmul_on_several_threads(threads):
+    w, x = weights_of(203, 515), inputs(70, 515)
+    one, many = (kernels_of(None, "exact", n).matmul(x, w.prepared) for n in (1, threads))
+    assert torch.equal(one, many)
+
+
+def test_matmul_in_blocks_of_rows(monkeypatch):
+    """By torch, where there is AMX: whole blocks and a smaller one at the end; memory kept from a larger or another
+    product does no harm."""
+    monkeypatch.setattr(functions, "_has", lambda capability: True)
+    kernels = kernels_of(None, "balanced")
     for k, n in ((256, 301), (100, 67), (515, 33)):
-        w, x = weights_of(n, k), inputs(FEW_ROWS[torch.float32] + 20, k)
+        w = weights_of(n, k)
         for rows in (1, 4, 1000):
-            monkeypatch.setattr(functions, "BLOCK_BYTES", dict.fromkeys(functions.BLOCK_BYTES, rows * k * 4))
-            assert relative_error(kernels.matmul(x, w.prepared), x, w.dense(8)) < TOLERANCE[accuracy]
+            monkeypatch.setattr(functions, "BLOCK_BYTES", rows * k * 2)
+            for tokens in (3, 30):
+                x = inputs(tokens, k)
+                y = kernels.matmul(x, w.prepared)
+                assert relative_error(y, x, w.dense(8)) < TOLERANCE["balanced"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @each_accuracy
 def test_matmul_of_other_dtypes(accuracy, dtype):
-    w, x = weights_of(67, 160), inputs(FEW_ROWS[torch.float32] + 20, 160).to(dtype)
+    w, x = weights_of(67, 160), inputs(30, 160).to(dtype)
     y = kernels_of(None, accuracy).matmul(x, w.prepared)
     assert y.dtype == dtype
     assert relative_error(y, x, w.dense(8)) < max(TOLERANCE[accuracy], 6e-3)

@@ -92,20 +92,42 @@ void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits
   });
 }
 
-int dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, float* y) {
-  if (!c->isa.matmul) return 0;
-  const size_t width = size_t(padded(w->columns));
+static void int8_matmul(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
+  const size_t width = size_t(padded(w.columns));
   const size_t room = size_t(m + Prompt::kTileTokens - 1) / Prompt::kTileTokens * Prompt::kTileTokens;
   const AlignedBytes digits(room * width), scale(room * width / kGroup * 4), correction(size_t(m) * 4);
   Prompt prompt{reinterpret_cast<int8_t*>(digits.data()), reinterpret_cast<float*>(scale.data()),
                 reinterpret_cast<float*>(correction.data()), m};
-  c->pool.run(m, [&](int i) { c->isa.quantize_prompt(x + int64_t(i) * w->columns, w->columns, i, &prompt); });
+  c.pool.run(m, [&](int i) { c.isa.quantize_prompt(x + int64_t(i) * w.columns, w.columns, i, &prompt); });
   constexpr int kRows = Prompt::kPanelRows;
-  c->pool.run((w->rows + kRows - 1) / kRows, [&](int i) {
+  c.pool.run((w.rows + kRows - 1) / kRows, [&](int i) {
     uint8_t* panel = thread_scratch(width * kRows);
-    c->isa.matmul(*w, bits, prompt, panel, y, i * kRows, std::min(w->rows, (i + 1) * kRows));
+    c.isa.matmul(w, bits, prompt, panel, y, i * kRows, std::min(w.rows, (i + 1) * kRows));
   });
-  return 1;
+}
+
+static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
+  constexpr int kTokens = PromptQueries::kMost, kRows = 24;  // rows: whole tiles of any instruction set
+  const int64_t columns = w.columns;
+  const AlignedBytes memory(size_t((m + kTokens - 1) / kTokens * kTokens * columns) * sizeof(float));
+  float* blocks = reinterpret_cast<float*>(memory.data());
+  c.pool.run((m + kTokens - 1) / kTokens, [&](int i) {
+    const int64_t first = int64_t(i) * kTokens * columns;
+    c.isa.transpose_tokens(x + first, w.columns, std::min(kTokens, m - i * kTokens), blocks + first);
+  });
+  c.pool.run((w.rows + kRows - 1) / kRows, [&](int i) {
+    float* scratch = reinterpret_cast<float*>(thread_scratch(kRows * size_t(columns + kTokens) * sizeof(float)));
+    c.isa.float_matmul(w, bits, blocks, m, scratch, y, i * kRows, std::min(w.rows, (i + 1) * kRows));
+  });
+}
+
+void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y) {
+  constexpr int kFew = 24;  // tokens that are multiplied one by one before a matrix is dequantised
+  if (exact) return float_matmul(*c, *w, x, bits, m, y);
+  if (c->isa.matmul) return int8_matmul(*c, *w, x, bits, m, y);
+  if (m > kFew) return float_matmul(*c, *w, x, bits, m, y);
+  const std::vector<int32_t> widths(size_t(m), bits);
+  dpllm_gemm(c, w, x, widths.data(), m, y);
 }
 
 void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1) {

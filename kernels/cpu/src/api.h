@@ -25,9 +25,9 @@ DPLLM_EXPORT void dpllm_digits(const float* values, int64_t tables, int entries,
 // y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
 DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
 
-// y [m, rows] = x [m, columns] times the matrix at `bits` planes, int8 times int8, for a prompt; 0 if this instruction
-// set has no kernel for it.
-DPLLM_EXPORT int dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, float* y);
+// y [m, rows] = x [m, columns] times the matrix at `bits` planes, for a prompt: in float32 where it must be exact or
+// this instruction set has no int8 kernel for it.
+DPLLM_EXPORT void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y);
 
 // Rows n0..n1 at `bits` planes to out [n1 - n0, columns], float32 or bfloat16.
 DPLLM_EXPORT void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1);

@@ -1,4 +1,4 @@
-// Dequantisation for the instruction sets of bitplane.h, and their tables of functions.
+// Dequantisation for the instruction sets of bitplane.h.
 //
 // Entries are looked up as for a product, a stretch of a row at a time; bit t of byte p being column 8 p + t, columns in
 // order are an 8 x 8 transposition of bytes within every 8 bytes of the planes: three rounds of exchanges.
@@ -85,12 +85,6 @@ struct Dequantize {
     with_width(bits, [&](auto width) { rows<decltype(width)::value>(w, bf16, out, n0, n1); });
   }
 };
-
-// The table of functions of an instruction set whose products are those of bitplane.h.
-template <class V>
-constexpr Isa bitplane_isa(const char* name, const char* needs, bool (*supported)()) {
-  return make_isa<typename Bitplane<V>::Layout, Bitplane<V>::template Rows>(name, needs, supported, Dequantize<V>::run);
-}
 
 }  // namespace
 }  // namespace dpllm

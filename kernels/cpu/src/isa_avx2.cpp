@@ -1,7 +1,7 @@
 // AVX2. Compiled twice: with AVX-VNNI (Alder Lake, Zen 5) where __AVXVNNI__ is on, and without (Haswell, Zen).
 #include "vec_avx2.h"
 //
-#include "dequantize.h"
+#include "float_prompt.h"
 
 namespace dpllm {
 namespace {

@@ -13,15 +13,22 @@ bool supported() {
 }
 
 void dequantize_lines(const Matrix& w, int bits, bool bf16, void* out, int n0, int n1) {
-  if (!bf16) return kAvx512Bw.dequantize(w, bits, bf16, out, n0, n1);  // every processor with VBMI is one of those
+  if (!bf16) return kAvx512Bw.dequantize(w, bits, bf16, out, n0, n1);
   with_width(bits, [&](auto width) {
     dequantize_bf16<decltype(width)::value>(w, static_cast<uint16_t*>(out), n0, n1);
   });
 }
+
+// Every processor with VBMI can do what those without it do.
+void float_matmul(const Matrix& w, int bits, const float* blocks, int tokens, float* scratch, float* y, int n0, int n1) {
+  kAvx512Bw.float_matmul(w, bits, blocks, tokens, scratch, y, n0, n1);
+}
 }  // namespace
 
 extern const Isa kAvx512 = [] {
-  Isa isa = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported, dequantize_lines);
+  Isa isa = make_isa<Layout, Rows>("avx512", "AVX-512 F BW VL DQ VBMI VNNI GFNI", supported);
+  isa.dequantize = dequantize_lines;
+  isa.float_matmul = float_matmul;
   isa.quantize_prompt = quantize_prompt;
   isa.matmul = matmul;
   return isa;

@@ -2,7 +2,7 @@
 #include "simd_avx512.h"
 #include "vec_avx512bw.h"
 //
-#include "dequantize.h"
+#include "float_prompt.h"
 
 namespace dpllm {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "vec_neon.h"
 //
-#include "dequantize.h"
+#include "float_prompt.h"
 
 namespace dpllm {
 namespace {

@@ -1,7 +1,7 @@
 // Any processor.
 #include "vec_portable.h"
 //
-#include "dequantize.h"
+#include "float_prompt.h"
 
 namespace dpllm {
 namespace {

@@ -153,7 +153,13 @@ struct Isa {
   void (*store)(const float* x, Storage storage, void* y, int n);  // n values to a cache
   float (*from_half)(uint16_t h);
 
-  // Many rows at once, from high table digits and int8 activations; null where torch is as quick. Columns are padded
+  // Many rows at once in float32. x [count, columns] -> out [columns][PromptQueries::kMost], zero behind `count`;
+  // y [tokens, rows of the weights], rows n0..n1, from blocks of so many tokens. scratch: (n1 - n0) * (columns + kMost).
+  void (*transpose_tokens)(const float* x, int columns, int count, float* out);
+  void (*float_matmul)(const Matrix& w, int bits, const float* blocks, int tokens, float* scratch, float* y, int n0,
+                       int n1);
+
+  // The same from high table digits and int8 activations; null where float32 is as quick. Columns are padded
   // to kBlock in the quantised prompt; y is [rows of the prompt, rows of the weights], rows n0..n1 of the weights, at
   // most kPanelRows. panel: scratch, kPanelRows * padded columns bytes on a 64-byte boundary.
   void (*quantize_prompt)(const float* x, int columns, int row, Prompt* out);

@@ -402,12 +402,14 @@ void quantize_as(const float* x, int columns, int digits, Activation* out) {
   out->correction = float(correction);
 }
 
-// The table of functions: what depends on the instruction set beyond vector types is passed in.
+// The table of functions: what depends on the instruction set beyond vector types is passed in, products of many rows
+// are added by those who have them.
 template <class Layout, template <int, int, int> class Rows>
-constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)(), decltype(Isa::dequantize) dequantize) {
-  return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, dequantize,
+constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
+  return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, nullptr,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
-             weighted_square, attend, attend_prompt, attention_peaks, store_pair, Simd::from_half, nullptr, nullptr};
+             weighted_square, attend, attend_prompt, attention_peaks, store_pair, Simd::from_half,
+             transpose_tokens, nullptr, nullptr, nullptr};
 }
 
 }  // namespace

@@ -47,6 +47,16 @@ void product(const float* a, int64_t row, int64_t step, int rows, int inner, con
   }
 }
 
+// x [count, columns] -> out [columns][kQueries]; lanes without a token are zero.
+void transpose_tokens(const float* x, int columns, int count, float* out) {
+  constexpr int kTogether = 16;  // columns, a cache line of each token
+  for (int k = 0; k < columns; k += kTogether) {
+    const int some = columns - k < kTogether ? columns - k : kTogether;
+    for (int i = 0; i < kQueries; i++)
+      for (int j = 0; j < some; j++) out[(k + j) * kQueries + i] = i < count ? x[int64_t(i) * columns + k + j] : 0;
+  }
+}
+
 // n values of a cache from element `at` on, as floats: where they lie, or in `room`.
 const float* widened(const void* base, int64_t at, int n, Storage storage, float* room) {
   if (storage == Storage::kFloat32) return static_cast<const float*>(base) + at;
