@@ -36,7 +36,7 @@ def meets(p: Plan, t: Targets) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     tpot_ms=st.none() | st.floats(11, 70),
     max_memory=st.none() | st.integers(310, 2_000_000),
@@ -84,7 +84,7 @@ def test_weights_and_cache_are_planned_together():
     assert long.quality_loss < math.expm1(QUALITY.loss(2.0, 1.0)), "reading fewer bits alone would be worse"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tpot_ms=st.floats(11, 60), more=st.floats(0, 20))
 def test_more_time_is_never_worse(tpot_ms, more):
     assume(tpot_ms > 12)
