@@ -1,7 +1,7 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
 # make gpu-code   compiles every GPU kernel for five targets and compares with tests/gpu_code.json; needs no GPU
-#                 make gpu-code OTHER_TRITON=3.9.0   the same with another Triton, in build/, figures for information
+# make other-triton   the kernels' numbers and what matters most of their machine code under another Triton (in build/)
 # make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
 # make neon-test     the same code for aarch64, under qemu-user
 PYTHON ?= python3
@@ -12,19 +12,27 @@ TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 # The Triton that tests/gpu_code.json describes, where torch does not bring one (its CUDA builds do).
 TRITON := triton==3.6.0; sys_platform=="linux" and platform_machine=="x86_64"
-OTHER_TRITON ?=
+OTHER_TRITON ?= 3.9.0
+OTHER := build/triton-$(OTHER_TRITON)
 
-.PHONY: demo test gpu-code native-test neon-test lint types bench clean
+.PHONY: demo test gpu-code other-triton native-test neon-test lint types bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 gpu-code: $(STAMP)
-	$(if $(OTHER_TRITON),$(BIN)/pip install --quiet --no-deps --target build/triton-$(OTHER_TRITON) triton==$(OTHER_TRITON))
-	$(if $(OTHER_TRITON),PYTHONPATH=build/triton-$(OTHER_TRITON)) $(BIN)/python tests/gpu_code.py --all
+	$(BIN)/python tests/gpu_code.py --all
+
+$(OTHER)/triton: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OTHER) triton==$(OTHER_TRITON)
+	touch $@
+
+other-triton: $(OTHER)/triton
+	PYTHONPATH=$(OTHER) $(BIN)/python tests/gpu_code.py
+	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted/products.py tests/interpreted/step_kernels.py
 
 native-test:
 	$(PYTHON) tests/native/run.py

@@ -38,7 +38,7 @@ class ControlOptions:
     gain: float = 0.5
     integral: float = 0.05
     error: float = 0.05
-    headroom: float = 1.08
+    headroom: float = 1.06
     hysteresis: float = 0.02
 
 

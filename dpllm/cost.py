@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dpllm.engine import Engine, Step
     from dpllm.kvzip_bridge.cache import KVCache
 
-VERSION = 1
+VERSION = 2
 POINTS = 7  # effective bits at which the step is timed
 TOKENS = 12  # decoded in a row at each point, the first of which do not count: caches and predictors settle
 WARM_UP = 4

@@ -26,7 +26,13 @@ from dpllm.quant.source import ModelSource
 from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 SEQUENCE = 128
+LONGEST = ("test_cli", "test_step_kernels", "test_triton_products", "test_reference_model", "test_quantize")
 torch.set_num_threads(1)  # tiny matrices: more threads only get in each other's way
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin first, so that no worker is left alone with one of them in the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -116,8 +116,8 @@ class CpuKernels:
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
         """y = x W^T at every resident plane, for the many rows of a prompt.
 
-        In bfloat16, by torch from dequantised blocks, on processors with AMX; else natively, in int8 where there are
-        instructions for it, or float32, which it always is for accuracy 'exact'.
+        In bfloat16, by torch from dequantised blocks, on processors with AMX; else natively, in int8 with AVX-512
+        VNNI and VBMI, or float32 (a few tokens as `gemv`), which it always is for accuracy 'exact'.
         """
         _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:

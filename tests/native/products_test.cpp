@@ -58,7 +58,7 @@ void check_shape(const Handle& h, const Digits& digits, const RandomMatrix& w, R
 // The product of a prompt of few tokens and of more than a block of them, as quick as may be and exact.
 void check_prompt(const Handle& h, const RandomMatrix& w, Random& random) {
   const int columns = w.shape.columns, rows = w.shape.rows;
-  for (int tokens : {8, 70}) {
+  for (int tokens : {8, 71}) {
     const Buffer<float> x = normals(size_t(tokens) * columns, random);
     for (int b = 2; b <= kMaxBits; b++)
       for (int exact : {0, 1}) {
@@ -152,6 +152,7 @@ void check_variant(const Variant& v, const Digits& digits, const Options& o) {
   }
   where = text("%s, digits %d+%d", v.name, digits.table, digits.x);
   check_threads(v, digits, random);
+  if (digits.x == 1) check_prompt(Handle(v.index, 3, digits.table, digits.x), RandomMatrix({61, 250, 1, true}, random), random);
   for (int columns : {250, 544}) check_values(h, digits, RandomMatrix({5, columns, 2, false}, random), random);
 }
 

@@ -25,8 +25,8 @@ DPLLM_EXPORT void dpllm_digits(const float* values, int64_t tables, int entries,
 // y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
 DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
 
-// y [m, rows] = x [m, columns] times the matrix at `bits` planes, for a prompt: in float32 where it must be exact or
-// this instruction set has no int8 kernel for it.
+// y [m, rows] = x [m, columns] times the matrix at `bits` planes, for a prompt: in float32 where it must be exact, or
+// where this instruction set has no int8 kernel for it; a few tokens as dpllm_gemm.
 DPLLM_EXPORT void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y);
 
 // Rows n0..n1 at `bits` planes to out [n1 - n0, columns], float32 or bfloat16.

@@ -66,10 +66,11 @@ struct Dequantize {
   static void rows(const Matrix& w, bool bf16, void* to, int n0, int n1) {
     Stretch<V, 2> stretch;
     float buffer[Stretch<V, 2>::kBytes * 8];
+    const int64_t bytes = (w.columns + kGroup - 1) / kGroup * (kGroup / 8);
     for (int n = n0; n < n1; n++) {
       const float scale = w.scales[B][n / w.rows_per_table] * (w.row_scale ? w.row_scale[n] : 1.f);
-      for (int64_t at = 0; at < w.row_bytes; at += stretch.kBytes) {
-        const int64_t end = w.row_bytes - at < stretch.kBytes ? w.row_bytes : at + stretch.kBytes;
+      for (int64_t at = 0; at < bytes; at += stretch.kBytes) {
+        const int64_t end = bytes - at < stretch.kBytes ? bytes : at + stretch.kBytes;
         const int64_t first = int64_t(n - n0) * w.columns + at * 8, left = w.columns - at * 8;
         const int columns = int(left < (end - at) * 8 ? left : (end - at) * 8);
         stretch.template look_up<B>(w, n, at, end);
