@@ -131,7 +131,7 @@ def loaded(engine: Engine, cost: CostModel, prompt: str, rounds: int, processes:
 
 def changing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[dict]:
     """(c): three targets within one text."""
-    targets = [cost.step_ms(b, pairs(engine, 2 * CHANGING)) for b in (5.0, 3.0, 4.0)]
+    targets = [cost.step_ms(b, pairs(engine, 2 * CHANGING)) for b in (5.0, 3.5, 4.25)]
     found: list[list[float]] = [[], [], []]
     fixed: list[float] = []
     for _ in range(rounds):

@@ -38,7 +38,7 @@ class ControlOptions:
     gain: float = 0.5
     integral: float = 0.05
     error: float = 0.05
-    headroom: float = 1.06
+    headroom: float = 1.02
     hysteresis: float = 0.02
 
 

@@ -210,7 +210,7 @@ def test_cost_survives_its_file_and_damage_is_named(tmp_path):
     for wrong in (
         text[:50],
         "[]",
-        text.replace('"cost_version": 1', '"cost_version": 9'),
+        text.replace('"cost_version": ', '"cost_version": 9'),
         text.replace("14.0", "4.0"),
     ):
         path.write_text(wrong)
