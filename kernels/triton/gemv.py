@@ -75,7 +75,8 @@ def two_rows(
         inside = None if EVEN else (k0 + kw < KW)
         q_a = low_a + load_planes(w_ptr + k0, at_a, plane, inside, LOW, B)
         q_b = low_b + load_planes(w_ptr + k0, at_b, plane, inside, LOW, B)
-        following = k0 + BKW + (0 * kw if EVEN else kw) < KW  # a block: Triton 3.9's interpreter spreads no scalar mask
+        # A block in any case: Triton 3.9's interpreter spreads no scalar mask.
+        following = k0 + BKW + (0 * kw if EVEN else kw) < KW
         low_a = load_planes(w_ptr + (k0 + BKW), at_a, plane, following, 0, LOW)
         low_b = load_planes(w_ptr + (k0 + BKW), at_b, plane, following, 0, LOW)
         n_a, n_b = words_of(q_a, B), words_of(q_b, B)
