@@ -82,15 +82,13 @@ def test_the_text_is_that_of_plain_decoding(engine, policy, target, sampling):
     engine.set_policy(policy, target)
     plain = said(engine, "off", **sampling)
     assert engine.tally.checks == 0
-    rejected = 0
     for mode, bits in MODES:
         assert said(engine, mode, bits, **sampling) == plain
         tally = engine.tally
         assert tally.accepted > 0, (mode, bits)
+        assert tally.rejected > 0 or not sampling or bits == 5, "at 5 bits all may be right"
         assert tally.drafted >= tally.accepted + tally.rejected
         assert 1 + tally.plain + tally.checks + tally.accepted == len(plain[0])
-        rejected += tally.rejected
-    assert rejected or not sampling
 
 
 @pytest.mark.parametrize("target", [3.5, 5.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 from hypothesis import assume, given, settings
@@ -28,6 +29,9 @@ MACHINE = Machine(
 PLANNER = Planner(MACHINE, COST, QUALITY)
 
 
+candidates = cache(PLANNER.candidates)
+
+
 def meets(p: Plan, t: Targets) -> bool:
     return (
         (t.tpot_ms is None or p.tpot_ms <= t.tpot_ms * (1 + 1e-9))
@@ -36,7 +40,7 @@ def meets(p: Plan, t: Targets) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     tpot_ms=st.none() | st.floats(11, 70),
     max_memory=st.none() | st.integers(310, 2_000_000),
@@ -45,7 +49,7 @@ def meets(p: Plan, t: Targets) -> bool:
 )
 def test_the_plan_is_the_best_that_meets_the_targets(tpot_ms, max_memory, max_quality_loss, context):
     targets = Targets(tpot_ms, max_memory, max_quality_loss, context)
-    every = PLANNER.candidates(context)
+    every = candidates(context)
     legal = [p for p in every if meets(p, targets)]
     if not legal:
         with pytest.raises(InputError, match="no plan meets"):
@@ -84,7 +88,7 @@ def test_weights_and_cache_are_planned_together():
     assert long.quality_loss < math.expm1(QUALITY.loss(2.0, 1.0)), "reading fewer bits alone would be worse"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(tpot_ms=st.floats(11, 60), more=st.floats(0, 20))
 def test_more_time_is_never_worse(tpot_ms, more):
     assume(tpot_ms > 12)
