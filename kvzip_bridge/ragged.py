@@ -39,10 +39,10 @@ class RaggedKVCache:
             torch.empty(kv_heads * capacity, head_dim, dtype=dtype, device=device) for _ in range(layers)
         ]
         self.v = [torch.empty_like(k) for k in self.k]
-        self._stored = torch.zeros(layers, kv_heads, dtype=torch.int32, device=device)
+        self._pruned = torch.zeros(layers, kv_heads, dtype=torch.int32, device=device)  # pairs before `base`
         self._room = torch.full((layers, kv_heads), capacity, dtype=torch.int64, device=device)
         self._start = _starts(self._room)
-        self._given = self._stored.clone()
+        self._given = self._pruned.clone()
         self._even = [True] * layers  # whether all heads of a layer have runs of one length
         self.layout = 0
         self._count()
@@ -63,7 +63,8 @@ class RaggedKVCache:
         `base`."""
         cache = cls(len(k), lengths.shape[1], k[0].shape[1], 0, k[0].dtype, k[0].device)
         cache.k, cache.v, cache.kept, cache.base, cache.length = k, v, kept, base, length
-        cache._stored, cache._given, cache._room = lengths, lengths.clone(), lengths.to(torch.int64)
+        cache._pruned, cache._given = lengths - (length - base), lengths.clone()
+        cache._room = lengths.to(torch.int64)
         cache._start = _starts(cache._room)
         cache._even = [bool((row == row[0]).all()) for row in lengths]
         cache._count()
@@ -99,8 +100,8 @@ class RaggedKVCache:
 
     @property
     def lengths(self) -> Tensor:
-        """Pairs held by each head, int32 [layers, KVH]; a copy."""
-        return self._stored.clone()
+        """Pairs held by each head, int32 [layers, KVH]; a new tensor."""
+        return self._pruned + (self.length - self.base)
 
     def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """(k, v), both [KVH, last - first, D], of positions in the tail or of a beginning that every head has kept.
@@ -122,10 +123,14 @@ class RaggedKVCache:
         k, v = (torch.stack([t[layer][s : s + last - first] for s in starts]) for t in (self.k, self.v))
         return k, v
 
+    def _held(self, layer: int) -> Tensor:
+        """Pairs of each head of a layer, int32 [KVH]."""
+        return self._pruned[layer] + (self.length - self.base)
+
     def run(self, layer: int, head: int, room: int = 0) -> tuple[Tensor, Tensor]:
         """(k, v), views [n, D], of one head's pairs in order of position, with `room` written but not counted ones."""
         start = int(self._start[layer, head])
-        end = start + int(self._stored[layer, head]) + room
+        end = start + int(self._pruned[layer, head]) + self.length - self.base + room
         return self.k[layer][start:end], self.v[layer][start:end]
 
     # -- the decoder's side ------------------------------------------------------------------------------
@@ -133,36 +138,32 @@ class RaggedKVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts k, v [T, KVH, D] behind each head's pairs; `advance` makes them part of the cache."""
         self.reserve(len(k))
-        at = (self._start[layer] + self._stored[layer])[:, None] + torch.arange(len(k), device=k.device)
+        at = (self._start[layer] + self._held(layer))[:, None] + torch.arange(len(k), device=k.device)
         self.k[layer][at] = k.transpose(0, 1).to(self.k[layer].dtype)
         self.v[layer][at] = v.transpose(0, 1).to(self.v[layer].dtype)
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` written pairs, once every layer has written them."""
-        self._stored += tokens
-        self._grown(tokens)
-
-    def _grown(self, tokens: int) -> None:
         self.length += tokens
-        self._pairs += tokens * self._stored.numel()
+        self._pairs += tokens * self._pruned.numel()
         self._free -= tokens
 
     def _count(self) -> None:
         """Pairs held, and tokens there is room for: kept beside the tensors, which may lie on another device."""
-        self._pairs = int(self._stored.sum())
-        self._free = int((self._room - self._stored).min())
+        self._pairs = int(self.lengths.sum())
+        self._free = int((self._room - self.lengths).min())
         self.layout += 1
 
     def runs(self, room: int) -> tuple[Tensor, Tensor]:
         """(start int64, length int32), both [layers, KVH], in slots of a layer, with room behind each run."""
         self.reserve(room)
-        return self._start, self._given.copy_(self._stored)
+        return self._start, torch.add(self._pruned, self.length - self.base, out=self._given)
 
     def attend(
         self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
         """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
-        runs = self._start[layer], self._stored[layer] + len(q)
+        runs = self._start[layer], self._held(layer) + len(q)
         return attend(kernels, q, (self.k[layer], self.v[layer]), runs, scale, window)
 
     # -- the life of a context ---------------------------------------------------------------------------
@@ -194,8 +195,7 @@ class RaggedKVCache:
             raise ValueError(
                 f"cannot rewind {self.length} tokens to {length}; the pruned part ends at {self.base}."
             )
-        self._stored -= self.length - length
-        self._grown(length - self.length)
+        self.advance(length - self.length)
 
     def fork(self, room: int = SLACK) -> RaggedKVCache:
         """Another cache that goes on from here by itself: a copy of the pairs held, with room for so many tokens."""
@@ -203,7 +203,7 @@ class RaggedKVCache:
         other.__dict__.update(self.__dict__)
         other.k, other.v, other._even = list(self.k), list(self.v), list(self._even)
         other.kept = [list(heads) for heads in self.kept]
-        other._stored, other._given = self._stored.clone(), self._given.clone()
+        other._pruned, other._given = self._pruned.clone(), self._given.clone()
         other._room, other._start = self._room.clone(), self._start.clone()
         for layer in range(len(self.k)):
             other._rebuild(layer, None, room)
@@ -217,8 +217,8 @@ class RaggedKVCache:
         see, whatever `keep` says. room: slack behind each head. Layer by layer, so that little is held twice;
         interrupted, the cache is empty."""
         tail = self.length - self.base
-        if keep.shape != (*self._stored.shape, tail) or keep.dtype != torch.bool:
-            shape = [*self._stored.shape, tail]
+        if keep.shape != (*self._pruned.shape, tail) or keep.dtype != torch.bool:
+            shape = [*self._pruned.shape, tail]
             raise ValueError(f"a mask bool {shape} is needed, not {keep.dtype} {list(keep.shape)}.")
         new = torch.arange(self.base, self.length, dtype=torch.int32, device=keep.device)
         try:
@@ -228,16 +228,16 @@ class RaggedKVCache:
                 self.kept[layer] = [
                     torch.cat([old, new])[i] for old, i in zip(self.kept[layer], chosen, strict=True)
                 ]
+            self.base = self.length
         except BaseException:
             self._empty()
             raise
         finally:
             self._count()
-        self.base = self.length
 
     def _empty(self) -> None:
         self.kept = [[p[:0] for p in heads] for heads in self.kept]
-        self._stored.zero_()
+        self._pruned.zero_()
         self._even = [False] * len(self.k)  # the buffers have room for unlike numbers of pairs
         self.length = self.base = 0
 
@@ -246,7 +246,7 @@ class RaggedKVCache:
         found = []
         for h, old in enumerate(self.kept[layer]):
             if window is not None:
-                n = int(self._stored[layer, h])
+                n = len(old) + self.length - self.base
                 found.append(torch.arange(max(0, n - window), n, device=keep.device))
             else:
                 before = torch.arange(len(old), device=keep.device)
@@ -255,17 +255,18 @@ class RaggedKVCache:
 
     def _rebuild(self, layer: int, chosen: list[Tensor] | None, room: int) -> None:
         """A layer's buffers anew, with the chosen pairs of each run (None: all) and so much room behind them."""
-        runs = zip(self._start[layer].tolist(), self._stored[layer].tolist(), strict=True)
+        runs = zip(self._start[layer].tolist(), self._held(layer).tolist(), strict=True)
         slots = [torch.arange(s, s + n, device=self._start.device) for s, n in runs]
         if chosen is not None:
             slots = [own[i] for own, i in zip(slots, chosen, strict=True)]
-        stored = torch.tensor([len(own) for own in slots], dtype=torch.int32, device=self._stored.device)
+        stored = torch.tensor([len(own) for own in slots], dtype=torch.int32, device=self._pruned.device)
+        tail = self.length - self.base if chosen is None else 0
         capacity = stored.to(torch.int64) + room
         start = _starts(capacity)
         k, v = (_copied(flat[layer], slots, start.tolist(), int(capacity.sum())) for flat in (self.k, self.v))
         # All of it at once: an interrupted copy leaves the layer as it was.
         self.k[layer], self.v[layer] = k, v
-        self._stored[layer], self._room[layer], self._start[layer] = stored, capacity, start
+        self._pruned[layer], self._room[layer], self._start[layer] = stored - tail, capacity, start
         self._even[layer] = bool((stored == stored[0]).all())
 
 
