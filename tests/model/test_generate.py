@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from itertools import count, islice
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpllm import engine as engine_module
 from dpllm.engine import GenerateOptions, load
@@ -164,6 +165,39 @@ def test_streamed_text_is_final(tokenizer, text, stop, data):
         assert sent == seen[: min(seen.find(s) for s in stop if s in seen)]
     else:
         assert sent == text
+
+
+@pytest.fixture(scope="module")
+def byte_fallback():
+    """A tokenizer as SentencePiece makes them: words begin with a mark, unknown characters are bytes."""
+    vocab = {f"<0x{b:02X}>": b for b in range(256)}
+    for piece in ("▁", "a", "b", "▁a", "▁b", "ab"):
+        vocab[piece] = len(vocab)
+    made = Tokenizer(models.BPE(vocab, [("▁", "a"), ("▁", "b"), ("a", "b")], byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("aab€é😀 ", max_size=60), lead=st.integers(1, 4), window=st.integers(4, 12))
+def test_a_long_text_is_decoded_in_stretches(byte_fallback, tokenizer, text, lead, window):
+    for made in (byte_fallback, tokenizer):
+        ids = made(text, add_special_tokens=False)["input_ids"]
+        pending, most = TextStream(made, ("bb€",)), 0
+        with patch.multiple("dpllm.text_stream", LEAD=lead, WINDOW=window):
+            sent = ""
+            for n, token in enumerate(ids, 1):
+                sent += pending.push(token, last=n == len(ids))
+                most = max(most, len(pending._tokens))
+                if pending.stopped:
+                    break
+        whole = made.decode(ids, skip_special_tokens=True)
+        assert sent == whole.split("bb€")[0]
+        assert (
+            most <= window + 4 * 4 or "\ufffd" in whole
+        )  # a character or a stop string more, of four bytes each
 
 
 # -- which tokens -----------------------------------------------------------------------------------------
