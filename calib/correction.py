@@ -34,6 +34,13 @@ class Correction:
     def update(self, bits: float | Tensor) -> None:
         """Takes in the effective bits a token has read; [R] of texts side by side, of which the last may have
         ended since the step before."""
+        if (
+            isinstance(bits, Tensor)
+            and bits.shape == (1,)
+            and not bits.is_cuda
+            and not isinstance(self.value, Tensor)
+        ):
+            bits = float(bits)  # one text: a number takes less time than the operations of a tensor
         if isinstance(bits, Tensor):
             before = self.value[: len(bits)] if isinstance(self.value, Tensor) else self.value
             self.value = (before + self.rate * (self.target_bits - bits)).clamp(-self.limit, self.limit)

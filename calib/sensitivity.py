@@ -102,6 +102,9 @@ class TokenProbe:
         """What the exponent holds beside the probe of the input: float32 [R], or a number without context."""
         if context is None:
             return self.bias
+        if len(context) == 1 and context.device.type == "cpu":  # numbers, for the same reason as in _one_step
+            rows = zip(context[0].tolist(), self.means.tolist(), self.weights.tolist(), strict=True)
+            return self.bias + sum(w * (c - mean) for c, mean, w in rows if c == c)
         known = (context.to(self.means.device) - self.means).nan_to_num(nan=0.0)
         return self.bias + known @ self.weights
 

@@ -130,6 +130,7 @@ class RateDistortionPolicy(RateDistortionRule):
         self._extra = extra_bytes(decoder.groups)
         self._spare: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
         self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
+        self._weights = torch.from_numpy(profile.weights.astype(np.float64))
         self._total = float(profile.weights.sum())
         self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
         self.lag = 0
@@ -207,7 +208,7 @@ class RateDistortionPolicy(RateDistortionRule):
 
     def record(self, bits: Tensor) -> None:
         """What a native step chose by this rule: int32 [R, G]."""
-        self._used = bits.double() @ torch.from_numpy(self.profile.weights.astype(np.float64)).to(bits.device)
+        self._used = bits.double() @ self._weights.to(bits.device)
 
     def observe(self, logits: Tensor, tokens: Tensor) -> None:
         """After a decode step. logits: [R, V] of R sequences side by side; tokens: int64 [R], what comes

@@ -300,6 +300,6 @@ class Continuation:
         head = self.decoder.head_bytes()
         if bits is None or self.policy is None:
             return head
-        widest = bits.amax(0).tolist()
+        widest = (bits[0] if len(bits) == 1 else bits.amax(0)).tolist()
         read = sum(g.bytes_at[b - g.seed_bits] for b, g in zip(widest, self.decoder.groups, strict=True))
         return read + head + self.policy.extra_bytes
