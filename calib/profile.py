@@ -139,6 +139,11 @@ class CalibrationProfile:
             out[:, step] = np.where(reached.any(axis=1), edges[np.arange(groups), first], np.inf)
         return out.astype(np.float32)
 
+    def exceeded(self, thresholds: np.ndarray) -> np.ndarray:
+        """Share of the calibrated tokens whose signal exceeds each threshold, [G, steps]: of whole bins."""
+        edges = np.concatenate([np.full((len(self.gain), 1), -np.inf), self.knots], axis=1).astype(np.float32)
+        return (edges[:, None, :] >= thresholds[:, :, None]).mean(axis=2)
+
     def save(self, path: Path) -> None:
         """Writes the profile atomically."""
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _VECTORS}

@@ -36,7 +36,6 @@ class RateDistortionRule:
         self.context: Tensor | None = None  # float32 [R, 3] of the tokens about to be decoded
         self.correction: float | Tensor = 0.0
         self.multiplier = torch.ones(1, device=device)
-        self._root = self.multiplier
         self._inputs: dict[int, Tensor] = {}  # inputs that a later group's signal is computed from
         self._kept = {s for g, s in enumerate(self.source) if s != g}
 
@@ -50,12 +49,16 @@ class RateDistortionRule:
         if g == 0:
             self._inputs.clear()
             self.multiplier = self.probe.multiplier(x, self.context, self.correction)
-            self._root = self.multiplier.sqrt()[:, None]
         if g in self._kept:
             self._inputs[g] = x
         read = x if self.source[g] == g else self._inputs[self.source[g]]
         # The kernel squares its input, so the multiplier enters by its root.
-        return self.select(read.float() * self._root, self.diagonals[g], self.thresholds[g], group.seed_bits)
+        root = self.multiplier_at(g).sqrt()[:, None]
+        return self.select(read.float() * root, self.diagonals[g], self.thresholds[g], group.seed_bits)
+
+    def multiplier_at(self, group: int) -> Tensor:
+        """float32 [R]: the multiplier of the tokens under way, as it counts at a group."""
+        return self.multiplier
 
 
 def stale_sources(layers: Any) -> tuple[list[int], list[Tensor | None]]:

@@ -12,20 +12,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from dpllm.allowance import Allowance, Prices
 from dpllm.cost import CostModel
 from dpllm.kernels.errors import InputError
 
 
 @dataclass(frozen=True)
 class Order:
-    """For the next token: effective bits to aim at, and planes, tables and scales in bytes that it may not exceed
-    (None: no limit)."""
+    """For the next token: effective bits to aim at, and what it may not exceed."""
 
     bits: float
-    most_bytes: int | None = None
+    allowance: Allowance
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class LatencyController:
         self,
         cost: CostModel,
         target_ms: float,
-        bytes_for: Callable[[float], int],
+        prices: Prices,
         options: ControlOptions = ControlOptions(),
         least_bits: float = 0.0,
     ):
-        """bytes_for: what a token reads at some effective bits. least_bits: to read whatever it takes, for quality's
-        sake. Raises InputError for a time that is no target."""
-        self.cost, self.options, self._bytes_for = cost, options, bytes_for
+        """prices: nanoseconds, by the same cost model. least_bits: to read whatever it takes, for quality's sake.
+        Raises InputError for a time that is no target."""
+        self.cost, self.options, self.prices = cost, options, prices
         self.target_ms = 0.0
         self._ratios: deque[float] = deque(maxlen=options.window)  # log of time taken over the model's
         self.slowdown = 0.0  # log of the machine's factor
@@ -78,8 +77,10 @@ class LatencyController:
         self._saturated = -1 if bits <= self._low else 1 if bits >= high else 0
         if self._bits is None or self._saturated or abs(bits - self._bits) >= self.options.hysteresis:
             self._bits = bits
-        most = max(self.cost.bits_for(budget * self.options.headroom, pairs), self._bits)
-        return Order(self._bits, self._bytes_for(most))
+        most = max(budget * self.options.headroom, self.cost.step_ms(self._bits, pairs)) - self.cost.kv_ms(
+            pairs
+        )
+        return Order(self._bits, Allowance(round(most * 1e6), self.prices))
 
     def record(self, ms: float, bits: float, pairs: float) -> None:
         """What the token took, the effective bits it read, and the pairs that were in the cache."""
@@ -103,14 +104,15 @@ LARGEST_TRIM = 0.15  # more than this is no matter of how tokens differ
 class QueryBudget:
     """A token bucket: a query of n tokens reads at most n * rate + burst bytes, whatever its tokens are worth.
 
-    rate: bytes a token earns. burst: what it begins with, and can save up to. Holds where rate is at least what the
-    seed width reads. The service level of DP-LLM's question 'bits per query', as a bound instead of an average.
+    rate: bytes a token earns. burst: what it begins with, and can save up to. prices: bytes of planes, tables and
+    scales. Holds where rate is at least what the seed width reads. The service level of DP-LLM's question 'bits per
+    query', as a bound instead of an average.
     """
 
-    def __init__(self, bits: float, rate: int, burst: int):
+    def __init__(self, bits: float, rate: int, burst: int, prices: Prices):
         if rate <= 0 or burst < 0:
             raise InputError(f"a budget of {rate} bytes a token and {burst} at once is impossible.")
-        self.bits, self.rate, self.burst = bits, rate, burst
+        self.bits, self.rate, self.burst, self.prices = bits, rate, burst, prices
         self.level = burst
 
     def reset(self) -> None:
@@ -119,7 +121,7 @@ class QueryBudget:
 
     def order(self, pairs: float = 0.0) -> Order:
         """For the next token; what the cache holds makes no difference."""
-        return Order(self.bits, self.level + self.rate)
+        return Order(self.bits, Allowance(self.level + self.rate, self.prices))
 
     def record(self, nbytes: float) -> None:
         """Bytes of planes, tables and scales that a token has read."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
+from scipy.optimize import isotonic_regression, nnls
 
 from dpllm.kernels.errors import InputError
 from dpllm.machine import processor_name
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from dpllm.engine import Engine, Step
     from dpllm.kvzip_bridge.cache import KVCache
 
-VERSION = 2
+VERSION = 3
 POINTS = 7  # effective bits at which the step is timed
 TOKENS = 12  # decoded in a row at each point, the first of which do not count: caches and predictors settle
 WARM_UP = 4
 SECONDS = 4.0  # to spend, more or less: slow models get fewer rounds
 ROUNDS = (3, 24)  # at least, at most
+EVENLY = 0.02  # how firmly planes are held to one time, relative to what was measured
 CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +47,8 @@ Cell = tuple[float, int]  # effective bits asked for, tokens of context
 @dataclass(frozen=True)
 class CostModel:
     """Milliseconds of a decode step. bits, weights_ms: the step at these effective bits with an empty cache. pairs,
-    attention_ms: what so many pairs in the cache add, over all layers and heads; both begin with 0.
+    attention_ms: what so many pairs in the cache add, over all layers and heads; both begin with 0. plane_ms: what each
+    plane beyond the seed width adds where every matrix reads it.
 
     device, overlay_hash, resident_bits: what it was measured with.
     """
@@ -58,6 +60,7 @@ class CostModel:
     weights_ms: tuple[float, ...]
     pairs: tuple[float, ...]
     attention_ms: tuple[float, ...]
+    plane_ms: tuple[float, ...]
 
     def step_ms(self, bits: float, pairs: float = 0.0) -> float:
         """Time of a token at these effective bits with so many pairs in the cache."""
@@ -113,6 +116,8 @@ class CostModel:
                 raise ValueError("its tables are not whole")
             if sorted(set(xs)) != list(xs) or sorted(ys) != list(ys):
                 raise ValueError("its tables do not ascend")
+        if not self.plane_ms or not all(np.isfinite(ms) and ms >= 0 for ms in self.plane_ms):
+            raise ValueError("its planes have no times")
 
 
 def device_name(engine: Engine) -> str:
@@ -202,7 +207,30 @@ def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
         bits=tuple(b for b, _ in at), weights_ms=_rising([t for _, t in at]),
         pairs=(0.0, *(float(n * heads) for _, n in behind)),
         attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
+        plane_ms=plane_times(engine, [(taken[cell], ms[cell]) for cell in taken if not cell[1]]),
     )  # fmt: skip
+
+
+def plane_times(engine: Engine, timed: Sequence[tuple[Sequence[Step], float]]) -> tuple[float, ...]:
+    """CostModel.plane_ms of steps and what they took: the least squares of relative errors, and none below 0.
+
+    Where the steps leave it open which of some planes took the time, they share it evenly.
+    """
+    groups, seed = engine.decoder.groups, engine.decoder.groups[0].seed_bits
+    planes = max(g.resident_bits for g in groups) - seed
+    weights = np.asarray([g.weights for g in groups], np.float64)
+    rows, ms = [], np.asarray([took for _, took in timed])
+    for steps, _ in timed:
+        bits = np.asarray([s.bits for s in steps])  # [T, G]
+        read = [((bits > seed + p) * weights).sum(1).mean() / weights.sum() for p in range(planes)]
+        rows.append([1.0, *read])
+    each = (ms.max() - ms.min()) / planes
+    even = EVENLY * np.eye(planes + 1)[1:]
+    found, _ = nnls(
+        np.concatenate([np.asarray(rows) / ms[:, None], even / ms.max()]),
+        np.concatenate([np.ones(len(ms)), np.full(planes, EVENLY * each / ms.max())]),
+    )
+    return tuple(found[1:].tolist())
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dpllm import reference
+from dpllm.allowance import Prices
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
@@ -111,7 +112,8 @@ class Engine:
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
             self.controller.retarget(target_ms, least_bits)
             return
-        controller = LatencyController(cost, target_ms, self.bytes_for, least_bits=least_bits)
+        prices = Prices.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
+        controller = LatencyController(cost, target_ms, prices, least_bits=least_bits)
         self.set_policy("rate-distortion", controller.order(0).bits)
         self.controller, self.target_bits = controller, None
 
@@ -120,7 +122,8 @@ class Engine:
         worth."""
         self.set_policy("rate-distortion", target_bits)
         rate = self.bytes_for(target_bits)
-        self.controller = QueryBudget(target_bits, rate, round(burst * rate))
+        prices = Prices.in_bytes(self.decoder.groups)
+        self.controller = QueryBudget(target_bits, rate, round(burst * rate), prices)
 
     def bytes_for(self, bits: float) -> int:
         """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""
@@ -263,7 +266,7 @@ class Engine:
         order = self.controller.order(self.pairs(cache))
         # Kernels on a GPU know no allowance: a time per token does without it, a budget is worth the slower step.
         boundless = isinstance(self.step, GpuStep) and isinstance(self.controller, LatencyController)
-        policy.steer(order.bits, None if boundless else order.most_bytes)
+        policy.steer(order.bits, None if boundless else order.allowance)
 
     def _record(self, step: Step, cache: KVCache) -> None:
         """Tells the controller what a token took; the first one is the prompt's."""

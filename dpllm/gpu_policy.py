@@ -80,9 +80,9 @@ class DevicePolicy:
 
     def follow(self, policy: PrecisionPolicy | None) -> str | None:
         """Makes the table say what this policy says; None reads what is resident. Returns why it cannot, if so."""
-        if isinstance(policy, RateDistortionPolicy) and policy.most_bytes is not None:
+        if isinstance(policy, RateDistortionPolicy) and policy.allowance is not None:
             self.release()
-            return "a token is held to so many bytes"
+            return "a token is held to an allowance"
         if policy is not self._policy:
             self.release()
             reason = self._describe(policy)

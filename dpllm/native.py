@@ -22,7 +22,7 @@ from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy, extra_bytes
+from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
 
@@ -49,7 +49,6 @@ class NativeStep:
         self.decoder = decoder
         self._alive: list[Any] = []
         self._runner = native.StepRunner(decoder.backend.cpu.handle, self._model())
-        self._extra = extra_bytes(decoder.groups)
         self._logits = torch.empty(0, decoder.config.vocab_size)
         self._bits = torch.empty(0, len(decoder.groups), dtype=torch.int32)
         rows = native.MAX_ROWS
@@ -112,8 +111,7 @@ class NativeStep:
             assert isinstance(policy, RateDistortionPolicy) and corrections is not None
             self._selection.offset = float(policy.probe.offset(policy.context))
             self._corrections[:rows] = list(corrections)
-            self._selection.extra = None if policy.most_bytes is None else self._extra.data_ptr()
-            self._selection.allowance = policy.allowance
+            self._allow(policy)
         starts, lengths = cache.runs(rows)
         request = native.Request(
             rows=rows, position=cache.length, tokens=ctypes.addressof(self._tokens), logits=self._logits.data_ptr(),
@@ -132,6 +130,15 @@ class NativeStep:
             raise error
         cache.advance(rows)
         return self._logits[:rows], self._bits[:rows]
+
+    def _allow(self, policy: RateDistortionPolicy) -> None:
+        """What its tokens may cost."""
+        s, allowance, pace = self._selection, policy.allowance, policy.pace
+        if allowance is None or pace is None:
+            s.extra = None
+            return
+        s.extra, s.allowance = allowance.prices.extra.data_ptr(), allowance.spare
+        s.rest, s.gain = pace.rest.data_ptr(), pace.gain
 
     @property
     def decides_natively(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.allowance import Allowance, Pace, Prices
 from dpllm.calib.allocation import static_bits
 from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
@@ -125,11 +126,11 @@ class RateDistortionPolicy(RateDistortionRule):
         super().__init__(profile, decoder.backend.select, decoder.device, planes)
         self.extra_bytes = profile.estimator_bytes()
         self.corrected = corrected
-        self.most_bytes: int | None = None
-        self._seed_bytes = sum(g.bytes_at[0] for g in decoder.groups)
-        self._extra = extra_bytes(decoder.groups)
-        self._spare: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
+        self.allowance: Allowance | None = None
+        self.pace: Pace | None = None  # of the allowance
+        self._left: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
         self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
+        self._paces: dict[tuple[float, Prices], Pace] = {}  # by target and prices
         self._weights = torch.from_numpy(profile.weights.astype(np.float64))
         self._total = float(profile.weights.sum())
         self._used: Tensor | None = None  # float64 [R], weights times bits of the tokens under way
@@ -143,13 +144,12 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
-    def steer(self, target_bits: float, most_bytes: int | None = None) -> None:
+    def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
         """Moves the target between two tokens of a text; the correction goes on from where it is.
 
-        most_bytes: of planes, tables and scales, that no token may exceed, whatever it is worth; None: no limit. At
-        least those of the seed width. Groups that come too late for their planes get what is left.
+        allowance: what no token may exceed, whatever it is worth (dpllm/allowance.py); None: no limit.
         """
-        self.controller.target_bits, self.most_bytes = target_bits, most_bytes
+        self.controller.target_bits, self.allowance = target_bits, allowance
         if self.planes.max() == self.profile.bits[0]:  # nothing to choose
             return
         near = round(target_bits / STEER) * STEER
@@ -158,11 +158,11 @@ class RateDistortionPolicy(RateDistortionRule):
             lam = self.profile.lambda_for(min(max(near, low), high), self.planes)
             self._steered[near] = torch.from_numpy(self.profile.thresholds(lam, self.planes))
         self.thresholds.copy_(self._steered[near])
-
-    @property
-    def allowance(self) -> int:
-        """Bytes beyond the seed width that a token may read; 0 where there is no limit."""
-        return 0 if self.most_bytes is None else max(0, self.most_bytes - self._seed_bytes)
+        if allowance is not None:
+            key = near, allowance.prices
+            if key not in self._paces:
+                self._paces[key] = Pace.of(allowance.prices, self.profile, self._steered[near].numpy())
+            self.pace = self._paces[key]
 
     def reset(self) -> None:
         """A new text: no previous step, no correction (the same text is to get the same widths)."""
@@ -189,21 +189,29 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.deferred is not None:  # the policy decides by itself again
             self.deferred.release()
         bits = super().__call__(group, x)
-        if self.most_bytes is not None:
-            bits = self._afford(group, bits)
+        if self.allowance is not None:
+            bits = self._afford(group, bits, self.allowance)
         used = bits.double() * group.weights
         self._used = used if group.index == 0 or self._used is None else self._used + used
         return bits
 
-    def _afford(self, group: Group, bits: Tensor) -> Tensor:
+    def multiplier_at(self, group: int) -> Tensor:
+        """The multiplier, kept to the pace of the allowance."""
+        m = self.multiplier
+        if self.allowance is None or self.pace is None:
+            return m
+        if group == 0 or self._left is None:
+            self._left = torch.full((len(m),), self.allowance.spare, dtype=torch.int64, device=m.device)
+        return torch.minimum(m, self.pace.limit(self._left, group))
+
+    def _afford(self, group: Group, bits: Tensor, allowance: Allowance) -> Tensor:
         """The widths, or less where the token's allowance is used up."""
-        if group.index == 0 or self._spare is None:
-            self._spare = torch.full((len(bits),), self.allowance, dtype=torch.int64, device=bits.device)
-        extra = self._extra[group.index].to(bits.device)  # [steps], ascending
-        affordable = group.seed_bits + (extra[None] <= self._spare[:, None]).sum(1)
+        assert self._left is not None
+        extra = allowance.prices.extra[group.index].to(bits.device)  # [steps], ascending
+        affordable = group.seed_bits + (extra[None] <= self._left[:, None]).sum(1)
         bits = torch.minimum(bits, affordable.to(bits.dtype))
         step = (bits - group.seed_bits).long()
-        self._spare = self._spare - torch.where(step > 0, extra[(step - 1).clamp(min=0)], 0)
+        self._left = self._left - torch.where(step > 0, extra[(step - 1).clamp(min=0)], 0)
         return bits
 
     def record(self, bits: Tensor) -> None:
@@ -226,16 +234,6 @@ class RateDistortionPolicy(RateDistortionRule):
                 self._coming.append(float(self.correction))
                 self._coming.popleft()
                 self.correction = self._coming[0]
-
-
-def extra_bytes(groups: list[Group]) -> Tensor:
-    """int64 [G, B - 1]: bytes that each width reads beyond the seed width's; widths a group does not hold cost what the
-    largest integer says."""
-    steps = max((len(g.bytes_at) for g in groups), default=1) - 1
-    out = torch.full((len(groups), max(steps, 0)), torch.iinfo(torch.int64).max, dtype=torch.int64)
-    for row, g in zip(out, groups, strict=True):
-        row[: len(g.bytes_at) - 1] = torch.tensor([b - g.bytes_at[0] for b in g.bytes_at[1:]])
-    return out
 
 
 class Recorder:

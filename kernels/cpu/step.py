@@ -61,6 +61,7 @@ class Selection(ctypes.Structure):
         ("fixed", Pointer), ("fixed_stride", Int), ("diagonal", Pointer), ("thresholds", Pointer),
         ("steps", Int), ("seed", Int), ("probe", Pointer), ("correction", Pointer), ("offset", Float),
         ("limit", Float), ("choose", Choose), ("extra", Pointer), ("allowance", Long),
+        ("rest", Pointer), ("gain", Float),
     )  # fmt: skip
 
 

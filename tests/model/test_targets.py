@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dpllm import quality, reference
+from dpllm.allowance import Allowance, Prices
 from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.errors import InputError
@@ -34,7 +35,8 @@ def own_cache(tmp_path, monkeypatch):
 def widths(engine, native, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
     """What a policy held to an allowance reads for the tokens of a fixed text."""
     policy = begin_text(make_policy("rate-distortion", bits, engine.decoder, engine.profile))
-    policy.steer(bits, most_bytes)
+    prices = Prices.in_bytes(engine.decoder.groups)
+    policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
     ids, cache, found = engine.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
     for token, after in zip(ids, [*ids[1:], 0], strict=True):
         logits, chosen = decode_one(engine.decoder, native, token, cache, policy)
@@ -60,6 +62,20 @@ def test_no_token_exceeds_its_allowance(engine, native):
     assert widths(engine, step, 3.5, engine.bytes_for(6)) == free
     seed = [g.seed_bits for g in engine.decoder.groups]
     assert widths(engine, step, 3.5, 0) == [seed] * len(free), "the seed width is always read"
+
+
+def test_what_is_given_up_is_spread_over_the_layers(engine):
+    """A token that may read a tenth less gives up about that in its last layers as in its first."""
+    weights = np.asarray([g.weights for g in engine.decoder.groups])
+    half = len(weights) // 2
+    free, held = (
+        np.asarray(widths(engine, engine.native, 4.0, m, 60)) for m in (None, engine.bytes_for(3.6))
+    )
+    lost = [
+        ((free - held) * weights)[:, part].sum() / weights[part].sum()
+        for part in (slice(half), slice(half, None))
+    ]
+    assert min(lost) > 0 and max(lost) < 3 * min(lost)
 
 
 def test_native_and_torch_afford_the_same(engine):
@@ -131,6 +147,7 @@ def test_generation_holds_a_time_per_token(engine, monkeypatch):
         (10.0, 18.0, 26.0),
         (0.0, 1e5),
         (0.0, 1.0),
+        (4.0,) * 4,
     )
     clock = Clock(engine, cost, monkeypatch)
     engine.hold_latency(15.0, cost)

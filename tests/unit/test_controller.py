@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpllm.allowance import Prices
 from dpllm.controller import LatencyController, QueryBudget
-from dpllm.cost import CostModel
+from dpllm.cost import CostModel, plane_times
 from dpllm.kernels.errors import InputError
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
-    pairs=(0.0, 1e6), attention_ms=(0.0, 5.0),
+    pairs=(0.0, 1e6), attention_ms=(0.0, 5.0), plane_ms=(4.0, 4.5, 4.25, 4.25),
 )  # fmt: skip
-MEGABYTE = 10**6
+PRICES = Prices(10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
+BYTES = Prices(10, torch.tensor([[5, 10, 15, 20]]))
 SETTLED = 16
-
-
-def bytes_for(bits: float) -> int:
-    return round(bits * MEGABYTE)
 
 
 class Machine:
@@ -46,8 +46,7 @@ class Machine:
                 at(t, controller)
                 order = controller.order(pairs(t))
                 wanted = order.bits + self.bias + self.rng.normal() * self.spread
-                assert order.most_bytes is not None
-                bits = min(max(wanted, 2.0), 6.0, order.most_bytes / MEGABYTE)
+                bits = min(max(wanted, 2.0), COST.bits_for(order.allowance.most / 1e6))
             slow = 1.6 if self.rng.random() < 0.01 else 1.0
             noise = math.exp(self.rng.normal() * self.noise)
             ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow
@@ -65,7 +64,7 @@ def holds(ms: np.ndarray, target: float, fixed: np.ndarray) -> None:
 
 
 def controller_for(target: float) -> LatencyController:
-    return LatencyController(COST, target, bytes_for)
+    return LatencyController(COST, target, PRICES)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -127,11 +126,11 @@ def test_an_impossible_time_does_not_wind_up(target):
 
 
 def test_least_bits_are_read_whatever_they_take():
-    controller = LatencyController(COST, 11.0, bytes_for, least_bits=3.2)
+    controller = LatencyController(COST, 11.0, PRICES, least_bits=3.2)
     Machine(0).run(controller, 50)
     order = controller.order(0)
     assert order.bits == 3.2
-    assert order.most_bytes is not None and order.most_bytes >= bytes_for(3.2)
+    assert order.allowance.most >= COST.step_ms(3.2) * 1e6
     controller.retarget(11.0, least_bits=2.6)
     assert controller.order(0).bits == 2.6
     controller.retarget(11.0)
@@ -169,26 +168,26 @@ def test_a_clock_that_says_nothing_changes_nothing(ms):
 )
 def test_no_query_overdraws_its_budget(rate, burst, wishes, seed):
     """Whatever a token wants, as long as it keeps to the order or reads the seed width, which is within the rate."""
-    budget, total = QueryBudget(3.0, rate, burst), 0
+    budget, total = QueryBudget(3.0, rate, burst, BYTES), 0
     for n, wish in enumerate(wishes, 1):
         order = budget.order()
-        assert order.bits == 3.0 and order.most_bytes is not None
-        assert order.most_bytes >= rate >= seed, "the seed width can always be read"
-        read = max(seed, min(wish, order.most_bytes))
+        assert order.bits == 3.0
+        assert order.allowance.most >= rate >= seed, "the seed width can always be read"
+        read = max(seed, min(wish, order.allowance.most))
         total += read
         budget.record(read)
         assert total <= n * rate + burst
     budget.reset()
-    assert budget.order().most_bytes == rate + burst
+    assert budget.order().allowance.most == rate + burst
 
 
 def test_savings_end_at_the_burst():
-    budget = QueryBudget(3.0, 100, 250)
+    budget = QueryBudget(3.0, 100, 250, BYTES)
     for _ in range(50):
         budget.record(0)
-    assert budget.order().most_bytes == 350
+    assert budget.order().allowance.most == 350
     with pytest.raises(InputError, match="budget"):
-        QueryBudget(3.0, 0, 10)
+        QueryBudget(3.0, 0, 10, BYTES)
 
 
 # -- the cost model --------------------------------------------------------------------------------------------
@@ -216,3 +215,33 @@ def test_cost_survives_its_file_and_damage_is_named(tmp_path):
         path.write_text(wrong)
         with pytest.raises(InputError, match="no cost profile"):
             CostModel.load(path)
+
+
+def steps_of(bits: list[list[int]]):
+    return [SimpleNamespace(bits=row) for row in bits]
+
+
+def engine_of(weights: list[int], resident: int = 5):
+    groups = [SimpleNamespace(weights=w, seed_bits=2, resident_bits=resident) for w in weights]
+    return SimpleNamespace(decoder=SimpleNamespace(groups=groups))
+
+
+def test_times_of_planes_are_found_from_mixtures():
+    """Planes that take unlike times, read by groups of unlike size."""
+    rng, weights, plane_ms = np.random.default_rng(0), np.asarray([4, 1, 2, 3]), np.asarray([1.0, 0.5, 6.0])
+    timed = []
+    for top in np.linspace(2.2, 5, 9):
+        bits = np.clip(np.rint(rng.normal(top, 0.8, (6, 4))), 2, 5).astype(int)
+        shares = [((bits > 2 + p) * weights).sum(1).mean() / weights.sum() for p in range(3)]
+        timed.append((steps_of(bits.tolist()), 20 + float(plane_ms @ shares)))
+    assert plane_times(engine_of(weights.tolist()), timed) == pytest.approx(plane_ms, abs=0.2)
+
+
+def test_planes_that_were_always_read_together_share_their_time():
+    timed = [(steps_of([[2, 2]] * 3), 10.0), (steps_of([[5, 5]] * 3), 16.0)]
+    assert plane_times(engine_of([1, 1]), timed) == pytest.approx((2.0, 2.0, 2.0), abs=0.01)
+
+
+def test_more_planes_do_not_take_less_time():
+    timed = [(steps_of([[b, b]]), ms) for b, ms in ((2, 10.0), (3, 9.0), (4, 12.0), (5, 12.0))]
+    assert min(plane_times(engine_of([1, 1]), timed)) >= 0

@@ -16,7 +16,7 @@ from dpllm.quality import QualityModel
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.0, 26.0),
-    pairs=(0.0, 1e6), attention_ms=(0.0, 20.0),
+    pairs=(0.0, 1e6), attention_ms=(0.0, 20.0), plane_ms=(4.0,) * 4,
 )  # fmt: skip
 QUALITY = QualityModel(
     "an overlay", "a text", 1000, bits=(2.0, 3.0, 4.0, 6.0), keep=(0.1, 0.3, 1.0),

@@ -81,7 +81,10 @@ int Step::choose(const Group& g, int row, const float* x, int columns) {
     multiplier = std::exp(exponent + s.correction[row]);
   }
   int bits = s.seed;
-  const float error = multiplier * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
+  float allowed = multiplier;
+  if (s.extra && s.rest[g.index] > 0)
+    allowed = std::min(multiplier, std::pow(float(allowance_[size_t(row)]) / s.rest[g.index], s.gain));
+  const float error = allowed * c_.isa.weighted_square(x, s.diagonal[g.index], columns);
   const float* threshold = s.thresholds + int64_t(g.index) * s.steps;
   for (int i = 0; i < s.steps; i++) bits += error > threshold[i];
   if (s.extra) {

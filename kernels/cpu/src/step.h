@@ -58,10 +58,13 @@ struct Selection {
   const float* correction;            // [rows]
   float offset, limit;
   int32_t (*choose)(int32_t group, const float* x);  // or null; called group after group, row after row
-  // Where thresholds decide, every token reads at most `allowance` bytes beyond the seed width: extra [groups, steps], what
-  // each width costs beyond it. Groups that come too late for their planes get what is left. null: no limit.
+  // Where thresholds decide, every token costs at most `allowance` beyond the seed width: extra [groups, steps], what each
+  // width costs beyond it (null: no limit). So that the last groups are not left without, a token's multiplier is kept to
+  // (what is left / rest) ^ gain, rest [groups] being what a group and those behind it cost as a rule.
   const int64_t* extra;
   int64_t allowance;
+  const float* rest;
+  float gain;
 };
 
 // The key-value cache of one sequence: layer l, KV head h owns length[l, h] slots from start[l, h] of the

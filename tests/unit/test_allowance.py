@@ -1,0 +1,66 @@
+"""Prices of widths, and the pace at which a token spends its allowance."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_profiles import example_profile, random_profiles
+
+from dpllm.allowance import GAINS, NEVER, Allowance, Pace, Prices
+
+GROUPS = [
+    SimpleNamespace(weights=3000, bytes_at=(750, 1125, 1500, 1875)),
+    SimpleNamespace(weights=1000, bytes_at=(250, 375)),  # holds a single plane beyond the seed
+]
+
+
+def test_bytes_are_those_beyond_the_seed_width():
+    prices = Prices.in_bytes(GROUPS)
+    assert prices.seed == 1000
+    assert prices.extra.tolist() == [[375, 750, 1125], [125, NEVER, NEVER]]
+    assert [Allowance(most, prices).spare for most in (1500, 1000, 10)] == [500, 0, 0]
+
+
+def test_time_is_shared_by_weights():
+    prices = Prices.in_nanoseconds(GROUPS, seed_ms=2.0, plane_ms=(0.004, 0.0, 0.008))
+    assert prices.seed == 2_000_000
+    assert prices.extra.tolist() == [[3000, 3000, 9000], [1000, NEVER, NEVER]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(random_profiles(), st.floats(0.01, 100))
+def test_rest_is_what_the_calibrated_signals_cost(profile, lam):
+    """Against the width that the rule gives each bin, taken from its lower edge up."""
+    thresholds = profile.thresholds(lam)
+    extra = torch.from_numpy((profile.cost[:, 1:] - profile.cost[:, :1]).astype(np.int64))
+    pace = Pace.of(Prices(0, extra), profile, thresholds)
+    cost = np.zeros(len(profile.gain))
+    for g, knots in enumerate(profile.knots):
+        for signal in [-1.0, *(knots + 0.5)]:  # one within each bin
+            bits = int((signal > thresholds[g]).sum())
+            cost[g] += (extra[g, bits - 1].item() if bits else 0) / profile.gain.shape[2]
+    assert pace.rest.numpy() == pytest.approx(cost[::-1].cumsum()[::-1])
+    assert GAINS[0] <= pace.gain <= GAINS[1]
+
+
+def test_the_limit_falls_with_what_is_left():
+    pace = Pace(torch.tensor([100.0, 50.0, 0.0]), gain=2.0)
+    left = torch.tensor([200, 100, 50, 0])
+    assert pace.limit(left, 0).tolist() == [4.0, 1.0, 0.25, 0.0]
+    assert pace.limit(left, 1).tolist() == [16.0, 4.0, 1.0, 0.0]
+    assert (pace.limit(left[:3], 2) > 1e6).all(), (
+        "nothing is expected to be spent: no limit but the allowance itself"
+    )
+
+
+def test_a_rule_that_never_varies_has_a_pace():
+    profile = example_profile()
+    for value in (-np.inf, np.inf):  # every plane is read, and none
+        thresholds = np.full((3, 3), value, np.float32)
+        pace = Pace.of(Prices(0, torch.full((3, 3), 7)), profile, thresholds)
+        assert pace.gain == GAINS[1] and torch.isfinite(pace.rest).all()
