@@ -64,12 +64,12 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
     for _ in track(range(repeats), f"times, {name}"):
         fitted: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
         checked: dict[tuple, list[Step]] = {cell: [] for cell in cells}
-        runs = [(steps, (*cell, None)) for cell, steps in fitted.items()]
-        runs += [(steps, (b, n, None if keep == 1 else cache)) for (b, n, keep), steps in checked.items()]
+        runs = [(steps, cell, None) for cell, steps in fitted.items()]
+        runs += [(steps, Cell(b, n), None if keep == 1 else cache) for (b, n, keep), steps in checked.items()]
         for _ in range(ROUNDS):
             turn.shuffle(runs)
-            for steps, run in runs:
-                steps += steps_at(engine, *run)
+            for steps, cell, behind in runs:
+                steps += steps_at(engine, cell, behind)
         cost = fit(engine, fitted)
         for cell, steps in checked.items():
             read = statistics.mean(s.effective_bits for s in steps)  # few tokens are not on their target yet

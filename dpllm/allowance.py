@@ -36,13 +36,25 @@ NEVER = torch.iinfo(torch.int64).max  # the price of a width that is not held
 class Prices:
     """seed: of a token that reads seed widths. extra: int64 [G, B - 1], of each width of each group beyond that."""
 
+    seed_bits: int
     seed: int
     extra: Tensor
+
+    def of(self, bits: Sequence[int]) -> int:
+        """What a token costs that reads these widths. bits: [G], held by their groups; the seed width is the first."""
+        step = np.asarray(bits) - self.seed_bits
+        return self.seed + int(
+            np.where(step > 0, self.extra.numpy()[np.arange(len(step)), step - 1], 0).sum()
+        )
 
     @classmethod
     def in_bytes(cls, groups: Sequence[Group]) -> Prices:
         """Planes, tables and scales."""
-        return cls(sum(g.bytes_at[0] for g in groups), _table(groups, [g.bytes_at for g in groups]))
+        return cls(
+            groups[0].seed_bits,
+            sum(g.bytes_at[0] for g in groups),
+            _table(groups, [g.bytes_at for g in groups]),
+        )
 
     @classmethod
     def in_nanoseconds(cls, groups: Sequence[Group], seed_ms: float, plane_ms: Sequence[float]) -> Prices:
@@ -51,7 +63,7 @@ class Prices:
         total = sum(g.weights for g in groups)
         upto = np.cumsum([0.0, *plane_ms]) * 1e6
         rows = [[round(ns * g.weights / total) for ns in upto] for g in groups]
-        return cls(round(seed_ms * 1e6), _table(groups, rows))
+        return cls(groups[0].seed_bits, round(seed_ms * 1e6), _table(groups, rows))
 
 
 def _table(groups: Sequence[Group], cost: Sequence[Sequence[int]]) -> Tensor:

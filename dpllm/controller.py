@@ -82,11 +82,11 @@ class LatencyController:
         )
         return Order(self._bits, Allowance(round(most * 1e6), self.prices))
 
-    def record(self, ms: float, bits: float, pairs: float) -> None:
-        """What the token took, the effective bits it read, and the pairs that were in the cache."""
+    def record(self, ms: float, spent: int, pairs: float) -> None:
+        """What the token took, the price of what it read, and the pairs that were in the cache."""
         if not (math.isfinite(ms) and ms > 0):
             return  # a clock that stood still says nothing
-        self._ratios.append(math.log(ms / self.cost.step_ms(bits, pairs)))
+        self._ratios.append(math.log(ms / (spent * 1e-6 + self.cost.kv_ms(pairs))))
         gain = max(self.options.gain, 1 / len(self._ratios))  # the first one is all there is to go by
         self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
         over = math.log(ms / self.target_ms)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from scipy.optimize import isotonic_regression, nnls
 
 from dpllm.kernels.errors import InputError
 from dpllm.machine import processor_name
-from dpllm.policy import make_policy, resident_mean
+from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
 from dpllm.quant.files import write_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,14 @@ EVENLY = 0.02  # how firmly planes are held to one time, relative to what was me
 CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
 
 Progress = Callable[[str, int, int], None]
-Cell = tuple[float, int]  # effective bits asked for, tokens of context
+
+
+class Cell(NamedTuple):
+    """What is timed: effective bits asked for, tokens of context, and whether every group reads the same width."""
+
+    bits: float
+    context: int = 0
+    uniform: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,8 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
     began, rounds = time.perf_counter(), ROUNDS[1]
     done = 0
     while done < rounds:
-        for (target, context), steps in taken.items():
-            steps += steps_at(engine, target, context)
+        for cell, steps in taken.items():
+            steps += steps_at(engine, cell)
         done += 1
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
@@ -179,58 +187,76 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
 
 
 def cells_of(engine: Engine) -> list[Cell]:
-    """What is timed: effective bits with an empty cache, ends included, and contexts at the least bits."""
+    """Effective bits with an empty cache, ends included; widths between them; and contexts at the least bits."""
     low, high = engine.calibration().target_range(engine.planes)
     if high - low < 0.1:
         raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
     room = engine.decoder.config.max_positions - TOKENS - 1
     contexts = sorted({min(n, room) for n in CONTEXTS if room > 0})
-    return [(float(t), 0) for t in np.linspace(low, high, POINTS)] + [(float(low), n) for n in contexts]
+    return [
+        *(Cell(float(t)) for t in np.linspace(low, high, POINTS)),
+        *(Cell(b, uniform=True) for b in range(math.floor(low) + 1, math.ceil(high))),
+        *(Cell(float(low), n) for n in contexts),
+    ]
 
 
-def steps_at(engine: Engine, target: float, context: int, behind: KVCache | None = None) -> list[Step]:
+def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[Step]:
     """A few tokens behind a cache of so many pairs a head (their values change no time), or behind a given one."""
-    policy = make_policy("rate-distortion", target, engine.decoder, engine.profile)
-    return list(engine.decode_after(context, TOKENS, policy, behind))[WARM_UP:]
+    groups = engine.decoder.groups
+    policy: PrecisionPolicy = (
+        StaticPolicy([min(int(cell.bits), g.resident_bits) for g in groups], name="uniform")
+        if cell.uniform
+        else make_policy("rate-distortion", cell.bits, engine.decoder, engine.profile)
+    )
+    return list(engine.decode_after(cell.context, TOKENS, policy, behind))[WARM_UP:]
 
 
 def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
     """The cost model of what `cells_of` were timed."""
     ms = {cell: statistics.median(s.tpot_ms for s in steps) for cell, steps in taken.items()}
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
-    at = sorted({round(read[cell], 4): ms[cell] for cell in taken if not cell[1]}.items())
-    behind = [cell for cell in taken if cell[1]]
+    empty = [cell for cell in taken if not cell.context]
+    behind = [cell for cell in taken if cell.context]
+    at = sorted({round(read[cell], 4): ms[cell] for cell in empty if not cell.uniform}.items())
     heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
-    added = [ms[low, n] - ms[low, 0] for low, n in behind]
+    added = [ms[cell] - ms[Cell(cell.bits)] for cell in behind]
     return CostModel(
         device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
         bits=tuple(b for b, _ in at), weights_ms=_rising([t for _, t in at]),
-        pairs=(0.0, *(float(n * heads) for _, n in behind)),
+        pairs=(0.0, *(float(cell.context * heads) for cell in behind)),
         attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
-        plane_ms=plane_times(engine, [(taken[cell], ms[cell]) for cell in taken if not cell[1]]),
+        plane_ms=plane_times(engine, [Timed(taken[cell], ms[cell], not cell.uniform) for cell in empty]),
     )  # fmt: skip
 
 
-def plane_times(engine: Engine, timed: Sequence[tuple[Sequence[Step], float]]) -> tuple[float, ...]:
-    """CostModel.plane_ms of steps and what they took: the least squares of relative errors, and none below 0.
+class Timed(NamedTuple):
+    """Steps, what one of them took, and whether they chose their widths, which takes time, too."""
+
+    steps: Sequence[Step]
+    ms: float
+    chosen: bool
+
+
+def plane_times(engine: Engine, timed: Sequence[Timed]) -> tuple[float, ...]:
+    """CostModel.plane_ms: the least squares of relative errors, and none below 0.
 
     Where the steps leave it open which of some planes took the time, they share it evenly.
     """
     groups, seed = engine.decoder.groups, engine.decoder.groups[0].seed_bits
     planes = max(g.resident_bits for g in groups) - seed
     weights = np.asarray([g.weights for g in groups], np.float64)
-    rows, ms = [], np.asarray([took for _, took in timed])
-    for steps, _ in timed:
-        bits = np.asarray([s.bits for s in steps])  # [T, G]
+    rows, ms = [], np.asarray([t.ms for t in timed])
+    for t in timed:
+        bits = np.asarray([s.bits for s in t.steps])  # [T, G]
         read = [((bits > seed + p) * weights).sum(1).mean() / weights.sum() for p in range(planes)]
-        rows.append([1.0, *read])
+        rows.append([1.0, float(t.chosen), *read])
     each = (ms.max() - ms.min()) / planes
-    even = EVENLY * np.eye(planes + 1)[1:]
+    even = EVENLY * np.eye(planes + 2)[2:]
     found, _ = nnls(
         np.concatenate([np.asarray(rows) / ms[:, None], even / ms.max()]),
         np.concatenate([np.ones(len(ms)), np.full(planes, EVENLY * each / ms.max())]),
     )
-    return tuple(found[1:].tolist())
+    return tuple(found[2:].tolist())
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:

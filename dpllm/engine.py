@@ -272,12 +272,11 @@ class Engine:
         """Tells the controller what a token took; the first one is the prompt's."""
         if self.controller is None or not step.bits:
             return
+        spent = self.controller.prices.of(step.bits)
         if isinstance(self.controller, QueryBudget):
-            self.controller.record(
-                sum(g.bytes_at[b - g.seed_bits] for b, g in zip(step.bits, self.decoder.groups, strict=True))
-            )
+            self.controller.record(spent)
         else:
-            self.controller.record(step.tpot_ms, step.effective_bits, self.pairs(cache))
+            self.controller.record(step.tpot_ms, spent, self.pairs(cache))
 
     def pairs(self, cache: KVCache) -> float:
         """Pairs the cache holds, over all layers and heads."""

@@ -14,8 +14,8 @@ from synthetic_profiles import example_profile, random_profiles
 from dpllm.allowance import GAINS, NEVER, Allowance, Pace, Prices
 
 GROUPS = [
-    SimpleNamespace(weights=3000, bytes_at=(750, 1125, 1500, 1875)),
-    SimpleNamespace(weights=1000, bytes_at=(250, 375)),  # holds a single plane beyond the seed
+    SimpleNamespace(seed_bits=2, weights=3000, bytes_at=(750, 1125, 1500, 1875)),
+    SimpleNamespace(seed_bits=2, weights=1000, bytes_at=(250, 375)),  # holds a single plane beyond the seed
 ]
 
 
@@ -23,6 +23,7 @@ def test_bytes_are_those_beyond_the_seed_width():
     prices = Prices.in_bytes(GROUPS)
     assert prices.seed == 1000
     assert prices.extra.tolist() == [[375, 750, 1125], [125, NEVER, NEVER]]
+    assert [prices.of(bits) for bits in ([2, 2], [4, 2], [5, 3])] == [1000, 1750, 2250]
     assert [Allowance(most, prices).spare for most in (1500, 1000, 10)] == [500, 0, 0]
 
 
@@ -38,7 +39,7 @@ def test_rest_is_what_the_calibrated_signals_cost(profile, lam):
     """Against the width that the rule gives each bin, taken from its lower edge up."""
     thresholds = profile.thresholds(lam)
     extra = torch.from_numpy((profile.cost[:, 1:] - profile.cost[:, :1]).astype(np.int64))
-    pace = Pace.of(Prices(0, extra), profile, thresholds)
+    pace = Pace.of(Prices(2, 0, extra), profile, thresholds)
     cost = np.zeros(len(profile.gain))
     for g, knots in enumerate(profile.knots):
         for signal in [-1.0, *(knots + 0.5)]:  # one within each bin
@@ -62,5 +63,5 @@ def test_a_rule_that_never_varies_has_a_pace():
     profile = example_profile()
     for value in (-np.inf, np.inf):  # every plane is read, and none
         thresholds = np.full((3, 3), value, np.float32)
-        pace = Pace.of(Prices(0, torch.full((3, 3), 7)), profile, thresholds)
+        pace = Pace.of(Prices(2, 0, torch.full((3, 3), 7)), profile, thresholds)
         assert pace.gain == GAINS[1] and torch.isfinite(pace.rest).all()

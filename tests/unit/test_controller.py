@@ -14,16 +14,21 @@ from hypothesis import strategies as st
 
 from dpllm.allowance import Prices
 from dpllm.controller import LatencyController, QueryBudget
-from dpllm.cost import CostModel, plane_times
+from dpllm.cost import CostModel, Timed, plane_times
 from dpllm.kernels.errors import InputError
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
     pairs=(0.0, 1e6), attention_ms=(0.0, 5.0), plane_ms=(4.0, 4.5, 4.25, 4.25),
 )  # fmt: skip
-PRICES = Prices(10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
-BYTES = Prices(10, torch.tensor([[5, 10, 15, 20]]))
+PRICES = Prices(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
+BYTES = Prices(2, 10, torch.tensor([[5, 10, 15, 20]]))
 SETTLED = 16
+
+
+def spent(bits: float) -> int:
+    """The price of so many bits."""
+    return round(COST.step_ms(bits) * 1e6)
 
 
 class Machine:
@@ -51,7 +56,7 @@ class Machine:
             noise = math.exp(self.rng.normal() * self.noise)
             ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow
             if controller is not None:
-                controller.record(ms, bits, pairs(t))
+                controller.record(ms, spent(bits), pairs(t))
             taken.append(ms)
         return np.asarray(taken)
 
@@ -142,7 +147,7 @@ def test_the_order_stays_where_little_changes():
     orders = set()
     for _ in range(50):
         orders.add(controller.order(0).bits)
-        controller.record(17.0, COST.bits_for(17.0), 0)
+        controller.record(17.0, 17_000_000, 0)
     assert len(orders) == 1
 
 
@@ -150,7 +155,7 @@ def test_the_order_stays_where_little_changes():
 def test_a_clock_that_says_nothing_changes_nothing(ms):
     controller = controller_for(17.0)
     before = controller.order(0)
-    controller.record(ms, 3.0, 0)
+    controller.record(ms, spent(3.0), 0)
     assert controller.order(0) == before
     with pytest.raises(InputError, match="is impossible"):
         controller.retarget(ms)
@@ -233,15 +238,22 @@ def test_times_of_planes_are_found_from_mixtures():
     for top in np.linspace(2.2, 5, 9):
         bits = np.clip(np.rint(rng.normal(top, 0.8, (6, 4))), 2, 5).astype(int)
         shares = [((bits > 2 + p) * weights).sum(1).mean() / weights.sum() for p in range(3)]
-        timed.append((steps_of(bits.tolist()), 20 + float(plane_ms @ shares)))
+        timed.append(Timed(steps_of(bits.tolist()), 20 + float(plane_ms @ shares), True))
     assert plane_times(engine_of(weights.tolist()), timed) == pytest.approx(plane_ms, abs=0.2)
 
 
 def test_planes_that_were_always_read_together_share_their_time():
-    timed = [(steps_of([[2, 2]] * 3), 10.0), (steps_of([[5, 5]] * 3), 16.0)]
+    timed = [Timed(steps_of([[b, b]] * 3), ms, True) for b, ms in ((2, 10.0), (5, 16.0))]
     assert plane_times(engine_of([1, 1]), timed) == pytest.approx((2.0, 2.0, 2.0), abs=0.01)
 
 
 def test_more_planes_do_not_take_less_time():
-    timed = [(steps_of([[b, b]]), ms) for b, ms in ((2, 10.0), (3, 9.0), (4, 12.0), (5, 12.0))]
+    timed = [Timed(steps_of([[b, b]]), ms, True) for b, ms in ((2, 10.0), (3, 9.0), (4, 12.0), (5, 12.0))]
     assert min(plane_times(engine_of([1, 1]), timed)) >= 0
+
+
+def test_choosing_widths_is_no_plane():
+    """Steps of one width that need not choose take less time by that."""
+    chosen = [Timed(steps_of([[b, b]]), 10.0 + 2 * (b - 2), True) for b in (2, 5)]
+    timed = chosen + [Timed(steps_of([[b, b]]), 7.0 + 2 * (b - 2), False) for b in (3, 4)]
+    assert plane_times(engine_of([1, 1]), timed) == pytest.approx((2.0, 2.0, 2.0), abs=0.05)
