@@ -3,10 +3,11 @@ memory as those of real models do (on the reference model other programs on the 
 than all its widths do).
 
 Limits measured, 16 tokens after each change: the median over the target (bar: within 3%), and the 95th percentile over
-the target beside what a fixed width shows over its own median under the same circumstances (bar: 1.1 times that), while
-(a) the context grows, (b) another program comes and goes, (c) the target changes between two tokens. The controlled
-texts and those of a fixed width take turns. And, on the reference model, the spread of queries: bits and time of whole
-texts, held on average and bounded by a token bucket.
+the target beside what a fixed width, the one nearest in time, shows over its own median under the same circumstances
+(bar: 1.1 times that), while (a) the context grows, (b) another program comes and goes, (c) the target changes between
+two tokens. The controlled text and that of a fixed width take turns, token by token. And, on the reference model, the
+spread of queries: bits and time of whole texts, held on average and bounded by a token bucket; and what it costs in
+perplexity to keep every single token within some bytes.
 
     python bench/control_quality.py [--threads 1] [--rounds 2]
 """
@@ -25,15 +26,19 @@ from random_engine import random_engine
 from report import report
 
 from dpllm import reference
+from dpllm.allowance import Allowance, Prices
+from dpllm.controller import ControlOptions
 from dpllm.cost import CostModel, measure
 from dpllm.engine import Engine, GenerateOptions, load
+from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.loading import LoadOptions
+from dpllm.policy import make_policy
 from dpllm.quant.text import read_documents
 
-SETTLED, FIXED, PIECES = 16, 3, 3
+SETTLED = 16
 SHAPE, PLANES = "1.1B", 6
-GROWING, LOADED, CHANGING = 450, 40, 120  # tokens: of a text, of a piece of a phase, until the target changes
+GROWING, LOADED, CHANGING = 450, 120, 120  # tokens: of a text, of a phase, until the target changes
 
 
 def busy(until: float) -> None:
@@ -74,8 +79,29 @@ def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
         yield step.tpot_ms
 
 
-def row(name: str, phase: str, target: float, ms: list[float], fixed: list[float]) -> dict:
+class Pair:
+    """The same model twice: held to a time, and at a fixed width."""
+
+    def __init__(self, engine: Engine, cost: CostModel, prompt: str):
+        self.held, self.cost, self.prompt = engine, cost, prompt
+        self.fixed = Engine(engine.path, engine.decoder, engine.tokenizer, engine.profile)
+
+    def aim(self, target: float) -> None:
+        """The next tokens are to take so long; the fixed width is the one nearest to that."""
+        self.held.hold_latency(target, self.cost)
+        ms = self.cost.weights_ms[0] + np.cumsum([0.0, *self.cost.plane_ms])
+        seed = self.held.decoder.groups[0].seed_bits
+        self.fixed.set_policy("uniform", seed + int(np.abs(ms - target).argmin()))
+
+    def decode(self, tokens: int) -> Iterator[tuple[float, float]]:
+        """What a token of each took, in turns, so that the host treats both alike."""
+        texts = (decoded(engine, self.prompt, tokens) for engine in (self.held, self.fixed))
+        yield from zip(*texts, strict=True)
+
+
+def row(name: str, phase: str, target: float, both: list[tuple[float, float]]) -> dict:
     """One phase against its bars."""
+    ms, fixed = zip(*both, strict=True)
     of_fixed = float(np.percentile(fixed, 95)) / statistics.median(fixed)
     p95 = float(np.percentile(ms, 95)) / target
     median = statistics.median(ms) / target
@@ -87,64 +113,43 @@ def row(name: str, phase: str, target: float, ms: list[float], fixed: list[float
     }  # fmt: skip
 
 
-def fixed_width(engine: Engine, prompt: str, tokens: int) -> list[float]:
-    """The same text length at three bits everywhere."""
-    engine.set_policy("uniform", FIXED)
-    return list(decoded(engine, prompt, tokens))[SETTLED:]
-
-
-def growing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[dict]:
+def growing(pair: Pair, rounds: int) -> list[dict]:
     """(a): a text from a short prompt."""
-    target, tokens = cost.step_ms(4.0, pairs(engine, GROWING)), GROWING
-    ms: list[list[float]] = []
-    fixed: list[list[float]] = []
-    for _ in range(rounds):
-        engine.hold_latency(target, cost)
-        ms.append(list(decoded(engine, prompt, tokens)))
-        engine.set_policy("uniform", FIXED)
-        fixed.append(list(decoded(engine, prompt, tokens)))
-    rows = []
-    for first, last in ((SETTLED, GROWING // 2), (GROWING // 2, GROWING)):
-        own, of_fixed = ([t for text in texts for t in text[first:last]] for texts in (ms, fixed))
-        rows.append(row("growing context", f"tokens {first}-{last}", target, own, of_fixed))
-    return rows
+    target = pair.cost.step_ms(4.0, pairs(pair.held, GROWING))
+    pair.aim(target)
+    texts = [list(pair.decode(GROWING)) for _ in range(rounds)]
+    middle = GROWING // 2
+    return [
+        row("growing context", f"tokens {a}-{b}", target, [t for text in texts for t in text[a:b]])
+        for a, b in ((SETTLED, middle), (middle, GROWING))
+    ]
 
 
-def loaded(engine: Engine, cost: CostModel, prompt: str, rounds: int, processes: int) -> list[dict]:
-    """(b): alone, beside other programs, alone, one controller all the while. Texts are short and take turns with those
-    of a fixed width, so that the host treats both alike."""
-    found: dict[str, tuple[list, list, float]] = {}
-    target = cost.step_ms(5.0, pairs(engine, 200))
-    engine.hold_latency(target, cost)
-    held = engine.controller
+def loaded(pair: Pair, rounds: int, processes: int) -> list[dict]:
+    """(b): alone, beside other programs, alone, one controller all the while."""
+    target = pair.cost.step_ms(5.0, pairs(pair.held, LOADED))
+    pair.aim(target)
+    found: dict[str, list] = {"before": [], "during": [], "after": []}
     for _ in range(rounds):
-        for phase in ("before", "during", "after"):
-            own = found.setdefault(phase, ([], [], target))
+        for phase, both in found.items():
             with load_of(processes if phase == "during" else 0):
-                for _ in range(PIECES):
-                    engine.set_policy("rate-distortion", 4.0)
-                    engine.controller = held
-                    own[0].extend(list(decoded(engine, prompt, LOADED + SETTLED))[SETTLED:])
-                    own[1].extend(fixed_width(engine, prompt, LOADED + SETTLED))
-    return [row(f"load of {processes} program(s)", phase, t, m, f) for phase, (m, f, t) in found.items()]
+                both += list(pair.decode(LOADED + SETTLED))[SETTLED:]
+    return [row(f"load of {processes} program(s)", phase, target, both) for phase, both in found.items()]
 
 
-def changing(engine: Engine, cost: CostModel, prompt: str, rounds: int) -> list[dict]:
+def changing(pair: Pair, rounds: int) -> list[dict]:
     """(c): three targets within one text."""
-    targets = [cost.step_ms(b, pairs(engine, 2 * CHANGING)) for b in (5.0, 3.5, 4.25)]
-    found: list[list[float]] = [[], [], []]
-    fixed: list[float] = []
+    targets = [pair.cost.step_ms(b, pairs(pair.held, 2 * CHANGING)) for b in (5.0, 3.5, 4.25)]
+    found: list[list] = [[], [], []]
     for _ in range(rounds):
-        fixed += fixed_width(engine, prompt, CHANGING)
-        engine.hold_latency(targets[0], cost)
-        for i, ms in enumerate(decoded(engine, prompt, 3 * CHANGING)):
+        pair.aim(targets[0])
+        for i, both in enumerate(pair.decode(3 * CHANGING)):
             phase, at = divmod(i, CHANGING)
             if at == 0 and i:
-                engine.hold_latency(targets[phase], cost)
+                pair.aim(targets[phase])
             if at >= SETTLED:
-                found[phase].append(ms)
-        fixed += fixed_width(engine, prompt, CHANGING)
-    return [row("changing target", f"{i + 1}", target, found[i], fixed) for i, target in enumerate(targets)]
+                found[phase].append(both)
+    return [row("changing target", f"{i + 1}", target, found[i]) for i, target in enumerate(targets)]
 
 
 def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 96) -> list[dict]:
@@ -168,6 +173,25 @@ def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 
     return rows
 
 
+def limited(engine: Engine, texts: list[str]) -> list[dict]:
+    """What keeping each token within a share of the mean's bytes costs, beside no limit and static widths."""
+    documents = [engine.prompt_ids(text) for text in texts]
+    prices, rows = Prices.in_bytes(engine.decoder.groups), []
+    for bits in (3.0, 4.0, 5.0):
+        for limit in (None, 1.1, ControlOptions().headroom, "static"):
+            name = "static" if limit == "static" else "rate-distortion"
+            policy = make_policy(name, bits, engine.decoder, engine.profile)
+            if isinstance(limit, float):
+                policy.steer(bits, Allowance(round(engine.bytes_for(bits) * limit), prices))
+            score = evaluate(engine.decoder, policy, bits, documents)
+            phase = "static" if limit == "static" else f"limit {limit or 'none'}"
+            rows.append({
+                "what": f"perplexity at {bits:g} bits", "phase": phase, "tokens": score.tokens,
+                "bits_p50": score.effective_bits, "perplexity": score.perplexity,
+            })  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -176,11 +200,11 @@ def main() -> None:
     options = LoadOptions(cpu=CpuOptions(threads=args.threads))
     texts = [t[:400] for t in read_documents(reference.heldout_text()) if len(t) > 400][:48]
     engine = random_engine(SHAPE, PLANES, options)
-    cost = measure(engine)
-    rows = growing(engine, cost, texts[0], args.rounds)
-    rows += loaded(engine, cost, texts[0], args.rounds, 1)
-    rows += changing(engine, cost, texts[0], args.rounds)
-    rows += queries(load(options=options), texts)
+    pair = Pair(engine, measure(engine), texts[0])
+    rows = growing(pair, args.rounds) + loaded(pair, args.rounds, 1) + changing(pair, args.rounds)
+    reference_engine = load(options=options)
+    rows += queries(reference_engine, texts)
+    rows += limited(reference_engine, [t[:1600] for t in read_documents(reference.heldout_text())][:48])
     columns = list(dict.fromkeys(k for r in rows for k in r))
     report(
         "control_quality", [{c: r.get(c, "") for c in columns} for r in rows], threads=args.threads,

@@ -35,7 +35,7 @@ from dpllm.quality import measure as measure_quality
 
 BITS, CONTEXTS, KEEP = (2.4, 3.1, 3.9, 5.2), (0, 300, 2500), 0.3
 SHAPE, PLANES = "1.1B", 6
-ROUNDS, REPEATS = 4, 9
+ROUNDS, REPEATS = 4, 6
 
 
 def pruned(engine: Engine, context: int) -> RaggedKVCache:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=12)
     args = parser.parse_args()
     engine = load()
-    rows = times_come_true("reference model", engine, 3 * REPEATS)
+    rows = times_come_true("reference model", engine, 4 * REPEATS)
     large = random_engine(SHAPE, PLANES, LoadOptions())
     of_shape = times_come_true(f"{SHAPE} shape", large, REPEATS)
     del large

@@ -131,23 +131,33 @@ class Planner:
             keeps = [round(float(k), 6) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
         low, high = self.cost.bits[0], self.cost.bits[-1]
         grid = [float(b) for b in np.arange(low, high, BITS_STEP)] + [high]
+        priced = [self._priced(bits, keeps, context) for bits in grid]
         return [
-            self._priced(planes, bits, keep, context)
+            self._held(planes, plan)
             for planes in self.machine.held
-            for bits in grid
-            if bits <= planes + 1e-9
-            for keep in keeps
+            for plans in priced
+            if plans[0].target_bits <= planes + 1e-9
+            for plan in plans
         ]
 
-    def _priced(self, planes: int, bits: float, keep: float, context: int) -> Plan:
-        m = self.machine
-        pairs = keep * context * m.pairs
-        nats = self.quality.loss(bits, keep) + m.penalty(planes, bits)
-        kv = round(pairs * m.pair_bytes)
-        return Plan(
-            planes, bits, keep, self.cost.step_ms(bits, pairs), math.expm1(nats), m.held[planes], kv,
-            m.read_bytes(bits) + kv,
-        )  # fmt: skip
+    def _priced(self, bits: float, keeps: list[float], context: int) -> list[Plan]:
+        """With every plane held."""
+        m, found = self.machine, []
+        planes = max(m.held)
+        weights_ms, read = self.cost.step_ms(bits), m.read_bytes(bits)
+        for keep in keeps:
+            pairs = keep * context * m.pairs
+            ms, kv = weights_ms + self.cost.kv_ms(pairs), round(pairs * m.pair_bytes)
+            loss = math.expm1(self.quality.loss(bits, keep))
+            found.append(Plan(planes, bits, keep, ms, loss, m.held[planes], kv, read + kv))
+        return found
+
+    def _held(self, planes: int, plan: Plan) -> Plan:
+        """The same with no more planes than these."""
+        penalty, loss = self.machine.penalty(planes, plan.target_bits), plan.quality_loss
+        if penalty:
+            loss = math.expm1(math.log1p(loss) + penalty)
+        return replace(plan, resident_bits=planes, weight_bytes=self.machine.held[planes], quality_loss=loss)
 
     def _impossible(self, every: list[Plan], targets: Targets) -> str:
         """What would have to give: for each target, the nearest that can be had while the others are kept."""

@@ -8,6 +8,7 @@ own estimate stands in; it knows nothing of pruning.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -63,9 +64,12 @@ class QualityModel:
 
     def loss(self, bits: float, keep: float = 1.0) -> float:
         """Nats per token; straight between measured bits and between logarithms of measured ratios."""
-        columns = np.log(np.asarray(self.keep))
-        rows = [float(np.interp(np.log(keep), columns, row)) for row in self.nats]
-        return float(np.interp(bits, self.bits, rows))
+        columns, table = np.arange(len(self.keep)), np.asarray(self.nats)
+        at = float(np.interp(np.log(keep), np.log(self.keep), columns))
+        low, high = math.floor(at), math.ceil(at)
+        return float(
+            np.interp(bits, self.bits, table[:, low] + (at - low) * (table[:, high] - table[:, low]))
+        )
 
     def save(self, path: Path) -> None:
         """Writes it as JSON, atomically."""
