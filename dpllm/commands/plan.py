@@ -64,6 +64,9 @@ def profile(args: MachineArguments, quality: bool, data: str | None) -> None:
         f"{ms:.3g} ms for {p:,.0f}" for p, ms in zip(cost.pairs[1:], cost.attention_ms[1:], strict=True)
     )
     stdout.print(f"attention adds, by pairs in the cache: {added}")
+    first = engine.decoder.groups[0].seed_bits + 1
+    planes = ", ".join(f"{ms:.3g} ms for bit {b}" for b, ms in enumerate(cost.plane_ms, first))
+    stdout.print(f"planes add, read by every matrix: {planes}")
     if found is not None:
         stdout.print(_quality_table(found))
     note(f"measured on {cost.device}; kept in {where}" + (f" and {engine.path / NAME}" if found else ""))
