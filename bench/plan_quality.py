@@ -2,10 +2,9 @@
 
 Limits measured: (1) predicted against measured time per token, at bits and contexts that the cost model was not fitted
 to, whole caches and pruned ones, for the bits that these tokens have read, median over repeats of fitting and checking:
-bar 5%; (2) regret: the perplexity of
-the chosen plan, by quality measured on other documents than the planner's, over that of the best plan of the grid
-within the same time: bar 2%; (3) weights and cache planned together against planning only the weights, and against a
-fixed share of the cache, at equal time.
+bar 5%; (2) regret: the perplexity of the chosen plan, by quality measured on other documents than the planner's, over
+that of the best plan of the grid within the same time: bar 2%; (3) weights and cache planned together against planning
+only the weights, and against a fixed share of the cache, at equal time.
 
     python bench/plan_quality.py [--documents 12]
 """
