@@ -131,18 +131,23 @@ class CalibrationProfile:
         beyond = np.arange(steps + 1)[None, :] > (planes - self.bits[0])[:, None]
         merit[beyond] = -np.inf
         best = np.maximum.accumulate(merit.argmax(axis=1), axis=1)  # [G, M] steps above the seed
-        edges = np.concatenate([np.full((groups, 1), -np.inf), self.knots], axis=1)  # lower edge of each bin
-        out = np.full((groups, steps), np.inf)
+        edges = self.lower_edges()
+        out = np.full((groups, steps), np.inf, dtype=np.float32)
         for step in range(steps):
             reached = best > step
             first = reached.argmax(axis=1)
             out[:, step] = np.where(reached.any(axis=1), edges[np.arange(groups), first], np.inf)
-        return out.astype(np.float32)
+        return out
+
+    def lower_edges(self) -> np.ndarray:
+        """Where each bin of signals begins, float32 [G, M]: thresholds are such edges, so the bins at or above one are
+        those that exceed it."""
+        open_below = np.full((len(self.gain), 1), -np.inf)
+        return np.concatenate([open_below, self.knots], axis=1).astype(np.float32)
 
     def exceeded(self, thresholds: np.ndarray) -> np.ndarray:
         """Share of the calibrated tokens whose signal exceeds each threshold, [G, steps]: of whole bins."""
-        edges = np.concatenate([np.full((len(self.gain), 1), -np.inf), self.knots], axis=1).astype(np.float32)
-        return (edges[:, None, :] >= thresholds[:, :, None]).mean(axis=2)
+        return (self.lower_edges()[:, None, :] >= thresholds[:, :, None]).mean(axis=2)
 
     def save(self, path: Path) -> None:
         """Writes the profile atomically."""

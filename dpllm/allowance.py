@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.profile import CalibrationProfile
+from dpllm.kernels.step_tables import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 STEP = 0.5  # of log m, up and down, over which the growth of cost is taken
 GAINS = (1.0, 8.0)
-NEVER = torch.iinfo(torch.int64).max  # the price of a width that is not held
 
 
 @dataclass(frozen=True, eq=False)

@@ -264,9 +264,7 @@ class Engine:
         if self.controller is None or not isinstance(policy, RateDistortionPolicy):
             return
         order = self.controller.order(self.pairs(cache))
-        # Kernels on a GPU know no allowance: a time per token does without it, a budget is worth the slower step.
-        boundless = isinstance(self.step, GpuStep) and isinstance(self.controller, LatencyController)
-        policy.steer(order.bits, None if boundless else order.allowance)
+        policy.steer(order.bits, order.allowance)
 
     def _record(self, step: Step, cache: KVCache) -> None:
         """Tells the controller what a token took; the first one is the prompt's."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpllm.allowance import Pace
 from dpllm.calib.sensitivity import FEATURES
 from dpllm.decoder import Decoder
 from dpllm.dp_policy import DPLLMPolicy
@@ -60,6 +61,16 @@ def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
     ]  # fmt: skip
 
 
+def in_order(rest: Tensor, order: list[int]) -> Tensor:
+    """What each group and those behind it cost, float32 [G] as in Pace, where they decide in another order."""
+    if order == sorted(order):
+        return rest
+    cost = rest - torch.cat([rest[1:], rest.new_zeros(1)])
+    out = torch.empty_like(rest)
+    out[order] = cost[order].flip(0).cumsum(0).flip(0)
+    return out
+
+
 class DevicePolicy:
     """Keeps a table saying what the policy of the moment says."""
 
@@ -75,22 +86,25 @@ class DevicePolicy:
         self._policy: PrecisionPolicy | None = None
         self._controller: object = None
         self._target = 0.0  # bits, of the controller when it was uploaded
+        self._pace: Pace | None = None  # that the table holds, with the prices it is of
+        self.spare = tables.NEVER  # what the next token may cost beyond seed widths
         self._tokens: Tensor | None = None  # observed, and not yet taken in
         self._observed = 0  # what of it is to be: see step_tables.OBSERVE
 
     def follow(self, policy: PrecisionPolicy | None) -> str | None:
         """Makes the table say what this policy says; None reads what is resident. Returns why it cannot, if so."""
-        if isinstance(policy, RateDistortionPolicy) and policy.allowance is not None:
-            self.release()
-            return "a token is held to an allowance"
         if policy is not self._policy:
             self.release()
             reason = self._describe(policy)
             if reason is not None:
                 return reason
             self._policy = policy
-        if isinstance(policy, RateDistortionPolicy) and not self._is_current(policy):
-            self._upload(policy)
+        if isinstance(policy, RateDistortionPolicy):
+            self._limit(policy)
+            if not self._is_current(policy):
+                self._upload(policy)
+            elif policy.controller.target_bits != self._target:
+                self._retarget(policy)
         return None
 
     def observe(self, logits: Tensor, tokens: Tensor) -> bool:
@@ -152,6 +166,8 @@ class DevicePolicy:
         table.base.fill_(seed)
         source = tuple(getattr(policy, "source", range(len(groups))))
         probes = isinstance(policy, RateDistortionPolicy)
+        self._pace = None
+        table.unlimited()
         table.kind = tables.WEIGHTED
         table.state[tables.MULTIPLIER] = 1.0
         self.structure = Structure(tables.WEIGHTED, source, thresholds.shape[1], probes)
@@ -171,6 +187,19 @@ class DevicePolicy:
         table.kind = tables.ESTIMATED
         self.structure = Structure(tables.ESTIMATED, tuple(policy.source), 1)
 
+    def _limit(self, policy: RateDistortionPolicy) -> None:
+        """What its tokens may cost."""
+        allowance, pace = policy.allowance, policy.pace
+        self.spare = tables.NEVER if allowance is None else allowance.spare
+        if allowance is not None and pace is not None and pace is not self._pace:
+            self._pace = pace
+            self.table.limit(allowance.prices.extra, in_order(pace.rest, self._order()), pace.gain)
+
+    def _order(self) -> list[int]:
+        """Groups as the step decides for them: by the vectors they look at."""
+        source = self.structure.source
+        return sorted(range(len(source)), key=lambda g: (source[g], g))
+
     # -- what is learnt from finished steps ----------------------------------------------------------------
 
     def _is_current(self, policy: RateDistortionPolicy) -> bool:
@@ -178,8 +207,14 @@ class DevicePolicy:
             policy.context is self._context
             and policy.correction is self._correction
             and policy.controller is self._controller
-            and policy.controller.target_bits == self._target
         )
+
+    def _retarget(self, policy: RateDistortionPolicy) -> None:
+        """Another target under way. What is still to be learnt was aimed at the old one."""
+        state, target = self.table.state, policy.controller.target_bits
+        if self._tokens is not None and policy.corrected:
+            state[tables.CORRECTION] += policy.controller.rate * (self._target - target)
+        state[tables.TARGET] = self._target = target
 
     def _upload(self, policy: RateDistortionPolicy) -> None:
         """Takes over what the policy has learnt, or was told, elsewhere: a new text, a new target."""

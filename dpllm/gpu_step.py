@@ -58,7 +58,7 @@ class GpuStep:
         self._nowhere = Site((), torch.zeros(1, dtype=torch.int32, device=device))
         self._inv_freq = decoder.inv_freq.float()
         self._captures = cuda = device.type == "cuda"
-        self._request = torch.zeros(tables.OBSERVE + 1, dtype=torch.int64, pin_memory=cuda)
+        self._request = torch.zeros(tables.SPARE + 1, dtype=torch.int64, pin_memory=cuda)
         self._answer = torch.zeros(count + 1, dtype=torch.int32, pin_memory=cuda)
         self._sent: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
         self._done: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
@@ -172,7 +172,8 @@ class GpuStep:
         if self._sent is not None:
             self._sent.synchronize()
         since = position - self._placed[2]
-        self._request.copy_(torch.tensor([token, position, since, self._policy.take_observed()]))
+        learnt, spare = self._policy.take_observed(), self._policy.spare
+        self._request.copy_(torch.tensor([token, position, since, learnt, spare]))
         self._cache.request.copy_(self._request, non_blocking=True)
         if self._sent is not None:
             self._sent.record()

@@ -157,7 +157,10 @@ class Planner:
         penalty, loss = self.machine.penalty(planes, plan.target_bits), plan.quality_loss
         if penalty:
             loss = math.expm1(math.log1p(loss) + penalty)
-        return replace(plan, resident_bits=planes, weight_bytes=self.machine.held[planes], quality_loss=loss)
+        return Plan(
+            planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.machine.held[planes], plan.kv_bytes,
+            plan.read_bytes,
+        )  # fmt: skip
 
     def _impossible(self, every: list[Plan], targets: Targets) -> str:
         """What would have to give: for each target, the nearest that can be had while the others are kept."""
@@ -165,8 +168,7 @@ class Planner:
         for name, reach, show in _KINDS:
             if getattr(targets, name) is None:
                 continue
-            kept = [p for p in every if _meets(p, _without(targets, name))]
-            if kept:
+            if kept := _meeting(every, _without(targets, name)):
                 ways.append(f"{_option(name)} {show(min(map(reach, kept)))}")
         given = [
             (kind, getattr(targets, kind[0])) for kind in _KINDS if getattr(targets, kind[0]) is not None
@@ -221,18 +223,20 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _meets(p: Plan, t: Targets) -> bool:
-    return all(
-        getattr(t, name) is None or reach(p) <= getattr(t, name) * (1 + 1e-9) for name, reach, _ in _KINDS
-    )
+def _meeting(every: list[Plan], targets: Targets) -> list[Plan]:
+    """Those that meet the targets."""
+    for name, reach, _ in _KINDS:
+        most = getattr(targets, name)
+        if most is not None:
+            every = [p for p in every if reach(p) <= most * (1 + 1e-9)]
+    return every
 
 
 def _best(every: list[Plan], targets: Targets, fastest: bool | None = None) -> Plan | None:
     """Of the best quality; under a bound on quality alone, the fastest. Ties: fewer bytes read, then held."""
     if fastest is None:
         fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
-    kept = [p for p in every if _meets(p, targets)]
-    return min(kept, key=lambda p: _rank(p, fastest), default=None)
+    return min(_meeting(every, targets), key=lambda p: _rank(p, fastest), default=None)
 
 
 def _rank(p: Plan, fastest: bool) -> tuple[float, ...]:
@@ -258,7 +262,7 @@ def _frontier(every: list[Plan], targets: Targets, best: Plan) -> tuple[Plan, ..
     """Plans that no other beats in both time and quality while memory is kept to: corners of the lower convex hull, the
     chosen one among them."""
     kept = sorted(
-        (p for p in every if _meets(p, Targets(max_memory=targets.max_memory, context=targets.context))),
+        _meeting(every, Targets(max_memory=targets.max_memory, context=targets.context)),
         key=lambda p: (p.tpot_ms, p.quality_loss),
     )
     hull: list[Plan] = []

@@ -116,8 +116,7 @@ def expected_loss(profile: CalibrationProfile, target_bits: float, resident: Res
     """Nats per token that calibration foretells at these bits, less those of reading the seed width everywhere."""
     planes = profile.planes(resident)
     thresholds = profile.thresholds(profile.lambda_for(target_bits, planes), planes)
-    middle = np.concatenate([np.full((len(planes), 1), -np.inf), profile.knots], axis=1)  # a bin's lower edge
-    steps = (middle[:, :, None] >= thresholds[:, None, :]).sum(axis=2)  # [G, M]
+    steps = (profile.lower_edges()[:, :, None] >= thresholds[:, None, :]).sum(axis=2)  # [G, M]
     gains = np.concatenate([np.zeros_like(profile.gain[:, :1]), np.cumsum(profile.gain, axis=1)], axis=1)
     taken = np.take_along_axis(gains, steps[:, None, :], axis=1)[
         :, 0

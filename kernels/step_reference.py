@@ -14,6 +14,7 @@ from dpllm.kernels.step_tables import (
     CONTEXT,
     CORRECTION,
     ENTROPY,
+    GAIN,
     LIMIT,
     LOG_TOTAL,
     MEANS,
@@ -22,6 +23,7 @@ from dpllm.kernels.step_tables import (
     OFFSET,
     RATE,
     SINCE,
+    SPARE,
     TARGET,
     TOKEN,
     WEIGHTED,
@@ -42,7 +44,13 @@ def _decide_weighted(x: Tensor, site: Site, table: PolicyTable) -> None:
         for g in site.groups:
             d = table.estimators[g]
             assert d is not None
-            _decide(table.state[MULTIPLIER] * (x[0].float().square() @ d.float()), g, table)
+            paced = (table.left / table.rest[g].clamp(min=1e-30)).pow(table.state[GAIN])[0]
+            multiplier = torch.minimum(table.state[MULTIPLIER], paced)
+            _decide(multiplier * (x[0].float().square() @ d.float()), g, table)
+            step = min(int(table.bits[g] - table.base[g]), int((table.extra[g] <= table.left).sum()))
+            table.bits[g] = table.base[g] + step
+            if step:
+                table.left -= table.extra[g, step - 1]
 
 
 def norm(
@@ -126,8 +134,10 @@ def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, c
 
 
 def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
-    """Where the request says so, takes in the step before; then sets the offset of the token's multiplier."""
+    """Where the request says so, takes in the step before; then sets the offset of the token's multiplier, and what it
+    may cost."""
     s = table.state
+    table.left[0] = cache.request[SPARE]
     context = s[CONTEXT : CONTEXT + 3]
     if cache.request[OBSERVE]:
         level = (s[ENTROPY] + 0.01).log()

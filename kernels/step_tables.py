@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 # Places in CacheTable.request.
-TOKEN, POSITION, SINCE, OBSERVE = range(4)
+TOKEN, POSITION, SINCE, OBSERVE, SPARE = range(5)
 ALL, CONTEXT_ONLY = 1, 2  # values of OBSERVE: what is to be learnt from the step before; 0: nothing
 
 # Places in PolicyTable.state. CONTEXT, WEIGHTS and MEANS are three numbers each (calib/sensitivity.py).
-MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY, BIAS, WEIGHTS, MEANS = (
-    0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 15,
+MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY, BIAS, WEIGHTS, MEANS, GAIN = (
+    0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 15, 18,
 )  # fmt: skip
-STATE = 18
+STATE = 19
 
 MAX_FED = 8  # groups that one vector decides for, at most: the matrices of two sub-blocks
+MAX_STEPS = 8  # thresholds of a group, at most
+NEVER = torch.iinfo(torch.int64).max  # the price of a width that is not held; no limit to a token's
 
 NONE, WEIGHTED, ESTIMATED = "none", "weighted", "estimated"  # kinds of a PolicyTable
 
@@ -29,9 +31,9 @@ class CacheTable:
     """Where a cache's pairs lie.
 
     address: int64 [L, 2], of a layer's keys and values, flat in slots of D elements. start: int64, length: int32,
-    both [L, KVH], in slots, when the table was written. request: int64 [4]: the token, its position, tokens decoded
-    since the table was written, and what is to be learnt from the step before. k, v: the tensors themselves,
-    [slots, D] a layer.
+    both [L, KVH], in slots, when the table was written. request: int64 [5]: the token, its position, tokens decoded
+    since the table was written, what is to be learnt from the step before, and what the token may cost beyond seed
+    widths. k, v: the tensors themselves, [slots, D] a layer.
     """
 
     address: Tensor
@@ -49,10 +51,9 @@ class CacheTable:
         def zeros(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
-        heads = (layers, kv_heads)
-        return cls(
-            zeros(layers, 2), zeros(*heads), zeros(*heads, kind=torch.int32), zeros(OBSERVE + 1), dtype
-        )
+        heads, request = (layers, kv_heads), zeros(SPARE + 1)
+        request[SPARE] = NEVER
+        return cls(zeros(layers, 2), zeros(*heads), zeros(*heads, kind=torch.int32), request, dtype)
 
     def write(self, k: Sequence[Tensor], v: Sequence[Tensor], start: Tensor, length: Tensor) -> None:
         """Points the table to other pairs. Raises ValueError where they are stored in another precision."""
@@ -74,8 +75,12 @@ class PolicyTable:
     token's multiplier. ESTIMATED: it is line[g, 0] * s + line[g, 1], s = ||G x|| with G = estimators[g] float16 [k, K]
     (rows[g] = k) or, without one (rows[g] = 0), ||x||.
 
+    Where it is WEIGHTED, what a token may cost is limited (dpllm/allowance.py): each group in turn keeps m to
+    (left / rest[g]) ** gain, then reads the widest width up to its own whose price extra[g] is left, and pays it.
+
+    left: int64 [1]. extra: int64 [G, 8], of each width beyond the base, ascending. rest: float32 [G].
     bits, base, rows: int32 [G]. line: float32 [G, 2]. address: int64 [G] of the estimators; threshold_address: int64
-    [1] of `thresholds`, float32 [G, steps]. state: float32 [18]. share: float32 [G], each group's part of all
+    [1] of `thresholds`, float32 [G, steps]. state: float32 [19]. share: float32 [G], each group's part of all
     weights. probe: float32 [K] over group 0's input.
     """
 
@@ -88,6 +93,9 @@ class PolicyTable:
     state: Tensor
     share: Tensor
     probe: Tensor
+    left: Tensor
+    extra: Tensor
+    rest: Tensor
     kind: str = NONE
     estimators: list[Tensor | None] = field(default_factory=list)
     thresholds: Tensor | None = None
@@ -100,21 +108,39 @@ class PolicyTable:
             return torch.zeros(shape, dtype=kind, device=device)
 
         g, real, wide = len(shares), torch.float32, torch.int64
-        return cls(
+        table = cls(
             zeros(g), zeros(g), zeros(g), zeros(g, 2, kind=real), zeros(g, kind=wide), zeros(1, kind=wide),
             zeros(STATE, kind=real), torch.tensor(shares, dtype=real, device=device), zeros(columns, kind=real),
+            zeros(1, kind=wide), zeros(g, MAX_STEPS, kind=wide), zeros(g, kind=real),
         )  # fmt: skip
+        table.unlimited()
+        return table
 
     @property
     def steps(self) -> int:
         """Thresholds of each group."""
         return 0 if self.thresholds is None else self.thresholds.shape[1]
 
+    def unlimited(self) -> None:
+        """From now on a token may cost anything: every width is free."""
+        self.left.fill_(NEVER)
+        self.extra.zero_()
+        self.rest.fill_(1.0)
+        self.state[GAIN] = 1.0
+
+    def limit(self, extra: Tensor, rest: Tensor, gain: float) -> None:
+        """Prices and pace of what tokens may cost from now on. extra: int64 [G, steps]. rest: float32 [G]."""
+        self.extra.fill_(NEVER)
+        self.extra[:, : extra.shape[1]] = extra.to(self.extra.device)
+        self.rest.copy_(rest)
+        self.state[GAIN] = gain
+
     def point(self, estimators: list[Tensor | None], thresholds: Tensor) -> None:
         """Writes the addresses of estimators (float16, contiguous) and of thresholds; both are kept alive."""
         assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
         for e in estimators:
             assert e is None or (e.dtype == torch.float16 and e.is_contiguous())
+        assert thresholds.shape[1] <= MAX_STEPS
         self.estimators, self.thresholds = estimators, thresholds
         self.address.copy_(torch.tensor([0 if e is None else e.data_ptr() for e in estimators]))
         self.threshold_address.copy_(torch.tensor([thresholds.data_ptr()]))

@@ -59,6 +59,7 @@ def table_with_state() -> Tensor:
     state[tables.TARGET], state[tables.RATE], state[tables.LIMIT], state[tables.BIAS] = 3.3, 0.5, 0.2, 0.4
     state[tables.WEIGHTS : tables.WEIGHTS + 3] = torch.tensor([0.3, -0.2, 0.1])
     state[tables.MEANS : tables.MEANS + 3] = torch.tensor([0.1, -2.0, 0.5])
+    state[tables.GAIN] = 1.5
     return state
 
 
@@ -93,6 +94,14 @@ def policy_table(columns: list[int], kind: str = tables.NONE) -> PolicyTable:
     thresholds = torch.tensor([[s * (2.0 if g in (0, 1) else 0.3)] for g, s in enumerate(size)])
     table.point(estimators, thresholds)
     return table
+
+
+def limit(table: PolicyTable, left: int) -> None:
+    """The table's tokens may still spend so much: a step costs 100 more in each group and width."""
+    groups = len(table.bits)
+    extra = 100 * torch.arange(1, 6).cumsum(0) + 10 * torch.arange(groups)[:, None]
+    table.limit(extra, 400.0 * torch.arange(groups, 0, -1), 1.5)
+    table.left.fill_(left)
 
 
 def site_of(*groups: int, first: bool = False) -> Site:

@@ -98,9 +98,9 @@ def attend_kernel(
 @triton.jit
 def join_kernel(
     part_ptr, sums_ptr, out_ptr, length_ptr, request_ptr, programs, window, KVH, D, state_ptr, ids_ptr, address_ptr,
-    base_ptr, threshold_address_ptr, bits_ptr, partial_ptr, counter_ptr, G: tl.constexpr, DP: tl.constexpr,
-    TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr,
-    HEADS: tl.constexpr,
+    base_ptr, threshold_address_ptr, bits_ptr, left_ptr, extra_ptr, rest_ptr, partial_ptr, counter_ptr,
+    G: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr,
+    E: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Program i: output of query head i from its parts; a head without pairs gives zeros. Then the widths of the E
     groups that the whole output decides for."""
@@ -147,7 +147,8 @@ def join_kernel(
             tl.store(partial_ptr + e * heads + i, tl.sum(tl.where(inside, y * y * w, 0.0), 0))
         if arrived_last(counter_ptr, heads):
             decide_sums(
-                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, heads, E, STEPS, HEADS
+                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr,
+                rest_ptr, heads, E, STEPS, HEADS,
             )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Choosing widths on the device: signals of an input, compared with thresholds in device memory, bits written there.
 
 Every estimator fed by one vector is served by one launch. The kernels that produce a vector (small_ops.py,
-attention.py) compute a weighted signal on the way; what they share is here: `decide`, and `arrived_last` for sums over
-many programs, which are made in a fixed order and so do not depend on which program came last.
+attention.py) compute a weighted signal on the way; what they share is here: `decide_within`, and `arrived_last` for
+sums over many programs, which are made in a fixed order and so do not depend on which program came last.
 """
 
 from __future__ import annotations
@@ -17,19 +17,37 @@ import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
 
-MULTIPLIER = tl.constexpr(tables.MULTIPLIER)
-MAX_STEPS = tl.constexpr(8)
+MULTIPLIER, GAIN = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.GAIN)
+MAX_STEPS = tl.constexpr(tables.MAX_STEPS)
 BLOCK = 1024
 ROW_BLOCKS = 32  # programs that share a projection's rows
 
 
 @triton.jit
-def decide(signal, g, bits_ptr, base_ptr, threshold_address_ptr, STEPS: tl.constexpr):
-    """bits[g] = base[g] + number of thresholds that the signal exceeds; a signal that is no number exceeds none."""
+def exceeded(signal, g, threshold_address_ptr, STEPS: tl.constexpr):
+    """Number of group g's thresholds that the signal exceeds; a signal that is no number exceeds none."""
     thresholds = tl.load(threshold_address_ptr).to(tl.pointer_type(tl.float32))
     step = tl.arange(0, MAX_STEPS)
     threshold = tl.load(thresholds + g * STEPS + step, mask=step < STEPS, other=float("inf"))
-    tl.store(bits_ptr + g, tl.load(base_ptr + g) + tl.sum((signal > threshold).to(tl.int32), 0))
+    return tl.sum((signal > threshold).to(tl.int32), 0)
+
+
+@triton.jit
+def decide_within(
+    left, error, multiplier, g, state_ptr, bits_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """bits[g] by the signal multiplier * error, for a token of which only `left` may still be spent (PolicyTable says
+    how). Returns what is left then: the groups of a token come one after another, no two programs decide at once."""
+    share = left.to(tl.float32) / tl.maximum(tl.load(rest_ptr + g), 1e-30)
+    paced = tl.exp2(tl.load(state_ptr + GAIN) * tl.log2(share))
+    signal = tl.where(paced < multiplier, paced, multiplier) * error
+    step = tl.arange(0, MAX_STEPS)
+    extra = tl.load(extra_ptr + g * MAX_STEPS + step)
+    affordable = tl.sum((extra <= left).to(tl.int32), 0)
+    taken = tl.minimum(exceeded(signal, g, threshold_address_ptr, STEPS), affordable)
+    tl.store(bits_ptr + g, tl.load(base_ptr + g) + taken)
+    return left - tl.sum(tl.where(step == taken - 1, extra, 0), 0)
 
 
 @triton.jit
@@ -50,17 +68,19 @@ def arrived_last(counter_ptr, programs):
 
 @triton.jit
 def decide_sums(
-    partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, programs,
+    partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr, rest_ptr, programs,
     E: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Decides for a vector's E groups from their sums by program, partial [E, programs]."""
     p = tl.arange(0, PROGRAMS)
-    multiplier = tl.load(state_ptr + MULTIPLIER)
+    multiplier, left = tl.load(state_ptr + MULTIPLIER), tl.load(left_ptr)
     for e in tl.static_range(E):
         part = tl.load(partial_ptr + e * programs + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-        decide(
-            tl.sum(part, 0) * multiplier, tl.load(ids_ptr + e), bits_ptr, base_ptr, threshold_address_ptr, STEPS
+        left = decide_within(
+            left, tl.sum(part, 0), multiplier, tl.load(ids_ptr + e), state_ptr, bits_ptr, base_ptr,
+            threshold_address_ptr, extra_ptr, rest_ptr, STEPS,
         )  # fmt: skip
+    tl.store(left_ptr, left)
 
 
 def decision(site: Site, table: PolicyTable) -> dict[str, Any]:
@@ -68,13 +88,17 @@ def decision(site: Site, table: PolicyTable) -> dict[str, Any]:
     return {
         "state_ptr": table.state, "ids_ptr": site.ids, "address_ptr": table.address, "base_ptr": table.base,
         "threshold_address_ptr": table.threshold_address, "bits_ptr": table.bits,
+        "left_ptr": table.left, "extra_ptr": table.extra, "rest_ptr": table.rest,
         "E": len(site.groups) if table.kind == tables.WEIGHTED else 0, "STEPS": table.steps,
     }  # fmt: skip
 
 
 def no_decision(any_tensor: Tensor) -> dict[str, Any]:
     """The same for a kernel that decides nothing."""
-    pointers = ("state_ptr", "ids_ptr", "address_ptr", "base_ptr", "threshold_address_ptr", "bits_ptr")
+    pointers = (
+        "state_ptr", "ids_ptr", "address_ptr", "base_ptr", "threshold_address_ptr", "bits_ptr", "left_ptr",
+        "extra_ptr", "rest_ptr",
+    )  # fmt: skip
     return dict.fromkeys(pointers, any_tensor) | {"E": 0, "STEPS": 0}
 
 
@@ -154,7 +178,7 @@ def estimate_kernel(
         parts = tl.load(partial_ptr + e * PARTS + tl.arange(0, PARTS), cache_modifier=".cg")
         size = tl.sqrt_rn(tl.sum(parts, 0))
         signal = tl.load(line_ptr + 2 * g) * size + tl.load(line_ptr + 2 * g + 1)
-        decide(signal, g, bits_ptr, base_ptr, threshold_address_ptr, STEPS)
+        tl.store(bits_ptr + g, tl.load(base_ptr + g) + exceeded(signal, g, threshold_address_ptr, STEPS))
 
 
 def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:

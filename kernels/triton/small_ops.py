@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.select import arrived_last, decide, decide_sums, decision, diagonal_of
+from dpllm.kernels.triton.select import arrived_last, decide_sums, decide_within, decision, diagonal_of
 
-TOKEN, SINCE, OBSERVE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE), tl.constexpr(tables.OBSERVE)
+TOKEN, SINCE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE)
+OBSERVE, SPARE = tl.constexpr(tables.OBSERVE), tl.constexpr(tables.SPARE)
 MULTIPLIER, OFFSET = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.OFFSET)
 CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
 MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
@@ -30,8 +31,8 @@ TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.flo
 @triton.jit
 def norm_kernel(
     x_ptr, delta_ptr, weight_ptr, h_ptr, eps, K, probe_ptr, state_ptr, ids_ptr, address_ptr, base_ptr,
-    threshold_address_ptr, bits_ptr, exponent_limit, ADD: tl.constexpr, PROBE: tl.constexpr, E: tl.constexpr,
-    STEPS: tl.constexpr, B: tl.constexpr,
+    threshold_address_ptr, bits_ptr, left_ptr, extra_ptr, rest_ptr, exponent_limit, ADD: tl.constexpr,
+    PROBE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """One program: x += delta; h = rms_norm(x) * weight; then the widths of the E groups that h decides for."""
     k = tl.arange(0, B)
@@ -57,10 +58,15 @@ def norm_kernel(
             tl.store(state_ptr + MULTIPLIER, multiplier)
         else:
             multiplier = tl.load(state_ptr + MULTIPLIER)
+        left = tl.load(left_ptr)
         for e in tl.static_range(E):
             g = tl.load(ids_ptr + e)
             d = tl.load(diagonal_of(address_ptr, g) + k, mask=inside, other=0.0).to(tl.float32)
-            decide(tl.sum(h * h * d, 0) * multiplier, g, bits_ptr, base_ptr, threshold_address_ptr, STEPS)
+            left = decide_within(
+                left, tl.sum(h * h * d, 0), multiplier, g, state_ptr, bits_ptr, base_ptr, threshold_address_ptr,
+                extra_ptr, rest_ptr, STEPS,
+            )  # fmt: skip
+        tl.store(left_ptr, left)
 
 
 def norm(
@@ -142,8 +148,9 @@ def rope_append(
 
 @triton.jit
 def silu_kernel(
-    gate_up_ptr, out_ptr, K, state_ptr, ids_ptr, address_ptr, base_ptr, threshold_address_ptr, bits_ptr, partial_ptr,
-    counter_ptr, programs, E: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr, B: tl.constexpr,
+    gate_up_ptr, out_ptr, K, state_ptr, ids_ptr, address_ptr, base_ptr, threshold_address_ptr, bits_ptr, left_ptr,
+    extra_ptr, rest_ptr, partial_ptr, counter_ptr, programs, E: tl.constexpr, STEPS: tl.constexpr,
+    PROGRAMS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program p: B columns of silu(gate) * up, and their part of the signals of the E groups that they decide for."""
     p = tl.program_id(0)
@@ -164,8 +171,8 @@ def silu_kernel(
             tl.store(partial_ptr + e * programs + p, tl.sum(y * y * d, 0))
         if arrived_last(counter_ptr, programs):
             decide_sums(
-                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, programs, E, STEPS,
-                PROGRAMS,
+                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr,
+                rest_ptr, programs, E, STEPS, PROGRAMS,
             )  # fmt: skip
 
 
@@ -248,10 +255,11 @@ def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, c
 
 @triton.jit
 def observe_kernel(
-    logits_ptr, request_ptr, state_ptr, bits_ptr, share_ptr, decay, G, B: tl.constexpr
+    logits_ptr, request_ptr, state_ptr, bits_ptr, share_ptr, left_ptr, decay, G, B: tl.constexpr
 ):  # fmt: skip
     """What the step before tells about this token: its context and the correction (calib/sensitivity.py and
-    calib/correction.py), then the offset of the exponent of this token's multiplier."""
+    calib/correction.py), then the offset of the exponent of this token's multiplier. And what the token may cost."""
+    tl.store(left_ptr, tl.load(request_ptr + SPARE))
     asked = tl.load(request_ptr + OBSERVE)
     if asked != 0:
         token = tl.load(request_ptr + TOKEN)
@@ -281,8 +289,9 @@ def observe_kernel(
 
 def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
     """Where the request says so, takes in the step before: its logits float32 [1, V], the bits it read, and the token
-    that came. Then sets the offset of the token's multiplier."""
+    that came. Then sets the offset of the token's multiplier, and what the token may cost."""
     groups = len(table.bits)
     observe_kernel[(1,)](
-        logits, cache.request, table.state, table.bits, table.share, decay, groups, B=triton.next_power_of_2(groups)
+        logits, cache.request, table.state, table.bits, table.share, table.left, decay, groups,
+        B=triton.next_power_of_2(groups),
     )  # fmt: skip

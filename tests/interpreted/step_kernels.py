@@ -14,6 +14,7 @@ from step_cases import (
     attention_exact,
     cache_of,
     fill,
+    limit,
     policy_table,
     site_of,
     table_with_state,
@@ -155,8 +156,42 @@ def test_norm_decides(count, first):
     assert (table.state[MULTIPLIER] != table_with_state()[MULTIPLIER]) == first
 
 
+LEFT = (0, 99, 400, 1500, 5000, 2**40, tables.NEVER)
+
+
+@pytest.mark.parametrize("kernel", ["norm", "silu_mul"])
+def test_what_a_token_may_cost(kernel):
+    """The less is left the fewer bits, in each group in turn; what is read is paid, and no more than is there."""
+    columns, site, used = 600, site_of(0, 1, 2), []
+    x = torch.randn(1, 2 * columns, generator=rng(13)) * 2
+    for left in LEFT:
+        table, other = (policy_table([columns] * 3, tables.WEIGHTED) for _ in range(2))
+        for ops, t in ((small_ops, table), (step_reference, other)):
+            limit(t, left)
+            if kernel == "norm":
+                ops.norm(x[:, :columns].clone(), None, torch.ones(columns), 1e-5, site, t, 0.1)
+            else:
+                ops.silu_mul(x.clone(), site, t, *scratch())
+        assert torch.equal(table.bits, other.bits)
+        assert torch.equal(table.left, other.left)
+        steps = (table.bits - table.base).tolist()
+        paid = sum(int(table.extra[g, s - 1]) for g, s in enumerate(steps) if s)
+        assert table.left.item() == left - paid >= 0
+        used.append(sum(steps))
+    assert used == sorted(used)
+    assert used[0] == 0 < used[2] < used[4] <= used[5] == used[6]
+    free = policy_table([columns] * 3, tables.WEIGHTED)
+    if kernel == "norm":
+        small_ops.norm(x[:, :columns].clone(), None, torch.ones(columns), 1e-5, site, free, 0.1)
+    else:
+        small_ops.silu_mul(x.clone(), site, free, *scratch())
+    assert torch.equal(free.bits, table.bits)
+    assert free.left.item() == tables.NEVER
+
+
 def test_a_signal_that_is_no_number_reads_the_seed():
     table = policy_table([32], tables.WEIGHTED)
+    limit(table, 10**6)
     x = torch.full((1, 32), float("nan"))
     small_ops.norm(x, None, torch.ones(32), 1e-5, site_of(0), table, 3.0)
     assert table.bits.tolist() == [2]
@@ -264,8 +299,10 @@ def test_observe(known):
     kept = table.state.clone()
     small_ops.observe(logits, cache, table, DECAY)
     assert torch.equal(table.state[tables.CONTEXT : OFFSET + 1], kept[tables.CONTEXT : OFFSET + 1])
-    cache.request.copy_(torch.tensor([17, 0, 0, 1]))
+    assert table.left.item() == tables.NEVER
+    cache.request.copy_(torch.tensor([17, 0, 0, 1, 2**40]))
     small_ops.observe(logits, cache, table, DECAY)
+    assert table.left.item() == 2**40
     context = step_context(logits, torch.tensor([17]), before)
     assert torch.allclose(table.state[tables.CONTEXT : tables.CONTEXT + 3], context[0], atol=1e-5)
     used = float(table.bits.double() @ table.share.double())

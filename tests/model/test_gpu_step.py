@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES
 
+from dpllm.allowance import Allowance, Prices
+from dpllm.calib.rule import stale_sources
 from dpllm.engine import GenerateOptions
 from dpllm.engine import load as engine_of
 from dpllm.evaluate import score
+from dpllm.gpu_policy import in_order
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
 from dpllm.loading import LoadOptions, load_decoder
@@ -151,6 +156,69 @@ def test_a_text_with_context_and_correction(quantized, profiles, heldout_sequenc
         assert_same(found, decode_text(decoder, begin_text(policy), ids, None, change))
         assert found[1][16:].double().mean() > found[1][:15].double().mean() + 0.7
         policy.set_target(2.6)  # the thresholds are shared
+
+
+def test_what_a_token_may_cost(quantized, profiles, heldout_sequences):
+    """Kept by the step as by the policy: allowances that come, change with the target, and go."""
+    decoder, ids = load(quantized), heldout_sequences[0][:40].tolist()
+    prices = Prices.in_bytes(decoder.groups)
+    most = {5: 1.1, 15: 0.7, 20: 0.0, 30: None}  # shares of what the target reads beyond the seed
+    target = {5: 3.5, 15: 4.5, 20: 4.5, 30: 3.0}
+
+    def allowed(t: int) -> Allowance | None:
+        wide = sum(g.weights for g in decoder.groups) // 8 * (target[t] - decoder.groups[0].seed_bits)
+        return None if most[t] is None else Allowance(prices.seed + round(most[t] * wide), prices)
+
+    def change(t, own):
+        if t in most:
+            own.steer(target[t], allowed(t))
+
+    policy, results = RateDistortionPolicy(profiles["fused"], decoder, 3.0), []
+    for step in (step_of(decoder), None):
+        policy.set_target(3.0)
+        results.append(decode_text(decoder, begin_text(policy), ids, step, change))
+    assert_same(*results)
+    limit, over = None, []
+    for t, bits in enumerate(results[0][1].tolist()):
+        limit = allowed(t) if t in most else limit
+        assert limit is None or prices.of(bits) <= max(limit.most, prices.seed)
+        over.append(prices.of(bits) > prices.seed)
+    assert all(over[:20]) and not any(over[20:30]) and all(over[30:]), "and the rest is used"
+
+
+def test_a_target_that_changes_at_every_token(quantized, profiles, heldout_sequences):
+    """What a token missed its own target by is never forgotten, nor held against the next one's."""
+    decoder, ids = load(quantized), heldout_sequences[1][:40].tolist()
+    policy, results = RateDistortionPolicy(profiles["fused"], decoder, 3.0), []
+    for step in (step_of(decoder), None):
+        own = begin_text(policy)
+        results.append(
+            decode_text(decoder, own, ids, step, lambda t, own: own.steer(2.5 + 0.37 * t % 2.0, None))
+        )
+        results[-1] += (float(own.correction),)
+    assert_same(results[0][:2], results[1][:2])
+    assert results[0][2] == pytest.approx(results[1][2], abs=1e-5) and abs(results[0][2]) > 0.05
+
+
+def test_asynchronous_signals_spend_in_the_order_they_arrive(quantized, profiles, heldout_sequences):
+    decoder, profile = load(quantized), profiles["fused"]
+    asynchronous = replace(profile, source=np.asarray(stale_sources(decoder.layers)[0], np.int64))
+    policy = RateDistortionPolicy(asynchronous, decoder, 3.5)
+    prices, ids = Prices.in_bytes(decoder.groups), heldout_sequences[0][:30].tolist()
+    most = prices.seed + sum(g.bytes_at[1] - g.bytes_at[0] for g in decoder.groups)
+    free, held = (
+        decode_text(
+            decoder, begin_text(policy), ids, step_of(decoder),
+            lambda t, own, allowance=allowance: own.steer(3.5, allowance),
+        )[1]
+        for allowance in (None, Allowance(most, prices))
+    )  # fmt: skip
+    spent = [prices.of(b) for b in held.tolist()]
+    assert max(prices.of(b) for b in free.tolist()) > most >= max(spent)
+    assert np.median(spent) > most - 0.1 * (most - prices.seed)
+    rest, order = torch.tensor([10.0, 6.0, 5.0, 1.0]), [0, 2, 1, 3]
+    assert in_order(rest, order).tolist() == [10.0, 2.0, 6.0, 1.0]
+    assert in_order(rest, [0, 1, 2, 3]) is rest
 
 
 def test_who_decides_may_change_between_any_two_tokens(quantized, profiles, heldout_sequences):
