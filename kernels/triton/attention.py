@@ -18,7 +18,14 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.select import arrived_last, decide_sums, decision, diagonal_of, no_decision
+from dpllm.kernels.triton.select import (
+    arrived_last,
+    decide_sums,
+    decision,
+    diagonal_of,
+    limits_of,
+    no_decision,
+)
 from dpllm.kernels.triton.small_ops import SINCE, TRITON_TYPE
 
 LOG2_E = 1.4426950408889634
@@ -141,15 +148,13 @@ def join_kernel(
     if E > 0:
         y = y.to(tl.float32)
         heads = tl.num_programs(0)
+        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
         for e in tl.static_range(E):
-            weights = diagonal_of(address_ptr, tl.load(ids_ptr + e)) + i * D
+            weights = diagonal_of(address_ptr, limits[e][0]) + i * D
             w = tl.load(weights + d, mask=inside, other=0.0).to(tl.float32)
             tl.store(partial_ptr + e * heads + i, tl.sum(tl.where(inside, y * y * w, 0.0), 0))
         if arrived_last(counter_ptr, heads):
-            decide_sums(
-                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr,
-                rest_ptr, heads, E, STEPS, HEADS,
-            )  # fmt: skip
+            decide_sums(partial_ptr, limits, bits_ptr, state_ptr, left_ptr, heads, E, HEADS)
 
 
 @functools.cache

@@ -24,30 +24,41 @@ ROW_BLOCKS = 32  # programs that share a projection's rows
 
 
 @triton.jit
-def exceeded(signal, g, threshold_address_ptr, STEPS: tl.constexpr):
-    """Number of group g's thresholds that the signal exceeds; a signal that is no number exceeds none."""
+def thresholds_of(g, threshold_address_ptr, STEPS: tl.constexpr):
+    """Group g's thresholds [8], infinite behind the last."""
     thresholds = tl.load(threshold_address_ptr).to(tl.pointer_type(tl.float32))
     step = tl.arange(0, MAX_STEPS)
-    threshold = tl.load(thresholds + g * STEPS + step, mask=step < STEPS, other=float("inf"))
-    return tl.sum((signal > threshold).to(tl.int32), 0)
+    return tl.load(thresholds + g * STEPS + step, mask=step < STEPS, other=float("inf"))
 
 
 @triton.jit
-def decide_within(
-    left, error, multiplier, g, state_ptr, bits_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr,
-    STEPS: tl.constexpr,
+def limits_of(
+    ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E: tl.constexpr, STEPS: tl.constexpr
 ):  # fmt: skip
-    """bits[g] by the signal multiplier * error, for a token of which only `left` may still be spent (PolicyTable says
-    how). Returns what is left then: the groups of a token come one after another, no two programs decide at once."""
-    share = left.to(tl.float32) / tl.maximum(tl.load(rest_ptr + g), 1e-30)
-    paced = tl.exp2(tl.load(state_ptr + GAIN) * tl.log2(share))
-    signal = tl.where(paced < multiplier, paced, multiplier) * error
-    step = tl.arange(0, MAX_STEPS)
-    extra = tl.load(extra_ptr + g * MAX_STEPS + step)
-    affordable = tl.sum((extra <= left).to(tl.int32), 0)
-    taken = tl.minimum(exceeded(signal, g, threshold_address_ptr, STEPS), affordable)
-    tl.store(bits_ptr + g, tl.load(base_ptr + g) + taken)
-    return left - tl.sum(tl.where(step == taken - 1, extra, 0), 0)
+    """What E groups decide by, as `decide_within` takes it. Kernels ask for it before they sum anything up: behind the
+    sum they would wait for each load in turn, at every vector of a step."""
+    limits = ()
+    for e in tl.static_range(E):
+        g = tl.load(ids_ptr + e)
+        threshold = thresholds_of(g, threshold_address_ptr, STEPS)
+        extra = tl.load(extra_ptr + g * MAX_STEPS + tl.arange(0, MAX_STEPS))
+        found = g, threshold, extra, tl.load(rest_ptr + g), tl.load(base_ptr + g)
+        limits = limits + (found,)  # noqa: RUF005 (no stars in kernels)
+    return limits
+
+
+@triton.jit
+def decide_within(left, signal, multiplier, gain, limits, bits_ptr):
+    """Writes a group's bits, by multiplier * signal, for a token of which only `left` may still be spent (PolicyTable
+    says how). A signal that is no number exceeds nothing. Returns what is left then: the groups of a token come one
+    after another, no two programs decide at once."""
+    g, threshold, extra, rest, base = limits
+    paced = tl.exp2(gain * tl.log2(left.to(tl.float32) / tl.maximum(rest, 1e-30)))
+    signal *= tl.where(paced < multiplier, paced, multiplier)
+    wanted = tl.sum((signal > threshold).to(tl.int32), 0)
+    taken = tl.minimum(wanted, tl.sum((extra <= left).to(tl.int32), 0))
+    tl.store(bits_ptr + g, base + taken)
+    return left - tl.sum(tl.where(tl.arange(0, MAX_STEPS) == taken - 1, extra, 0), 0)
 
 
 @triton.jit
@@ -68,18 +79,17 @@ def arrived_last(counter_ptr, programs):
 
 @triton.jit
 def decide_sums(
-    partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr, rest_ptr, programs,
-    E: tl.constexpr, STEPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    partial_ptr, limits, bits_ptr, state_ptr, left_ptr, programs, E: tl.constexpr, PROGRAMS: tl.constexpr
 ):  # fmt: skip
     """Decides for a vector's E groups from their sums by program, partial [E, programs]."""
     p = tl.arange(0, PROGRAMS)
-    multiplier, left = tl.load(state_ptr + MULTIPLIER), tl.load(left_ptr)
+    multiplier, gain, left = tl.load(state_ptr + MULTIPLIER), tl.load(state_ptr + GAIN), tl.load(left_ptr)
+    parts = ()
     for e in tl.static_range(E):
         part = tl.load(partial_ptr + e * programs + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-        left = decide_within(
-            left, tl.sum(part, 0), multiplier, tl.load(ids_ptr + e), state_ptr, bits_ptr, base_ptr,
-            threshold_address_ptr, extra_ptr, rest_ptr, STEPS,
-        )  # fmt: skip
+        parts = parts + (part,)  # noqa: RUF005 (no stars in kernels)
+    for e in tl.static_range(E):
+        left = decide_within(left, tl.sum(parts[e], 0), multiplier, gain, limits[e], bits_ptr)
     tl.store(left_ptr, left)
 
 
@@ -178,7 +188,8 @@ def estimate_kernel(
         parts = tl.load(partial_ptr + e * PARTS + tl.arange(0, PARTS), cache_modifier=".cg")
         size = tl.sqrt_rn(tl.sum(parts, 0))
         signal = tl.load(line_ptr + 2 * g) * size + tl.load(line_ptr + 2 * g + 1)
-        tl.store(bits_ptr + g, tl.load(base_ptr + g) + exceeded(signal, g, threshold_address_ptr, STEPS))
+        exceeded = signal > thresholds_of(g, threshold_address_ptr, STEPS)  # never, where it is no number
+        tl.store(bits_ptr + g, tl.load(base_ptr + g) + tl.sum(exceeded.to(tl.int32), 0))
 
 
 def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:

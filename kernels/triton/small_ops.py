@@ -10,11 +10,19 @@ import triton
 import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.select import arrived_last, decide_sums, decide_within, decision, diagonal_of
+from dpllm.kernels.triton.select import (
+    arrived_last,
+    decide_sums,
+    decide_within,
+    decision,
+    diagonal_of,
+    limits_of,
+)
 
 TOKEN, SINCE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE)
 OBSERVE, SPARE = tl.constexpr(tables.OBSERVE), tl.constexpr(tables.SPARE)
 MULTIPLIER, OFFSET = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.OFFSET)
+GAIN = tl.constexpr(tables.GAIN)
 CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
 MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
 CORRECTION, TARGET = tl.constexpr(tables.CORRECTION), tl.constexpr(tables.TARGET)
@@ -42,6 +50,13 @@ def norm_kernel(
     if ADD:
         x = (x.to(tl.float32) + tl.load(delta_ptr + k, mask=inside, other=0.0).to(tl.float32)).to(kind)
         tl.store(x_ptr + k, x, mask=inside)
+    if E > 0:
+        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
+        gain, left = tl.load(state_ptr + GAIN), tl.load(left_ptr)
+        diagonals = ()
+        for e in tl.static_range(E):
+            d = tl.load(diagonal_of(address_ptr, limits[e][0]) + k, mask=inside, other=0.0)
+            diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
     wide = x.to(tl.float32)
     root = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
     h = (wide * root).to(kind).to(tl.float32) * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
@@ -58,14 +73,9 @@ def norm_kernel(
             tl.store(state_ptr + MULTIPLIER, multiplier)
         else:
             multiplier = tl.load(state_ptr + MULTIPLIER)
-        left = tl.load(left_ptr)
         for e in tl.static_range(E):
-            g = tl.load(ids_ptr + e)
-            d = tl.load(diagonal_of(address_ptr, g) + k, mask=inside, other=0.0).to(tl.float32)
-            left = decide_within(
-                left, tl.sum(h * h * d, 0), multiplier, g, state_ptr, bits_ptr, base_ptr, threshold_address_ptr,
-                extra_ptr, rest_ptr, STEPS,
-            )  # fmt: skip
+            signal = tl.sum(h * h * diagonals[e].to(tl.float32), 0)
+            left = decide_within(left, signal, multiplier, gain, limits[e], bits_ptr)
         tl.store(left_ptr, left)
 
 
@@ -164,16 +174,13 @@ def silu_kernel(
     y = y.to(kind)
     tl.store(out_ptr + k, y, mask=inside)
     if E > 0:
+        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
         y = y.to(tl.float32)
         for e in tl.static_range(E):
-            g = tl.load(ids_ptr + e)
-            d = tl.load(diagonal_of(address_ptr, g) + k, mask=inside, other=0.0).to(tl.float32)
+            d = tl.load(diagonal_of(address_ptr, limits[e][0]) + k, mask=inside, other=0.0).to(tl.float32)
             tl.store(partial_ptr + e * programs + p, tl.sum(y * y * d, 0))
         if arrived_last(counter_ptr, programs):
-            decide_sums(
-                partial_ptr, ids_ptr, bits_ptr, base_ptr, threshold_address_ptr, state_ptr, left_ptr, extra_ptr,
-                rest_ptr, programs, E, STEPS, PROGRAMS,
-            )  # fmt: skip
+            decide_sums(partial_ptr, limits, bits_ptr, state_ptr, left_ptr, programs, E, PROGRAMS)
 
 
 SILU_BLOCK = 512
