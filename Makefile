@@ -31,7 +31,7 @@ $(OTHER)/triton: $(STAMP)
 	touch $@
 
 other-triton: $(OTHER)/triton
-	PYTHONPATH=$(OTHER) $(BIN)/python tests/gpu_code.py
+	PYTHONPATH=$(OTHER) $(BIN)/python tests/gpu_code.py --only gemv
 	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted/products.py tests/interpreted/step_kernels.py
 
 native-test:

@@ -14,28 +14,31 @@ from dpllm.calib.sensitivity import DECAY, LIMIT
 from dpllm.kernels import reference, step_reference
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
+from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, Int8Weight, QuantizedWeight, pack
 
 QUERIED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 COPY_BYTES = 1 << 30
+LEAST_COPY = 1 << 27  # less would stay in a large GPU's caches
 
 
 def describe() -> dict[str, Any] | None:
-    """The first GPU's name, capability, memory, caches, driver and clocks; None where torch sees none."""
+    """The current GPU's name, capability, memory, caches, driver and clocks; None where torch sees none."""
     if not torch.cuda.is_available():
         return None
-    p = torch.cuda.get_device_properties(0)
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1),
         "multiprocessors": p.multi_processor_count, "l2_mb": round(getattr(p, "L2_cache_size", 0) / 2**20, 1),
-        "cuda": torch.version.cuda, **_queried(),
+        "cuda": torch.version.cuda, **_queried(str(p.uuid)),
     }  # fmt: skip
 
 
-def _queried() -> dict[str, str]:
+def _queried(uuid: str) -> dict[str, str]:
     """What nvidia-smi says of driver and clocks; nothing where it does not run."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader"]
+    command.append(f"--id=GPU-{uuid}")  # numbers need not be torch's
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -44,8 +47,22 @@ def _queried() -> dict[str, str]:
     return dict(zip(QUERIED, values, strict=True)) if len(values) == len(QUERIED) else {}
 
 
-def copy_gb_per_s(nbytes: int = COPY_BYTES, rounds: int = 12) -> float:
-    """Bytes read and written a second, in GB, by a copy on the GPU. Median."""
+def copy_bytes() -> int:
+    """How much to copy: no more than half of the current GPU's free memory holds it twice.
+
+    Raises RuntimeError where that would measure its caches.
+    """
+    free, _ = torch.cuda.mem_get_info()
+    if free // 4 < LEAST_COPY:
+        raise RuntimeError(
+            f"{free / 1e6:.0f} MB of the GPU's memory are free, {4 * LEAST_COPY / 1e6:.0f} are needed"
+        )
+    return min(COPY_BYTES, free // 4)
+
+
+def copy_gb_per_s(rounds: int = 12) -> float:
+    """Bytes read and written a second, in GB, by a copy on the current GPU. Median."""
+    nbytes = copy_bytes()
     source = torch.ones(nbytes // 4, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     times = []
@@ -56,7 +73,7 @@ def copy_gb_per_s(nbytes: int = COPY_BYTES, rounds: int = 12) -> float:
         ended.record()
         torch.cuda.synchronize()
         times.append(began.elapsed_time(ended))
-    return 2 * nbytes / statistics.median(times[2:]) / 1e6
+    return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
 
 
 # -- every kernel once, against its definition ----------------------------------------------------------------
@@ -149,6 +166,61 @@ def check_step_kernels(device: torch.device, dtype: torch.dtype = torch.float16)
     return {
         name: max(_error(a, b) for a, b in zip(found[name], expected[name], strict=True)) for name in found
     }
+
+
+# -- the same for products ------------------------------------------------------------------------------------
+
+ROWS, SHAPE = 12, (200, 4224)  # of activations; of the matrices, in no whole blocks
+
+
+def _matrix(rng: torch.Generator, shape: tuple[int, int], share: int) -> QuantizedWeight:
+    """Random codes and tables, each for `share` rows."""
+    n, k = shape
+    codes = torch.randint(0, 1 << MAX_BITS, shape, generator=rng, dtype=torch.uint8)
+    widths = range(MIN_BITS, MAX_TABLE_BITS + 1)
+    tables = [torch.randn(n // share, 1 << b, generator=rng).sort(1).values for b in widths]
+    scale = None if share == 1 else (torch.rand(n, generator=rng) + 0.5).half()
+    return QuantizedWeight(pack(codes.numpy(), MAX_BITS), torch.cat(tables, 1).half(), k, MIN_BITS, scale)
+
+
+def _activations(columns: int, dtype: torch.dtype) -> Tensor:
+    """[ROWS, columns]; of types that reach beyond float16, such values."""
+    x = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(1))
+    return (x if dtype == torch.float16 else 1e6 * x).to(dtype)
+
+
+def _products(ops: Any, x: Tensor, shape: tuple[int, int], share: int) -> dict[str, Tensor]:
+    """By kernel, what it computes on x's device, in x's type; matrices are the same ones each time."""
+    rng = torch.Generator().manual_seed(0)
+    weight = ops.prepare(_matrix(rng, shape, share), x.device)
+    values = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8)
+    head = Int8Weight(values, (torch.rand(len(values), generator=rng) * 0.1).half()).to(x.device)
+    widths = range(MIN_BITS, MAX_BITS + 1)
+    mixed = [widths[i % len(widths)] for i in range(ROWS)]
+    bits = torch.tensor(mixed, dtype=torch.int32, device=x.device)
+    out = {f"gemv of {b} bits": ops.gemv(x[i : i + 1], weight, bits[i : i + 1]) for i, b in enumerate(widths)}
+    out["gemm"], out["tall gemm"] = (ops.gemv(x.repeat(n, 1), weight, bits.repeat(n)) for n in (1, 2))
+    out["dequantize"] = torch.cat([ops.dequantize(weight, b, x.dtype) for b in widths])
+    out["int8_gemv"], out["int8_gemm"] = ops.int8_linear(x[:1], head), ops.int8_linear(x, head)
+    return out
+
+
+def check_products(device: torch.device, shape: tuple[int, int] = SHAPE) -> dict[str, float]:
+    """Relative error of each kernel of a product against its torch definition in float64, by activations' type."""
+    from dpllm.kernels.triton import products
+    from dpllm.kernels.triton.activations import halves_of
+
+    errors: dict[str, float] = {}
+    for dtype, share in ((torch.float16, 1), (torch.bfloat16, 2)):
+        x, columns = _activations(shape[1], dtype), 2 * shape[1]
+        found = _products(products, x.to(device), shape, share)
+        exact = _products(reference, x.double(), shape, share)
+        halves, factor = halves_of(x.to(device), columns)
+        found["halve"] = halves.double() if factor is None else halves.double() * factor[:, None]
+        exact["halve"] = torch.nn.functional.pad(x, (0, columns - shape[1]))
+        kind = str(dtype).removeprefix("torch.")
+        errors |= {f"{name}, {kind}": _error(y.cpu(), exact[name]) for name, y in found.items()}
+    return errors
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

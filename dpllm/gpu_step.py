@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ class GpuStep:
         self._done: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
         self._by_hand: tuple[Tensor, Tensor] | None = None  # what a step on the host's decisions returned
         self._told: set[str] = set()
+        # Streams, events and launches are those of the current device, which need not be the decoder's.
+        self._here = partial(torch.cuda.device, device) if cuda else nullcontext
 
     @classmethod
     def of(cls, decoder: Decoder) -> GpuStep | None:
@@ -88,6 +92,10 @@ class GpuStep:
         """
         if not 0 <= token < self.logits.shape[1]:
             raise IndexError(f"there is no token {token} in a vocabulary of {self.logits.shape[1]}.")
+        with self._here():
+            return self._step(token, cache, policy)
+
+    def _step(self, token: int, cache: KVCache, policy: PrecisionPolicy | None) -> tuple[Tensor, Tensor]:
         cache.reserve(1)
         reason = self._policy.follow(policy)
         if reason is None and cache.k[0].dtype != self.decoder.kv_dtype:
@@ -135,7 +143,7 @@ class GpuStep:
         self, policy: PrecisionPolicy | None, note: Callable[[str], None] = lambda line: None
     ) -> None:
         """Compiles, warms up and captures the step of such a policy now, so that no token waits for it."""
-        with torch.no_grad():
+        with torch.no_grad(), self._here():
             if self._policy.follow(policy) is not None or self.reason:
                 return
             cache = self.decoder.new_cache(2)
@@ -273,8 +281,7 @@ class GpuStep:
         if group.dense:
             return torch.nn.functional.linear(x, group.weight, group.bias)
         bits = self._table.bits[group.index : group.index + 1]
-        y = self.decoder.backend.gemv(x, group.weight, bits)
-        return y if group.bias is None else y + group.bias
+        return self.decoder.backend.gemv(x, group.weight, bits, bias=group.bias)
 
 
 def fast_step(decoder: Decoder) -> NativeStep | GpuStep | None:

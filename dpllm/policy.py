@@ -130,6 +130,7 @@ class RateDistortionPolicy(RateDistortionRule):
         self.pace: Pace | None = None  # of the allowance
         self._left: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
         self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
+        self._told: list[float | None] = [None]  # whose of them the thresholds are; with these, shared by all texts
         self._paces: dict[tuple[float, Prices], Pace] = {}  # by target and prices
         self._weights = torch.from_numpy(profile.weights.astype(np.float64))
         self._total = float(profile.weights.sum())
@@ -144,6 +145,11 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.planes.max() > self.profile.bits[0]:  # else only the seed is resident: nothing to choose
             self.set_lambda(self.profile.lambda_for(target_bits, self.planes))
 
+    def set_lambda(self, lam: float) -> None:
+        """Rewrites the thresholds, in place, for this price of a byte."""
+        super().set_lambda(lam)
+        self._told[0] = None
+
     def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
         """Moves the target between two tokens of a text; the correction goes on from where it is.
 
@@ -157,7 +163,9 @@ class RateDistortionPolicy(RateDistortionRule):
             low, high = self.profile.target_range(self.planes)
             lam = self.profile.lambda_for(min(max(near, low), high), self.planes)
             self._steered[near] = torch.from_numpy(self.profile.thresholds(lam, self.planes))
-        self.thresholds.copy_(self._steered[near])
+        if self._told[0] != near:
+            self._told[0] = near
+            self.thresholds.copy_(self._steered[near])
         if allowance is not None:
             key = near, allowance.prices
             if key not in self._paces:

@@ -106,7 +106,10 @@ def _lacking_for_triton(device: torch.device) -> str | None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
         oldest = ".".join(map(str, TRITON))
         return f"triton is {triton.__version__}: pip install --upgrade 'triton>={oldest}'"
-    return None
+    from dpllm.kernels.triton import trial
+
+    failed = trial.lacking(device)
+    return failed and f"{failed} with triton {triton.__version__}; a C compiler and the driver must be there"
 
 
 def _capability(device: torch.device) -> str:

@@ -33,20 +33,22 @@ def dequantize(w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32)
     return dense if w.scale is None else dense.mul_(w.scale.to(dtype)[:, None])
 
 
-def gemv(x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) -> Tensor:
-    """y = x W_b^T, each row of x at its own width.
+def gemv(
+    x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """y = x W_b^T + bias, each row of x at its own width.
 
-    x: [M, K]; bits: int32 [M] on x's device. Returns [M, N] in x's dtype (into `out` where given).
+    x: [M, K]; bits: int32 [M] on x's device; bias: [N]. Returns [M, N] in x's dtype (into `out` where given).
     Any M is served; fast backends promise speed for M <= 16.
     """
     widths = bits.unique().tolist()
     if len(widths) == 1:
-        y = F.linear(x, dequantize(w, widths[0], x.dtype))
+        y = F.linear(x, dequantize(w, widths[0], x.dtype), bias)
         return y if out is None else out.copy_(y)
     y = x.new_empty(x.shape[0], w.out_features) if out is None else out
     for width in widths:
         rows = bits == width
-        y[rows] = F.linear(x[rows], dequantize(w, width, x.dtype))
+        y[rows] = F.linear(x[rows], dequantize(w, width, x.dtype), bias)
     return y
 
 

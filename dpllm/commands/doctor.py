@@ -61,26 +61,20 @@ def check_kernels() -> dict[str, dict[str, float]]:
     return {name: _gemv_errors(name) for name in ("reference", *usable)}
 
 
-def _gemv_errors(
-    backend_name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> dict[str, float]:
+def _gemv_errors(backend_name: str) -> dict[str, float]:
     rng = np.random.default_rng(0)
     w = rng.standard_normal((33, 100)).astype(np.float32)
     codes, tables = nested_codes(w, np.ones_like(w), MIN_BITS, MAX_BITS)
     lut = torch.from_numpy(np.concatenate(list(tables.values()), axis=1))
     weight = QuantizedWeight(pack(codes, MAX_BITS), lut, 100, MIN_BITS)
-    backend = choose_backend(backend_name, device, CpuOptions(accuracy="exact"))
-    prepared = backend.prepare(weight, device)
-    x = torch.from_numpy(rng.standard_normal((1, 100)).astype(np.float32)).to(device, dtype)
+    backend = choose_backend(backend_name, options=CpuOptions(accuracy="exact"))
+    prepared = backend.prepare(weight, "cpu")
+    x = torch.from_numpy(rng.standard_normal((1, 100)).astype(np.float32))
     errors = {}
     for bits in range(MIN_BITS, MAX_BITS + 1):
         table = weight.table(bits).double().numpy()
-        exact = (
-            x.double().cpu().numpy()
-            @ np.take_along_axis(table, (codes >> (MAX_BITS - bits)).astype(int), 1).T
-        )
-        y = backend.gemv(x, prepared, torch.tensor([bits], dtype=torch.int32, device=device))
-        y = y.double().cpu().numpy()
+        exact = x.double().numpy() @ np.take_along_axis(table, (codes >> (MAX_BITS - bits)).astype(int), 1).T
+        y = backend.gemv(x, prepared, torch.tensor([bits], dtype=torch.int32)).double().numpy()
         errors[str(bits)] = float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
     return errors
 
@@ -91,20 +85,28 @@ def _gpu() -> dict[str, Any] | None:
     if found is None:
         return None
     backend = choose_backend(device="cuda")
-    found |= {
-        "copy_gb_per_s": round(gpu_info.copy_gb_per_s(), 1),
-        "backend": {"name": backend.name, "reason": backend.reason},
-    }
+    found |= _copy() | {"backend": {"name": backend.name, "reason": backend.reason}}
     try:
         device = torch.device("cuda", torch.cuda.current_device())
         errors = {f"step: {k}": e for k, e in gpu_info.check_step_kernels(device).items()}
         if backend.name.startswith("triton"):
-            errors |= {
-                f"gemv: {b} bits": e for b, e in _gemv_errors(backend.name, "cuda", torch.float16).items()
-            }
+            errors |= gpu_info.check_products(device)
     except Exception as e:  # a compiler's or a driver's: what is wrong is what the user wants to know
-        return found | {"kernels": f"cannot run: {' '.join(str(e).split())[:300]}", "ok": False}
+        return found | {"kernels": _cannot_run(e), "ok": False}
     return found | {"kernel_errors": errors, "ok": all(e < HALF_TOLERANCE for e in errors.values())}
+
+
+def _copy() -> dict[str, Any]:
+    """The bandwidth of a copy; where there is none, as on a GPU that others fill, why."""
+    try:
+        return {"copy_gb_per_s": round(gpu_info.copy_gb_per_s(), 1)}
+    except Exception as e:
+        return {"copy_gb_per_s": None, "copy": _cannot_run(e)}
+
+
+def _cannot_run(e: Exception) -> str:
+    """In a line."""
+    return f"cannot run: {' '.join(str(e).split())[:300]}"
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from dpllm.decoder import Decoder, Group
-from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.kernels.cpu.functions import PreparedWeight
+from dpllm.kernels.weight import WORD, Int8Weight, QuantizedWeight
 from dpllm.report.data import KindBytes
 
 
@@ -44,18 +45,24 @@ def bytes_by_kind(
 def read_bytes(group: Group, bits: int) -> tuple[int, int, int]:
     """(planes, tables, scales) that one pass reads at this width; together the group's `bytes_at`."""
     weight = group.weight
-    planes = bits * _size(weight.planes[0])
-    shared = weight.scale if isinstance(weight, QuantizedWeight) else weight.row_scale
-    scales = 0 if shared is None else 2 * shared.numel()
+    words = -(-weight.in_features // WORD)  # of a stored row; a GPU's may be longer
+    planes = bits * weight.out_features * words * 4
+    scales = 0 if _row_scale(weight) is None else 2 * weight.out_features
     return planes, group.bytes_at[bits - group.seed_bits] - planes - scales, scales
 
 
 def held_bytes(weight: Any) -> tuple[int, int, int]:
-    """(planes, tables, scales) in memory, all resident widths."""
-    if isinstance(weight, QuantizedWeight):
-        return _size(weight.planes), _size(weight.lut), _size(weight.scale)
-    scales = sum(map(_size, weight.scales.values())) + _size(weight.row_scale)
-    return _size(weight.planes), sum(map(_size, weight.tables.values())), scales
+    """(planes, tables, scales) in memory, all resident widths, of what any backend prepared."""
+    scales = [_row_scale(weight)]
+    if isinstance(weight, PreparedWeight):
+        tables, scales = [*weight.tables.values()], [*weight.scales.values(), *scales]
+    else:
+        tables = [weight.lut if isinstance(weight, QuantizedWeight) else weight.tables]
+    return _size(weight.planes), sum(map(_size, tables)), sum(map(_size, scales))
+
+
+def _row_scale(weight: Any) -> Tensor | None:
+    return weight.row_scale if isinstance(weight, PreparedWeight) else weight.scale
 
 
 def _embedding_bytes(embedding: Tensor | Int8Weight) -> tuple[int, int]:

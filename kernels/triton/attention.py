@@ -224,7 +224,8 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Te
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert k.is_contiguous() and v.is_contiguous() and start.dtype == torch.int64
     deciding = no_decision(q) | {"partial_ptr": q, "counter_ptr": q}
-    _launch(q, (k, v), (start, start, length, start), scale, 0, k.dtype, False, out, deciding)
+    with torch.cuda.device_of(q):
+        _launch(q, (k, v), (start, start, length, start), scale, 0, k.dtype, False, out, deciding)
     return out
 
 

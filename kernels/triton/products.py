@@ -26,7 +26,8 @@ ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no inli
 WARPS = 4
 FEW_ROWS = 4  # served row by row, each as if it were alone
 MANY_ROWS = 128  # from here on a dense float16 block is made and multiplied by cuBLAS
-BLOCK_BYTES = 32 << 20  # of that block: it stays in the L2 cache of large GPUs
+BLOCK_BYTES = 64 << 20  # of that block: about the L2 cache of large GPUs
+BLOCK_ROWS = 256  # it has so many rows, or a multiple: whole tiles of a tensor core's product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -123,11 +124,12 @@ def bitplane_product(
                 words % step == 0, ASM, num_warps=WARPS,
             )  # fmt: skip
         else:
-            bm, step = min(64, max(16, triton.next_power_of_2(m))), 16
-            grid = triton.cdiv(n, 64), triton.cdiv(m, bm)
+            # Few rows: small tiles, more programs. Many: tall ones, which decode with fewer instructions a weight.
+            bn, bm, step = (32, 16, 16) if m <= 16 else (128, min(64, triton.next_power_of_2(m)), 8)
+            grid = triton.cdiv(n, bn), triton.cdiv(m, bm)
             gemm_kernel[grid](
-                *pointers, m, n, words // 4, table_count, share, low, high, seed_bits, 64, bm, step,
-                words % step == 0, ASM, num_warps=WARPS, num_stages=1,
+                *pointers, m, n, words // 4, table_count, share, low, high, seed_bits, bn, bm, step,
+                words % step == 0, ASM, num_warps=2 if m <= 16 else WARPS, num_stages=1,
             )  # fmt: skip
 
 
@@ -221,10 +223,10 @@ def _by_blocks(x: Tensor, n: int, k: int, dense: Callable[[range], Tensor]) -> T
         factor = torch.empty(len(x), device=x.device)
         torch.ops.dpllm.halve(x, halves, factor)
     y = torch.empty(len(x), n, dtype=torch.float16, device=x.device)
-    rows = max(1, BLOCK_BYTES // (2 * k))
+    rows = max(1, BLOCK_BYTES // (2 * k * BLOCK_ROWS)) * BLOCK_ROWS
     for first in range(0, n, rows):
         block = range(first, min(first + rows, n))
-        y[:, block.start : block.stop] = halves @ dense(block).T
+        torch.mm(halves, dense(block).T, out=y[:, block.start : block.stop])
     return y if factor is None else (y.float() * factor[:, None]).to(x.dtype)
 
 

@@ -140,7 +140,9 @@ def _select(signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int
     signal, diagonal, thresholds = (t.contiguous() for t in (signal, diagonal, thresholds))
     assert len(thresholds) <= MAX_STEPS.value
     out = torch.empty(len(signal), dtype=torch.int32, device=signal.device)
-    if len(signal):
+    if not len(signal):
+        return out
+    with torch.cuda.device_of(signal):
         select_kernel[(len(signal),)](
             signal, diagonal, thresholds, out, seed_bits, signal.shape[1], len(thresholds), B=BLOCK
         )

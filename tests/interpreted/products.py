@@ -13,7 +13,7 @@ import pytest
 import torch
 from cpu_cases import Weights
 
-from dpllm.kernels.triton import pack, products
+from dpllm.kernels.triton import pack, products, trial
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -46,6 +46,15 @@ def check(y: torch.Tensor, x: torch.Tensor, w: Weights, bits, bias=0.0):
         room = np.abs(dense) @ np.abs(one) * 4 * TOLERANCE[y.dtype] / np.sqrt(len(one))
         room = room + np.abs(exact) * TOLERANCE[y.dtype] + 1e-7
         assert (np.abs(y[row].double().numpy() - exact) <= room).all(), (row, b)
+
+
+def test_a_first_product(monkeypatch):
+    """What is tried before a device's kernels are chosen, and that a wrong one is noticed."""
+    cpu = torch.device("cpu")
+    assert trial.lacking.__wrapped__(cpu) is None
+    gemv = products.gemv
+    monkeypatch.setattr(products, "gemv", lambda *args: gemv(*args) * 1.1)
+    assert "is wrong (relative error 0.1)" in trial.lacking.__wrapped__(cpu)
 
 
 # -- one row, few rows --------------------------------------------------------------------------------------
@@ -171,6 +180,7 @@ def test_dense(bits):
 def test_prompts(rows, dtype, monkeypatch):
     w, prepared = case(6, 100, 3)
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * 200)  # four rows at a time
+    monkeypatch.setattr(products, "BLOCK_ROWS", 2)
     x = inputs(rows, 100, dtype)
     y = products.matmul(x, prepared)
     assert y.dtype == dtype

@@ -355,11 +355,19 @@ def test_a_whole_step(reference_decoder, name):
     assert (results[0][0] - results[1][0]).abs().max() < 1e-3
 
 
-def test_what_doctor_checks():
+def test_what_doctor_checks(monkeypatch):
     """On a GPU it runs these on the device; here the same through the interpreter, and it notices a wrong kernel."""
-    from dpllm import gpu_info
+    from unittest.mock import MagicMock
 
-    cpu = torch.device("cpu")
+    from dpllm import gpu_info
+    from dpllm.kernels.triton import activations, products
+
+    cpu, launched = torch.device("cpu"), {}
+    for module in (activations, attention, products, select, small_ops):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            launched[name] = MagicMock()
+            launched[name].__getitem__.side_effect = getattr(module, name).__getitem__
+            monkeypatch.setattr(module, name, launched[name])
     errors = gpu_info.check_step_kernels(cpu)
     assert set(errors) >= {
         "norm",
@@ -371,7 +379,13 @@ def test_what_doctor_checks():
         "finish",
         "observe",
     }
+    errors |= gpu_info.check_products(cpu, (6, 160))
+    for kind in ("float16", "bfloat16"):
+        names = ["gemm", "tall gemm", "dequantize", "int8_gemv", "int8_gemm", "halve"]
+        names += [f"gemv of {b} bits" for b in range(2, 9)]
+        assert set(errors) >= {f"{name}, {kind}" for name in names}
     assert max(errors.values()) < 5e-3, errors
+    assert len(launched) >= 14 and all(k.__getitem__.called for k in launched.values()), launched
     wrong = {
         **gpu_info._outputs(step_reference, reference.select, reference.decode_attention, cpu, torch.float16)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,25 @@ def test_doctor_of_a_gpu_that_does_not_work(monkeypatch):
     assert found["kernels"].startswith("cannot run: ") and "\n" not in found["kernels"]
     assert abs(found["copy_gb_per_s"] - 123.45) < 0.1
     assert found["backend"]["name"] and found["backend"]["reason"]
+
+
+def test_doctor_of_a_gpu_that_others_fill(monkeypatch):
+    """Its bandwidth is left out, with the reason; its kernels are looked at all the same."""
+    monkeypatch.setattr(doctor.gpu_info, "describe", lambda: {"name": "a GPU"})
+    monkeypatch.setattr(doctor, "choose_backend", lambda device: SimpleNamespace(name="triton", reason=""))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**8, 10**10))
+    monkeypatch.setattr(doctor.gpu_info, "check_step_kernels", lambda device: {"norm": 1e-4})
+    monkeypatch.setattr(doctor.gpu_info, "check_products", lambda device: {"gemm": wrong})
+    for wrong in (1e-4, 1.0):
+        found = doctor._gpu()
+        assert found["copy_gb_per_s"] is None
+        assert found["copy"] == "cannot run: 300 MB of the GPU's memory are free, 537 are needed"
+        assert found["kernel_errors"] == {"step: norm": 1e-4, "gemm": wrong}
+        assert found["ok"] is (wrong < 1)
+
+
+def test_a_copy_fits_into_what_is_free(monkeypatch):
+    for free, size in ((10**11, 1 << 30), (10**9, 25 * 10**7)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert doctor.gpu_info.copy_bytes() == size

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.errors import InputError
-from dpllm.kernels.triton import products
+from dpllm.kernels.triton import products, trial
 from dpllm.kernels.triton.pack import TritonWeight, pack_plane, table_offset
 from dpllm.kernels.weight import Int8Weight, unpack
 
@@ -81,6 +81,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU")
+        monkeypatch.setattr(trial, "lacking", lambda device: None)
 
     return pretend
 
@@ -94,7 +95,7 @@ def test_a_gpu_gets_triton(gpu, name):
     assert "Some GPU" in backend.reason and "sm_90" in backend.reason and "\n" not in backend.reason
 
 
-@pytest.mark.parametrize("lacking", ["capability", "triton", "an old triton"])
+@pytest.mark.parametrize("lacking", ["capability", "triton", "an old triton", "a compiler"])
 def test_a_gpu_without_what_it_takes(gpu, monkeypatch, lacking):
     gpu(7 if lacking == "capability" else 9, 5)
     if lacking == "triton":
@@ -102,12 +103,20 @@ def test_a_gpu_without_what_it_takes(gpu, monkeypatch, lacking):
         monkeypatch.delitem(sys.modules, "dpllm.kernels.triton.products")
     if lacking == "an old triton":
         monkeypatch.setattr(sys.modules["triton"], "__version__", "3.2.0")
-    says = "sm_75" if lacking == "capability" else "pip install"
+    if lacking == "a compiler":
+        monkeypatch.setattr(trial, "lacking", lambda device: "a first product fails (OSError: gcc)")
+    says = {"capability": "sm_75", "a compiler": "C compiler"}.get(lacking, "pip install")
     backend = choose_backend(device="cuda")
     assert backend.name == "reference"
     assert says in backend.reason and "\n" not in backend.reason
     with pytest.raises(InputError, match=rf"\A[^\n]*'triton' cannot be used[^\n]*{says}[^\n]*\Z"):
         choose_backend("triton", "cuda")
+
+
+def test_a_first_product_that_fails_is_a_reason():
+    """There is no GPU here to launch it on."""
+    why = trial.lacking(torch.device("cpu"))
+    assert why is not None and why.startswith("a first product fails (") and "\n" not in why
 
 
 def test_triton_by_name_on_the_cpu():

@@ -1,0 +1,32 @@
+"""Whether the kernels run on a device at all. That torch and Triton can be imported is not enough: Triton needs a C
+compiler for what launches a kernel, an assembler that knows the GPU, and lays out registers as our assembly expects."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from dpllm.kernels import reference
+from dpllm.kernels.triton import products
+from dpllm.kernels.weight import QuantizedWeight
+
+TOLERANCE = 5e-3  # relative; float16 activations and tables are good for a tenth of that
+ROWS, COLUMNS = 24, 160
+
+
+@functools.cache
+def lacking(device: torch.device) -> str | None:
+    """Why a first small product cannot be had on the device, in a line; None where it is right."""
+    rng = torch.Generator().manual_seed(0)
+    planes = torch.randint(-(2**31), 2**31 - 1, (3, ROWS, COLUMNS // 32), generator=rng).to(torch.int32)
+    weight = QuantizedWeight(planes, torch.randn(ROWS, 4 + 8, generator=rng).half(), COLUMNS, 2)
+    x, bits = torch.randn(1, COLUMNS, generator=rng).half(), torch.tensor([3], dtype=torch.int32)
+    try:
+        prepared = products.prepare(weight, device).between(3, 3)
+        found = products.gemv(x.to(device), prepared, bits.to(device)).cpu().double()
+    except Exception as e:  # whatever a compiler, an assembler or a driver may raise
+        return f"a first product fails ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
+    expected = reference.gemv(x.double(), reference.prepare(weight), bits)
+    error = float((found - expected).norm() / expected.norm())
+    return None if error < TOLERANCE else f"a first product is wrong (relative error {error:.2g})"
