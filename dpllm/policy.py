@@ -130,7 +130,7 @@ class RateDistortionPolicy(RateDistortionRule):
         self.pace: Pace | None = None  # of the allowance
         self._left: Tensor | None = None  # int64 [R], of the allowance of the tokens under way
         self._steered: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
-        self._told: list[float | None] = [None]  # whose of them the thresholds are; with these, shared by all texts
+        self._told: list[float | None] = [None]  # whose of them the thresholds are, in all texts
         self._paces: dict[tuple[float, Prices], Pace] = {}  # by target and prices
         self._weights = torch.from_numpy(profile.weights.astype(np.float64))
         self._total = float(profile.weights.sum())
