@@ -1,7 +1,8 @@
 """What the GPU benchmarks share: contenders that take turns, buffers too large for the L2 cache, a measured roofline.
 
 Imported before anything of triton: with --dry-run it is told to interpret, and everything runs on the CPU on small
-shapes, to show that the script works. A dry run's times say nothing and are not written to bench/results.
+shapes, our kernels included, to show that the script works. A dry run's rows name the kernels that were interpreted;
+its times say nothing and are not written to bench/results.
 """
 
 # ruff: noqa: E402
@@ -12,9 +13,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 DRY = "--dry-run" in sys.argv
 if DRY:
@@ -25,24 +27,47 @@ import triton
 import triton.language as tl
 
 from dpllm import gpu_info
+from dpllm.kernels.backend import Backend, choose_backend
+from dpllm.kernels.errors import InputError
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 ROUNDS = 40
 L2_TIMES = 4  # buffers are rotated over at least so many times the L2
+LAUNCHED: dict[str, str] = {}  # in a dry run: contender -> the kernels that it had interpreted
 
 
 def require_gpu() -> None:
     """Ends the script with one line where it cannot measure."""
-    if not DRY and not torch.cuda.is_available():
+    if DRY:
+        return
+    if not torch.cuda.is_available():
         sys.exit(
             "no CUDA device: run this on a machine with one, or give --dry-run to see that the script works."
         )
+    try:
+        choose_backend("triton", DEVICE)
+    except InputError as e:
+        sys.exit(str(e))
+
+
+def our_backend() -> Backend:
+    """Our Triton kernels: as an engine has them, and in a dry run the same functions on the CPU, interpreted."""
+    if not DRY:
+        return choose_backend("triton", DEVICE)
+    from dpllm.kernels.triton import attention, products, select
+
+    products.WARPS = 128  # an interpreted program takes its time whatever its rows
+    return replace(
+        choose_backend("reference"), name="triton", reason="interpreted", prepare=products.prepare, gemv=products.gemv,
+        matmul=products.matmul, dequantize=products.dequantize, int8_linear=products.int8_linear,
+        select=select.select, decode_attention=attention.decode_attention,
+    )  # fmt: skip
 
 
 def copies_for(nbytes: int) -> int:
     """How many buffers of this size exceed the L2 cache by far."""
     if DRY:
-        return 2
+        return 1
     l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20
     return max(2, -(-L2_TIMES * l2 // nbytes))
 
@@ -55,16 +80,17 @@ class Contender:
     calls: Sequence[Callable[[], Any]]
     nbytes: int
     bits: float = 0.0
+    note: str | None = None
 
 
 def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    """All of the calls as one CUDA graph."""
+    """All of the calls as one CUDA graph. Each is made once before: what compiles or tunes itself does so then."""
     if DRY:
         return lambda: [call() for call in calls]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls[:2]:
+        for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -88,15 +114,38 @@ def milliseconds(run: Callable[[], Any]) -> float:
     return began.elapsed_time(ended)
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of each, in turns, after two rounds of warm-up."""
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int = ROUNDS,
+    before: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each, in turns, after two rounds of warm-up. before: what is done before a run, and not timed."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for r in range(1 if DRY else rounds + 2):
         for name, run in runs.items():
-            ms = milliseconds(run)
+            if before and name in before:
+                before[name]()
+            ms = interpreted(name, run) if DRY else milliseconds(run)
             if r >= 2 or DRY:
                 times[name].append(ms)
     return times
+
+
+def interpreted(name: str, run: Callable[[], Any]) -> float:
+    """Milliseconds of one run, whose kernels LAUNCHED names."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    seen: set[str] = set()
+    launch = InterpretedFunction.run
+
+    def noting(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.add(kernel.__name__)
+        return launch(kernel, *args, **kwargs)
+
+    with patch.object(InterpretedFunction, "run", noting):
+        ms = milliseconds(run)
+    LAUNCHED[name] = " ".join(sorted(seen))
+    return ms
 
 
 def compare(what: str, contenders: Sequence[Contender], baseline: str, limit_gb_per_s: float) -> list[dict]:
@@ -123,6 +172,7 @@ def compare(what: str, contenders: Sequence[Contender], baseline: str, limit_gb_
                 what, c.name, bits=c.bits, us_p50=1e3 * statistics.median(each), us_p90=1e3 * percentile(each, 0.9),
                 gb_per_s=gb, of_roofline=gb / limit_gb_per_s,
                 times_faster=statistics.median(b / t for b, t in zip(base, each, strict=True)) if base else None,
+                note=LAUNCHED[c.name] or None if DRY else c.note,
             )
         )  # fmt: skip
     return rows

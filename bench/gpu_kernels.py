@@ -1,10 +1,12 @@
 """Kernels on a GPU, each against what else reads a matrix or a cache there.
 
 Limits measured, as ratios of interleaved medians, every contender captured in a CUDA graph over buffers of at least
-four times the L2: (1) our product of one row at 2..8 bits, cuBLAS in fp16 and bf16, bitsandbytes NF4, torchao int4 and
-int8, gemlite and hqq where they are installed, on the matrices of the 8B shape; (2) decode attention behind 32768
-tokens: all pairs, 0.3 of them kept unevenly over the heads, and torch's own. The roofline is what a
-kernel that only reads gets.
+four times the L2, on the matrices of the 8B shape: (1) our product of one row at 2..8 bits, its kernel made for that
+width or for a range ("3 of 2-6"), cuBLAS in fp16 and bf16, bitsandbytes NF4, torchao int4 and int8, gemlite and hqq
+where they are installed; (2) products of 4, 8 and 16 rows of mixed widths against cuBLAS; (3) prompts of 512 and 2048
+rows, which are to take no more than 1 / 0.6 of cuBLAS's time in bf16; (4) the int8 head; (5) decode attention behind
+32768 tokens: all pairs, 0.3 of them kept unevenly over the heads, and torch's own. The roofline is what a kernel that
+only reads gets.
 
     python bench/gpu_kernels.py
     python bench/gpu_kernels.py --dry-run     through Triton's interpreter, small: shows that it works
@@ -13,49 +15,78 @@ kernel that only reads gets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from gpu_common import DEVICE, DRY, Contender, compare, copies_for, finish, read_gb_per_s, require_gpu, row  # isort: skip
+from gpu_common import DEVICE, DRY, Contender, compare, copies_for, finish, our_backend  # isort: skip
+from gpu_common import read_gb_per_s, require_gpu, row  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels.backend import Backend, choose_backend
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.triton.attention import decode_attention
+from dpllm.kernels.triton.pack import TritonWeight
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
-from dpllm.shapes import _random_weight
+from dpllm.shapes import _random_int8, _random_weight
 
-MATRICES = [(96, 64)] if DRY else [(4096, 4096), (6144, 4096), (28672, 4096), (14336, 4096), (4096, 14336)]
-BITS = (3, 4) if DRY else range(MIN_BITS, MAX_BITS + 1)
-HALF = torch.float16
+MATRICES = [(8, 128)] if DRY else [(4096, 4096), (6144, 4096), (28672, 4096), (14336, 4096), (4096, 14336)]
+HEAD = (16, 128) if DRY else (128256, 4096)
+PLANES = 6  # that an engine holds
+# Of one row: width, and the range that the kernel is made for, as an engine narrows it.
+READ = [*((b, b, b) for b in range(MIN_BITS, MAX_BITS + 1)), (3, 2, 6), (4, 2, 6), (3, 3, 4)]
+MIXED = ((2, 6), (3, 4))
+FEW, PROMPT = (4, 8, 16), (130,) if DRY else (512, 2048)
+BAR = 0.6  # of cuBLAS's speed in bf16, for a prompt
+HALF, BFLOAT = torch.float16, torch.bfloat16
 GROUP = 128  # weights that share a scale, of the peers
 
 
-def ours_backend() -> Backend:
-    """Our Triton kernels; where this version has none, what would be used here, which the rows then name."""
-    try:
-        return choose_backend("triton", DEVICE)
-    except InputError:
-        return choose_backend("reference", DEVICE)
-
-
-def ours(backend: Backend, n: int, k: int, x: Tensor) -> Iterator[Contender]:
-    rng = torch.Generator(DEVICE).manual_seed(0)
+def packed(n: int, k: int) -> list[TritonWeight]:
+    """The matrix at every width, as often as it takes for the narrowest to exceed the L2."""
+    rng, backend = torch.Generator(DEVICE).manual_seed(0), our_backend()
     count = copies_for(n * k * MIN_BITS // 8)
-    weights = [_random_weight(n, k, max(BITS), rng) for _ in range(count)]
-    prepared = [backend.prepare(w, DEVICE) for w in weights]
-    for b in BITS:
+    return [backend.prepare(_random_weight(n, k, MAX_BITS, rng), DEVICE) for _ in range(count)]
+
+
+def ours(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
+    """One row."""
+    gemv = our_backend().gemv
+    for b, low, high in READ:
         bits = torch.full((1,), b, dtype=torch.int32, device=DEVICE)
-        calls = [lambda p=p, bits=bits: backend.gemv(x, p, bits) for p in prepared]
-        yield Contender(f"ours ({backend.name})", calls, weights[0].nbytes(b), b)
+        narrowed = [w.between(low, high) for w in weights]
+        calls = [lambda w=w, bits=bits: gemv(x, w, bits) for w in narrowed]
+        yield Contender(f"ours, {b} of {low}-{high}", calls, weights[0].nbytes(b), b)
 
 
-def cublas(n: int, k: int, x: Tensor) -> Iterator[Contender]:
-    for dtype, name in ((HALF, "cuBLAS fp16"), (torch.bfloat16, "cuBLAS bf16")):
-        weights = [torch.randn(n, k, device=DEVICE, dtype=dtype) for _ in range(copies_for(2 * n * k))]
+def ours_mixed(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
+    """Some rows, their widths in turns; all planes of the widest are read."""
+    gemv = our_backend().gemv
+    for low, high in MIXED:
+        bits = (torch.arange(len(x), device=DEVICE) % (high - low + 1) + low).int()
+        narrowed = [w.between(low, high) for w in weights]
+        calls = [lambda w=w, bits=bits: gemv(x, w, bits) for w in narrowed]
+        nbytes = weights[0].nbytes(int(bits.max()))
+        yield Contender(f"ours, mixed widths of {low}-{high}", calls, nbytes, float(bits.float().mean()))
+
+
+def ours_prompt(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
+    """A prompt at every plane that an engine holds, in either type of activations."""
+    matmul = our_backend().matmul
+    held = [replace(w, planes=w.planes[:PLANES], widths=(MIN_BITS, PLANES)) for w in weights]
+    for name, dtype in (("fp16", HALF), ("bf16", BFLOAT)):
         own = x.to(dtype)
+        calls = [lambda w=w, own=own: matmul(own, w) for w in held]
+        note = f"bar: {BAR} times as fast as cuBLAS bf16"
+        yield Contender(f"ours, {PLANES} bits, {name}", calls, held[0].nbytes(PLANES), PLANES, note)
+
+
+def cublas(
+    n: int, k: int, x: Tensor, dtypes: tuple[torch.dtype, ...] = (HALF, BFLOAT)
+) -> Iterator[Contender]:
+    for dtype in dtypes:
+        weights = [torch.randn(n, k, device=DEVICE, dtype=dtype) for _ in range(copies_for(2 * n * k))]
+        own, name = x.to(dtype), "cuBLAS fp16" if dtype == HALF else "cuBLAS bf16"
         yield Contender(name, [lambda w=w, own=own: F.linear(own, w) for w in weights], 2 * n * k, 16)
 
 
@@ -78,7 +109,7 @@ def bitsandbytes_nf4(n: int, k: int) -> tuple[Callable, int]:
 def torchao(config: Any, n: int, k: int, bits: float) -> tuple[Callable, int]:
     from torchao.quantization import quantize_
 
-    holder = torch.nn.Sequential(linear(n, k, torch.bfloat16))
+    holder = torch.nn.Sequential(linear(n, k, BFLOAT))
     quantize_(holder, config)
     return holder, int(n * k * bits / 8)
 
@@ -93,6 +124,10 @@ def torchao_int8(n: int, k: int) -> tuple[Callable, int]:
     from torchao.quantization import Int8WeightOnlyConfig
 
     made, nbytes = torchao(Int8WeightOnlyConfig(), n, k, 8)
+    torch._dynamo.config.recompile_limit = (
+        1024  # modules are compiled one by one, and share their code object
+    )
+    torch._dynamo.config.accumulated_recompile_limit = 4096
     return torch.compile(made), nbytes
 
 
@@ -119,8 +154,8 @@ def gemlite_bits(bits: int) -> Callable[[int, int], tuple[Callable, int]]:
 
 PEERS: dict[str, tuple[float, torch.dtype, Callable[[int, int], tuple[Callable, int]]]] = {
     "bitsandbytes NF4": (4, HALF, bitsandbytes_nf4),
-    "torchao int4": (4, torch.bfloat16, torchao_int4),
-    "torchao int8": (8, torch.bfloat16, torchao_int8),
+    "torchao int4": (4, BFLOAT, torchao_int4),
+    "torchao int8": (8, BFLOAT, torchao_int8),
     "gemlite 4": (4, HALF, gemlite_bits(4)),
     "gemlite 8": (8, HALF, gemlite_bits(8)),
     "hqq 4": (4, HALF, hqq_4bit),
@@ -141,24 +176,43 @@ def peers(n: int, k: int, x: Tensor) -> Iterator[Contender | dict]:
         yield Contender(name, [lambda m=m, own=own: m(own) for m in modules], nbytes, bits)
 
 
+def drawn(rows: int, k: int) -> Tensor:
+    return torch.randn(rows, k, device=DEVICE, dtype=HALF)
+
+
 @torch.inference_mode()
-def products(roofline: float) -> list[dict]:
-    """Every matrix."""
-    backend, rows = ours_backend(), []
-    for n, k in MATRICES:
-        x = torch.randn(1, k, device=DEVICE, dtype=HALF)
-        found = [*cublas(n, k, x), *ours(backend, n, k, x), *([] if DRY else peers(n, k, x))]
-        contenders = [c for c in found if isinstance(c, Contender)]
-        for c in contenders:  # names are keys
-            c.name = f"{c.name} {c.bits}b" if c.name.startswith("ours") else c.name
-        rows += compare(f"{n}x{k}", contenders, "cuBLAS fp16", roofline)
-        rows += [r for r in found if isinstance(r, dict)]
+def products(n: int, k: int, roofline: float) -> list[dict]:
+    """A matrix with one row, some rows, a prompt."""
+    name, weights, x = f"{n}x{k}", packed(n, k), drawn(1, k)
+    found = [*cublas(n, k, x), *ours(weights, x), *([] if DRY else peers(n, k, x))]
+    rows = compare(name, [c for c in found if isinstance(c, Contender)], "cuBLAS fp16", roofline)
+    rows += [r for r in found if isinstance(r, dict)]
+    del found
+    for m in FEW:
+        x = drawn(m, k)
+        some = [*cublas(n, k, x, (HALF,)), *ours_mixed(weights, x)]
+        rows += compare(f"{name}, {m} rows", some, "cuBLAS fp16", roofline)
+    for m in PROMPT:
+        x = drawn(m, k)
+        some = [*cublas(n, k, x), *ours_prompt(weights[: copies_for(weights[0].nbytes(PLANES))], x)]
+        rows += compare(f"{name}, prompt of {m}", some, "cuBLAS bf16", roofline)
     return rows
+
+
+@torch.inference_mode()
+def head(roofline: float) -> list[dict]:
+    """The int8 head, one row."""
+    (n, k), rng, linear = HEAD, torch.Generator(DEVICE).manual_seed(0), our_backend().int8_linear
+    x = drawn(1, k)
+    weights = [_random_int8(n, k, rng) for _ in range(copies_for(n * k))]
+    calls = [lambda w=w: linear(x, w) for w in weights]
+    own = Contender("ours, int8", calls, weights[0].nbytes(), 8)
+    return compare(f"head {n}x{k}", [*cublas(n, k, x, (HALF,)), own], "cuBLAS fp16", roofline)
 
 
 # -- attention ----------------------------------------------------------------------------------------------
 
-HEADS, KV_HEADS, DIM, CONTEXT = (4, 2, 16, 90) if DRY else (32, 8, 128, 32768)
+HEADS, KV_HEADS, DIM, CONTEXT = (4, 2, 16, 70) if DRY else (32, 8, 128, 32768)
 KEPT = 0.3
 
 
@@ -208,7 +262,8 @@ def main() -> None:
     require_gpu()
     torch.manual_seed(0)
     roofline = read_gb_per_s()
-    rows = products(roofline) + attention(roofline)
+    rows = [r for n, k in MATRICES for r in products(n, k, roofline)]
+    rows += head(roofline) + attention(roofline)
     finish("gpu_kernels", rows, read_gb_per_s=roofline)
 
 

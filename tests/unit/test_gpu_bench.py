@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,8 +27,8 @@ def results() -> dict[str, float]:
     return {p.name: p.stat().st_mtime for p in (BENCH / "results").iterdir()}
 
 
-@pytest.mark.parametrize("name", ["gpu_kernels", "gpu_decode"])
-def test_dry_run(name):
+def dry(name: str) -> dict:
+    """What the script reports."""
     pytest.importorskip("triton")
     before = results()
     done = run(str(BENCH / f"{name}.py"), "--dry-run")
@@ -36,6 +38,43 @@ def test_dry_run(name):
     assert report["dry_run"] and report["bench"] == name
     assert all(r.get("us_p50") or r.get("ms_p50") for r in report["rows"])
     assert results() == before, "a dry run leaves no result"
+    return report
+
+
+def test_kernels_dry():
+    """Every row of ours is of our kernels, interpreted."""
+    kernels = {
+        "8x128": "gemv_kernel", "8x128, 4 rows": "gemv_kernel", "8x128, 8 rows": "gemm_kernel",
+        "8x128, 16 rows": "gemm_kernel", "8x128, prompt of 130": "dequantize_kernel",
+        "head 16x128": "int8_gemv_kernel", "attention behind 70": "attend_kernel",
+    }  # fmt: skip
+    rows, ranges = dry("gpu_kernels")["rows"], set()
+    assert {r["what"] for r in rows} == set(kernels)
+    for r in rows:
+        if r["kernel"].startswith("ours"):
+            assert kernels[r["what"]] in r["note"].split(), r
+            ranges.add(r["kernel"].removeprefix("ours, "))
+        else:
+            assert r["note"] is None, r
+    fixed = {f"{b} of {b}-{b}" for b in range(2, 9)}
+    assert (
+        fixed | {"3 of 2-6", "4 of 2-6", "3 of 3-4", "mixed widths of 2-6", "mixed widths of 3-4"} <= ranges
+    )
+
+
+def test_decode_dry():
+    """Every step of a quantised model is of our kernels; our policy chooses, learns and is replayed."""
+    report = dry("gpu_decode")
+    rows = {r["what"]: r for r in report["rows"]}
+    assert report["backend"] == "triton"
+    for name, r in rows.items():
+        ran = set(r["note"].split())
+        assert {"attend_kernel", "norm_kernel"} <= ran
+        assert ({"gemv_kernel", "int8_gemv_kernel"} <= ran) == (name != "fp16"), name
+        assert ("observe_kernel" in ran) == (name == "3.5 bits, our policy"), name
+        assert ("estimate_kernel" in ran) == ("DP-LLM" in name), name
+    ours, replayed = rows["3.5 bits, our policy"], rows["our policy's widths, replayed"]
+    assert 2 < ours["bits"] == replayed["bits"] < 4 and ours["like"] == replayed["what"]
 
 
 def test_without_a_gpu_it_says_so():
@@ -49,18 +88,48 @@ def test_without_a_gpu_it_says_so():
     assert "no CUDA device" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.fixture(scope="module")
-def roofline():
+@contextmanager
+def script(name: str):
+    """A file of bench/, imported."""
     sys.path.insert(0, str(BENCH))
     try:
-        spec = importlib.util.spec_from_file_location("roofline", BENCH / "roofline.py")
+        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["roofline"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         yield module
     finally:
         sys.path.remove(str(BENCH))
-        sys.modules.pop("roofline", None)
+        sys.modules.pop(name, None)
+
+
+def test_every_call_is_made_before_it_is_captured(monkeypatch):
+    """Modules that compile themselves do so one by one, and must not within a capture."""
+    pytest.importorskip("triton")
+    import torch
+
+    capturing, made = [], []
+
+    @contextmanager
+    def capture(graph):
+        capturing.append(True)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with script("gpu_common") as common:
+        common.captured([lambda i=i: made.append((i, bool(capturing))) for i in range(5)])
+    assert made == [(i, later) for later in (False, True) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    with script("roofline") as module:
+        yield module
 
 
 def test_predictions(roofline):
@@ -79,6 +148,14 @@ def test_predictions(roofline):
     assert by_device[orin.name][4] > gb / orin.gb_per_s * 1e3
 
 
+def test_each_device_runs_its_own_code(roofline):
+    assert set(roofline.TARGETS) == {d.name for d in roofline.DEVICES}
+    counts = {t: roofline.instructions_per_weight(t) for t in set(roofline.TARGETS.values())}
+    assert len({tuple(c.values()) for c in counts.values()}) > 2
+    by_device = {r["device"]: r["code"] for r in roofline.table("8B", 1024)}
+    assert by_device["RTX 5090"] == "sm_120" and by_device["Jetson AGX Orin 64GB"] == "sm_87"
+
+
 def test_bytes_are_those_of_the_decoder(roofline):
     """What the prediction counts is what the decoder of this shape reports that it reads."""
     from dpllm.shapes import random_decoder
@@ -87,7 +164,7 @@ def test_bytes_are_those_of_the_decoder(roofline):
     read = sum(g.bytes_at[3 - g.seed_bits] for g in decoder.groups)
     products = [
         x
-        for x in roofline.step(roofline.shape("tiny"), 3, 0, roofline.instructions_per_weight())
+        for x in roofline.step(roofline.shape("tiny"), 3, 0, roofline.instructions_per_weight(90))
         if x.instructions
     ]
     assert abs(sum(p.nbytes for p in products[:-1]) - read) < 1
