@@ -1,7 +1,7 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
 # make gpu-code   compiles every GPU kernel for five targets and compares with tests/gpu_code.json; needs no GPU
-# make other-triton   the kernels' numbers and what matters most of their machine code under another Triton (in build/)
+# make other-triton   every kernel against its definition, and machine code of two, under another Triton (in build/)
 # make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
 # make neon-test     the same code for aarch64, under qemu-user
 PYTHON ?= python3
@@ -31,8 +31,8 @@ $(OTHER)/triton: $(STAMP)
 	touch $@
 
 other-triton: $(OTHER)/triton
-	PYTHONPATH=$(OTHER) $(BIN)/python tests/gpu_code.py --only gemv
-	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreted/products.py tests/interpreted/step_kernels.py
+	PYTHONPATH=$(OTHER) $(BIN)/python tests/gpu_code.py --only "gemv 4" "gemv 6"
+	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted/step_kernels.py -k doctor
 
 native-test:
 	$(PYTHON) tests/native/run.py

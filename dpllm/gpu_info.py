@@ -95,6 +95,7 @@ class _Case:
         self.cache = CacheTable.empty(1, KV_HEADS, dtype, device)
         self.cache.write([self.k], [self.v], start, torch.tensor([LENGTHS], dtype=torch.int32))
         self.cache.request[tables.OBSERVE] = tables.ALL
+        self.cache.request[tables.SPARE] = 700
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng).to(self.device, self.dtype)
@@ -109,6 +110,8 @@ class _Case:
             diagonal = torch.rand(COLUMNS, generator=self.rng).to(self.device, torch.float16)
             levels = torch.tensor([[0.01, 0.1, 1.0, 1e9]], device=self.device) * COLUMNS
             table.point([diagonal], levels)
+            table.limit(100 * torch.arange(1, 5)[None], torch.full((1,), 300.0), 1.5)
+            table.left.fill_(650)  # enough for some of what is decided, not for all
         else:
             table.rows.fill_(16)
             table.line.copy_(torch.tensor([[1.0, 0.0]]))
@@ -127,7 +130,7 @@ def _outputs(
     out: dict[str, list[Tensor]] = {}
     x, delta, weight = case.draw(1, COLUMNS), case.draw(1, COLUMNS), case.draw(COLUMNS)
     h = ops.norm(x, delta, weight, 1e-5, case.site, weighted, LIMIT)
-    out["norm"] = [x, h, weighted.bits.clone()]
+    out["norm"] = [x, h, weighted.bits.clone(), weighted.left.clone()]
     rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
     q = ops.rope_append(case.draw(1, (HEADS + 2 * KV_HEADS) * DIM), None, 1e-5, rope, case.cache, 0, DIM)
     out["rope_append"] = [q, case.k, case.v]
@@ -135,12 +138,14 @@ def _outputs(
     out["attend"] = [
         ops.attend(q, case.cache, 0, scale, None, case.site, weighted, *scratch),
         weighted.bits.clone(),
+        weighted.left.clone(),
     ]
     start, length = case.cache.start[0], case.cache.length[0]
     out["decode_attention"] = [attention(q, case.k, case.v, start, length, scale)]
     out["silu_mul"] = [
         ops.silu_mul(case.draw(1, 2 * COLUMNS), case.site, weighted, *scratch),
         weighted.bits.clone(),
+        weighted.left.clone(),
     ]
     ops.estimate(h, case.site, estimated, *scratch)
     out["estimate"] = [estimated.bits]
@@ -151,7 +156,7 @@ def _outputs(
     ops.finish(logits, token, weighted, *scratch)
     out["finish"] = [token, weighted.state[tables.LOG_TOTAL : tables.ENTROPY + 1].clone()]
     ops.observe(logits, case.cache, weighted, DECAY)
-    out["observe"] = [weighted.state]
+    out["observe"] = [weighted.state, weighted.left]
     return out
 
 

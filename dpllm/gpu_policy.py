@@ -125,6 +125,8 @@ class DevicePolicy:
         if not isinstance(policy, RateDistortionPolicy) or policy.deferred is not self:
             return
         policy.deferred = None
+        if self._is_current(policy) and policy.controller.target_bits != self._target:
+            self._retarget(policy)
         if policy.context is self._context:
             policy.context = None if bool(self._context.isnan().any()) else self._context.clone()
         if policy.correction is self._correction:
@@ -212,7 +214,7 @@ class DevicePolicy:
     def _retarget(self, policy: RateDistortionPolicy) -> None:
         """Another target under way. What is still to be learnt was aimed at the old one."""
         state, target = self.table.state, policy.controller.target_bits
-        if self._tokens is not None and policy.corrected:
+        if self._observed == tables.ALL and policy.corrected:
             state[tables.CORRECTION] += policy.controller.rate * (self._target - target)
         state[tables.TARGET] = self._target = target
 

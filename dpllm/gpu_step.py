@@ -23,6 +23,7 @@ from dpllm.decoder import Decoder, Group
 from dpllm.decoder import Layer as DecoderLayer
 from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure, layer_sites
 from dpllm.kernels import step_tables as tables
+from dpllm.kernels.backend import lacking_for_triton
 from dpllm.kernels.step_tables import CacheTable, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.native import NativeStep, decode_one
@@ -71,14 +72,14 @@ class GpuStep:
 
     @classmethod
     def of(cls, decoder: Decoder) -> GpuStep | None:
-        """The step for a decoder on a GPU, where triton is installed; else None."""
+        """The step for a decoder on a GPU, where our kernels run on it; else None."""
         if decoder.device.type != "cuda":
             return None
-        try:
-            from dpllm.kernels.triton import step_operations
-        except ImportError as e:
-            log.warning("decoding operation by operation: triton cannot be imported (%s)", e)
+        if lacking := lacking_for_triton(decoder.device):
+            log.warning("decoding by torch's operations: %s", lacking)
             return None
+        from dpllm.kernels.triton import step_operations
+
         ready = decoder.groups[0].dense or decoder.backend.name.startswith("triton")
         reason = "" if ready else f"products of backend '{decoder.backend.name}' cannot be captured"
         return cls(decoder, step_operations, reason)
@@ -216,7 +217,7 @@ class GpuStep:
                     self._run(sites)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):  # torch's own stream may be another device's
                 self._run(sites)
         finally:
             self._counter.zero_()

@@ -197,7 +197,7 @@ class RateDistortionPolicy(RateDistortionRule):
         if self.deferred is not None:  # the policy decides by itself again
             self.deferred.release()
         bits = super().__call__(group, x)
-        if self.allowance is not None:
+        if self.allowance is not None and self.pace is not None:
             bits = self._afford(group, bits, self.allowance)
         used = bits.double() * group.weights
         self._used = used if group.index == 0 or self._used is None else self._used + used

@@ -75,7 +75,7 @@ def _cpu(options: CpuOptions, reason: str) -> Backend:
 
 
 def _triton(device: torch.device, reason: str) -> Backend:
-    """The GPU's kernels, where nothing is `_lacking_for_triton`."""
+    """The GPU's kernels, where nothing is `lacking_for_triton`."""
     from dpllm.kernels.triton import attention, products, select
 
     return Backend(
@@ -93,7 +93,7 @@ def _triton(device: torch.device, reason: str) -> Backend:
     )
 
 
-def _lacking_for_triton(device: torch.device) -> str | None:
+def lacking_for_triton(device: torch.device) -> str | None:
     """Why the GPU's kernels cannot run on a device, with what to do; None where they can."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: it needs a CUDA build of torch and an NVIDIA driver"
@@ -118,7 +118,7 @@ def _capability(device: torch.device) -> str:
 
 
 def _choose_for_gpu(name: str | None, device: torch.device) -> Backend:
-    lacking = _lacking_for_triton(device)
+    lacking = lacking_for_triton(device)
     if lacking is None:
         return _triton(device, "asked for by name" if name else "compiled for this GPU")
     if name is not None:

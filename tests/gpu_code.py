@@ -169,7 +169,7 @@ def main() -> int:
     )
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--only", help="cases whose name starts so")
+    parser.add_argument("--only", nargs="+", default=("",), help="cases whose names start so")
     options = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": triton.__version__, "rows": {}}
     gated = table["triton"] == triton.__version__ and not options.write
@@ -179,7 +179,7 @@ def main() -> int:
         for case in CASES
         if options.all or case in ALWAYS or (case in ONE_TARGET and target == 90)
     ]
-    jobs = [j for j in jobs if j[0].startswith(options.only or "")]
+    jobs = [j for j in jobs if j[0].startswith(tuple(options.only))]
     rows, failed = {}, 0
     print(f"triton {triton.__version__}, the table's is {table['triton']}", flush=True)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:

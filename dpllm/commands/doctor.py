@@ -89,8 +89,7 @@ def _gpu() -> dict[str, Any] | None:
     try:
         device = torch.device("cuda", torch.cuda.current_device())
         errors = {f"step: {k}": e for k, e in gpu_info.check_step_kernels(device).items()}
-        if backend.name.startswith("triton"):
-            errors |= gpu_info.check_products(device)
+        errors |= gpu_info.check_products(device)
     except Exception as e:  # a compiler's or a driver's: what is wrong is what the user wants to know
         return found | {"kernels": _cannot_run(e), "ok": False}
     return found | {"kernel_errors": errors, "ok": all(e < HALF_TOLERANCE for e in errors.values())}

@@ -87,8 +87,15 @@ class CpuKernels:
         self.handle, self.lib, self.context = handle, handle.lib, handle.context
         self._block = torch.empty(0, dtype=torch.bfloat16)
 
-    def gemv(self, x: Tensor, w: PreparedWeight, bits: Tensor, out: Tensor | None = None) -> Tensor:
-        """y = x W_b^T, each row of x at its own width. See kernels/reference.py.
+    def gemv(
+        self,
+        x: Tensor,
+        w: PreparedWeight,
+        bits: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """y = x W_b^T + bias, each row of x at its own width. See kernels/reference.py.
 
         Row by row the numbers are those of a single row, whatever the other rows are. Where gradients are
         needed the product is computed by torch from dequantised weights instead.
@@ -97,7 +104,8 @@ class CpuKernels:
         if bits.shape != (len(x),):
             raise ValueError(f"{bits.numel()} widths do not match {len(x)} rows of activations.")
         if torch.is_grad_enabled() and x.requires_grad:
-            return _differentiable(self, x, w, bits)
+            y = _differentiable(self, x, w, bits)
+            return y if bias is None else y + bias
         values = _floats(x)
         y = torch.empty(len(x), w.out_features)
         if len(x):
@@ -111,6 +119,7 @@ class CpuKernels:
                 len(x),
                 y.data_ptr(),
             )
+        y = y if bias is None else y.add_(bias)
         return y.to(x.dtype) if out is None else out.copy_(y)
 
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:

@@ -53,26 +53,28 @@ def norm_kernel(
     if E > 0:
         limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
         gain, left = tl.load(state_ptr + GAIN), tl.load(left_ptr)
+        if PROBE:
+            probe = tl.load(probe_ptr + k, mask=inside, other=0.0)
+            offset, correction = tl.load(state_ptr + OFFSET), tl.load(state_ptr + CORRECTION)
+        else:
+            multiplier = tl.load(state_ptr + MULTIPLIER)
         diagonals = ()
         for e in tl.static_range(E):
             d = tl.load(diagonal_of(address_ptr, limits[e][0]) + k, mask=inside, other=0.0)
             diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
+    weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
     root = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
-    h = (wide * root).to(kind).to(tl.float32) * tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    h = (wide * root).to(kind).to(tl.float32) * weight
     h = h.to(kind)
     tl.store(h_ptr + k, h, mask=inside)
     h = h.to(tl.float32)
     if E > 0:
         if PROBE:
-            exponent = tl.sum(h * tl.load(probe_ptr + k, mask=inside, other=0.0), 0) + tl.load(
-                state_ptr + OFFSET
-            )
+            exponent = tl.sum(h * probe, 0) + offset
             exponent = tl.minimum(tl.maximum(exponent, -exponent_limit), exponent_limit)
-            multiplier = tl.exp(exponent + tl.load(state_ptr + CORRECTION))
+            multiplier = tl.exp(exponent + correction)
             tl.store(state_ptr + MULTIPLIER, multiplier)
-        else:
-            multiplier = tl.load(state_ptr + MULTIPLIER)
         for e in tl.static_range(E):
             signal = tl.sum(h * h * diagonals[e].to(tl.float32), 0)
             left = decide_within(left, signal, multiplier, gain, limits[e], bits_ptr)

@@ -3,8 +3,6 @@ compiler for what launches a kernel, an assembler that knows the GPU, and lays o
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from dpllm.kernels import reference
@@ -13,11 +11,21 @@ from dpllm.kernels.weight import QuantizedWeight
 
 TOLERANCE = 5e-3  # relative; float16 activations and tables are good for a tenth of that
 ROWS, COLUMNS = 24, 160
+_passed: set[torch.device] = set()
 
 
-@functools.cache
 def lacking(device: torch.device) -> str | None:
-    """Why a first small product cannot be had on the device, in a line; None where it is right."""
+    """Why a first small product cannot be had on the device, in a line; None where it is right. Asked once: a device
+    that is right stays so."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    why = None if device in _passed else _failed(device)
+    if why is None:
+        _passed.add(device)
+    return why
+
+
+def _failed(device: torch.device) -> str | None:
     rng = torch.Generator().manual_seed(0)
     planes = torch.randint(-(2**31), 2**31 - 1, (3, ROWS, COLUMNS // 32), generator=rng).to(torch.int32)
     weight = QuantizedWeight(planes, torch.randn(ROWS, 4 + 8, generator=rng).half(), COLUMNS, 2)

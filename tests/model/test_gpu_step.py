@@ -13,6 +13,7 @@ import torch
 from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES
 
+from dpllm import gpu_step
 from dpllm.allowance import Allowance, Prices
 from dpllm.calib.rule import stale_sources
 from dpllm.engine import GenerateOptions
@@ -307,6 +308,15 @@ def test_no_gpu_no_step(overlay, checkpoints):
     assert fast_step(load(checkpoints / "llama")) is None
 
 
+def test_a_gpu_on_which_nothing_of_ours_runs_is_left_to_torch(monkeypatch, caplog):
+    monkeypatch.setattr(gpu_step, "lacking_for_triton", lambda device: "a first product fails (no gcc)")
+    with caplog.at_level(logging.WARNING):
+        assert GpuStep.of(SimpleNamespace(device=torch.device("cuda"))) is None
+    assert [r.message for r in caplog.records] == [
+        "decoding by torch's operations: a first product fails (no gcc)"
+    ]
+
+
 def test_scoring_does_without(quantized, profiles, heldout_sequences):
     decoder = load(quantized)
     policy = RateDistortionPolicy(profiles["fused"], decoder, 3.0)
@@ -366,7 +376,7 @@ def capturing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph", lambda g: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda g, stream: nullcontext())
     Replayed.made = 0
 
     def make(decoder) -> GpuStep:
@@ -429,7 +439,7 @@ def test_a_capture_that_fails_is_told_once(
     decoder, ids = load(quantized), heldout_sequences[1][:6].tolist()
     step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
 
-    def refuse(graph):
+    def refuse(graph, stream):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)

@@ -34,18 +34,18 @@ def test_numbers_through_the_interpreter():
 # -- compiled for GPUs that are not here --------------------------------------------------------------------
 
 
-def attend(dim: int, dtype: torch.dtype, stored: torch.dtype, heads: int = 8, group: int = 4):
+def attend(
+    dim: int, dtype: torch.dtype, stored: torch.dtype, heads: int = 8, group: int = 4, groups: int = 1
+):  # fmt: skip
     _, cache = cache_of([1] * heads, group, dim, stored, since=0)
-    q, table = (
-        torch.zeros(heads * group, dim, dtype=dtype),
-        policy_table([heads * group * dim], tables.WEIGHTED),
-    )
-    attention.attend(q, cache, 0, 0.1, None, site_of(0), table, *scratch())
+    q = torch.zeros(heads * group, dim, dtype=dtype)
+    table = policy_table([heads * group * dim] * groups, tables.WEIGHTED)
+    attention.attend(q, cache, 0, 0.1, None, site_of(*range(groups)), table, *scratch())
 
 
-def norm(columns: int, dtype: torch.dtype):
-    x, table = torch.zeros(1, columns, dtype=dtype), policy_table([columns], tables.WEIGHTED)
-    small_ops.norm(x, x, x[0], 1e-5, site_of(0, first=True), table, 3.0)
+def norm(columns: int, dtype: torch.dtype, groups: int = 1):
+    x, table = torch.zeros(1, columns, dtype=dtype), policy_table([columns] * groups, tables.WEIGHTED)
+    small_ops.norm(x, x, x[0], 1e-5, site_of(*range(groups), first=groups == 1), table, 3.0)
 
 
 def rope(dtype: torch.dtype, stored: torch.dtype):
@@ -54,9 +54,9 @@ def rope(dtype: torch.dtype, stored: torch.dtype):
     small_ops.rope_append(torch.zeros(1, 48 * 128, dtype=dtype), weights, 1e-5, turn, cache, 0, 128)
 
 
-def silu(columns: int, dtype: torch.dtype):
-    table = policy_table([columns], tables.WEIGHTED)
-    small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site_of(0), table, *scratch())
+def silu(columns: int, dtype: torch.dtype, groups: int):
+    table = policy_table([columns] * groups, tables.WEIGHTED)
+    small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site_of(*range(groups)), table, *scratch())
 
 
 def behind_the_head(vocabulary: int):
@@ -98,15 +98,16 @@ CASES = [
     ("attention of 128, half", attention, {"attend_kernel": 160, "join_kernel": 64}, lambda: attend(128, HALF, HALF)),
     ("attention of 64, half", attention, {"attend_kernel": 168, "join_kernel": 64}, lambda: attend(64, HALF, HALF)),
     ("attention of 80, bfloat", attention, {"attend_kernel": 160, "join_kernel": 64},
-     lambda: attend(80, torch.bfloat16, torch.bfloat16, group=7)),
+     lambda: attend(80, torch.bfloat16, torch.bfloat16, group=7, groups=2)),
     ("attention of 128, float", attention, {"attend_kernel": 168, "join_kernel": 64},
      lambda: attend(128, FLOAT, FLOAT)),
     ("attention of 128, mixed", attention, {"attend_kernel": 208, "join_kernel": 64},
      lambda: attend(128, FLOAT, HALF)),
     ("norm of 4096", small_ops, {"norm_kernel": 64}, lambda: norm(4096, HALF)),
-    ("norm of 8192", small_ops, {"norm_kernel": 64}, lambda: norm(8192, torch.bfloat16)),
+    ("norm of 8192", small_ops, {"norm_kernel": 104}, lambda: norm(8192, torch.bfloat16)),
+    ("norm for five groups", small_ops, {"norm_kernel": 104}, lambda: norm(4096, HALF, 5)),
     ("rope", small_ops, {"rope_kernel": 48}, lambda: rope(HALF, HALF)),
-    ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF)),
+    ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF, 2)),
     ("behind the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: behind_the_head(128256)),
     ("fixed widths", small_ops, {"norm_kernel": 48, "silu_kernel": 48, "rope_kernel": 48}, undecided),
     ("attention of a flat cache", attention, {"attend_kernel": 160, "join_kernel": 64}, undecided),
