@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -20,36 +22,49 @@ from dpllm.cli import store, text, machine  # noqa: F401  # they register their 
 # isort: on
 
 
+class _Interrupt:
+    """Notes that Ctrl-C was pressed before it raises: what Python code in the middle of a library's call raises, the
+    library may take for an error of its own and raise another."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else someone has other plans
+            signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        signal.default_int_handler(number, frame)
+
+
 def main() -> None:
     """Entry point: runs the app, turns bad input into one line and exit code 2."""
+    interrupt = _Interrupt()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
     try:
         code = app(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except InputError as e:
-        _fail(str(e))
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    except (Exception, KeyboardInterrupt) as e:
+        if interrupt.came or isinstance(e, KeyboardInterrupt | typer.Abort):
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
+        if (message := _explained(e)) is None:
             raise
-        _fail(f"{e.strerror}: {e.filename or 'while writing'}. Free space or choose another place.")
-    except typer.Abort:
-        sys.exit(130)
-    except Exception as e:
-        if not _is_usage_error(e):
-            raise
-        if not (message := e.format_message()):  # type: ignore[attr-defined]
-            sys.exit(2)  # no command: the help was shown
         _fail(message)
 
 
-def _is_usage_error(e: Exception) -> bool:
-    return any(t.__name__ == "ClickException" for t in type(e).__mro__)
+def _explained(e: BaseException) -> str | None:
+    """What the user can do something about, in a line; None for what is a fault of ours."""
+    if isinstance(e, InputError):
+        return str(e)
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        return f"{e.strerror}: {e.filename or 'while writing'}. Free space or choose another place."
+    if any(t.__name__ == "ClickException" for t in type(e).__mro__):
+        return e.format_message()  # type: ignore[attr-defined]
+    return None
 
 
 def _fail(message: str) -> None:
-    print(f"dpllm: {' '.join(message.splitlines())}", file=sys.stderr)
+    if message:  # none where no command was given: the help was shown
+        print(f"dpllm: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

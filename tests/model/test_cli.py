@@ -22,7 +22,7 @@ from command_line import Result, complaint
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
-from dpllm import __version__
+from dpllm import __version__, cli
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.commands.common import parse_size
 from dpllm.kernels.errors import InputError
@@ -797,6 +797,30 @@ def test_a_reader_that_goes_away(tiny_overlay):
     run.stderr.close()
     assert run.wait() == 1  # typer's answer; no trace of it
     assert err == b""
+
+
+@pytest.mark.parametrize("taken_for", [ValueError("no shape"), InputError("a damaged file."), None])
+def test_ctrl_c_is_what_it_is(monkeypatch, capsys, taken_for):
+    """Whatever the library that was at work made of it."""
+
+    def work(standalone_mode):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if taken_for is not None:
+                raise taken_for from None
+            raise
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli, "app", work)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 def test_interrupted_quantisation_can_be_continued(ok, tmp_path):
