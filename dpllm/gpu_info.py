@@ -89,7 +89,8 @@ class _Case:
         self.rng, self.device, self.dtype = torch.Generator().manual_seed(0), device, dtype
         self.partial = torch.zeros(4096, device=device)
         self.counter = torch.zeros(8, dtype=torch.int32, device=device)
-        self.site = Site((0,), torch.zeros(1, dtype=torch.int32, device=device), first=True)
+        diagonals = torch.rand(1, COLUMNS, generator=self.rng).to(device, torch.float16)
+        self.site = Site((0,), torch.zeros(1, dtype=torch.int32, device=device), True, diagonals)
         start = torch.tensor([[0, LENGTHS[0] + 4]], device=device)
         self.k, self.v = (self.draw(sum(LENGTHS) + 8, DIM) for _ in range(2))
         self.cache = CacheTable.empty(1, KV_HEADS, dtype, device)
@@ -107,50 +108,53 @@ class _Case:
         table.base.fill_(2)
         table.state.fill_(0.25)
         if kind == tables.WEIGHTED:
-            diagonal = torch.rand(COLUMNS, generator=self.rng).to(self.device, torch.float16)
-            levels = torch.tensor([[0.01, 0.1, 1.0, 1e9]], device=self.device) * COLUMNS
-            table.point([diagonal], levels)
+            table.compare(torch.tensor([[0.01, 0.1, 1.0, 1e9]], device=self.device) * COLUMNS)
             table.limit(100 * torch.arange(1, 5)[None], torch.full((1,), 300.0), 1.5)
             table.left.fill_(650)  # enough for some of what is decided, not for all
         else:
             table.rows.fill_(16)
             table.line.copy_(torch.tensor([[1.0, 0.0]]))
             matrix = torch.randn(16, COLUMNS, generator=self.rng).to(self.device, torch.float16)
-            table.point([matrix], torch.full((1, 1), 1.0, device=self.device))
+            table.point([matrix])
+            table.compare(torch.full((1, 1), 1.0, device=self.device))
         return table
 
 
 def _outputs(
-    ops: Any, select: Any, attention: Any, device: torch.device, dtype: torch.dtype
+    ops: Any, products: Any, select: Any, attention: Any, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[Tensor]]:
     """By kernel, what it writes."""
     case = _Case(device, dtype)
     scratch = case.partial, case.counter
     weighted, estimated = case.table(tables.WEIGHTED), case.table(tables.ESTIMATED)
     out: dict[str, list[Tensor]] = {}
+
+    def decided(x: Tensor, w: Any) -> list[Tensor]:
+        """The width by the signals that are there and what is left then; with a matrix, its product too."""
+        alone = lambda x, w, bits, bias: bits  # noqa: E731
+        y = ops.chosen_gemv(x, w, None, 0, weighted, alone if w is None else products.gemv)
+        return [y.clone(), weighted.signals.sum(1), weighted.bits.clone(), weighted.left.clone()]
+
     x, delta, weight = case.draw(1, COLUMNS), case.draw(1, COLUMNS), case.draw(COLUMNS)
     h = ops.norm(x, delta, weight, 1e-5, case.site, weighted, LIMIT)
-    out["norm"] = [x, h, weighted.bits.clone(), weighted.left.clone()]
+    out["norm"] = [x, h, *decided(h, None)]
+    matrix = products.prepare(_matrix(case.rng, (24, COLUMNS), 1), device)
+    out["gemv at a width it chooses"] = decided(h, matrix)
     rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
     q = ops.rope_append(case.draw(1, (HEADS + 2 * KV_HEADS) * DIM), None, 1e-5, rope, case.cache, 0, DIM)
     out["rope_append"] = [q, case.k, case.v]
-    scale = DIM**-0.5
-    out["attend"] = [
-        ops.attend(q, case.cache, 0, scale, None, case.site, weighted, *scratch),
-        weighted.bits.clone(),
-        weighted.left.clone(),
-    ]
+    weighted.signals.zero_()  # of more parts than the next one's
+    mixed = ops.attend(q, case.cache, 0, DIM**-0.5, None, case.site, weighted)
+    out["attend"] = [mixed, *decided(mixed, None)]
     start, length = case.cache.start[0], case.cache.length[0]
-    out["decode_attention"] = [attention(q, case.k, case.v, start, length, scale)]
-    out["silu_mul"] = [
-        ops.silu_mul(case.draw(1, 2 * COLUMNS), case.site, weighted, *scratch),
-        weighted.bits.clone(),
-        weighted.left.clone(),
-    ]
+    out["decode_attention"] = [attention(q, case.k, case.v, start, length, DIM**-0.5)]
+    weighted.signals.zero_()
+    inner = ops.silu_mul(case.draw(1, 2 * COLUMNS), case.site, weighted)
+    out["silu_mul"] = [inner, *decided(inner, None)]
     ops.estimate(h, case.site, estimated, *scratch)
     out["estimate"] = [estimated.bits]
-    assert weighted.thresholds is not None and weighted.estimators[0] is not None
-    out["select"] = [select(case.draw(3, COLUMNS), weighted.estimators[0], weighted.thresholds[0], 2)]
+    assert case.site.diagonals is not None
+    out["select"] = [select(case.draw(3, COLUMNS), case.site.diagonals[0], weighted.thresholds[0], 2)]
     logits = case.draw(1, VOCABULARY).float()
     token = torch.zeros(1, dtype=torch.int32, device=device)
     ops.finish(logits, token, weighted, *scratch)
@@ -162,12 +166,14 @@ def _outputs(
 
 def check_step_kernels(device: torch.device, dtype: torch.dtype = torch.float16) -> dict[str, float]:
     """Relative error of each kernel of a decode step against its torch definition; infinite where a width differs."""
-    from dpllm.kernels.triton import step_operations
+    from dpllm.kernels.triton import products, step_operations
     from dpllm.kernels.triton.attention import decode_attention
     from dpllm.kernels.triton.select import select
 
-    found = _outputs(step_operations, select, decode_attention, device, dtype)
-    expected = _outputs(step_reference, reference.select, reference.decode_attention, device, dtype)
+    found = _outputs(step_operations, products, select, decode_attention, device, dtype)
+    expected = _outputs(
+        step_reference, reference, reference.select, reference.decode_attention, device, dtype
+    )
     return {
         name: max(_error(a, b) for a, b in zip(found[name], expected[name], strict=True)) for name in found
     }

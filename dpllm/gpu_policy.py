@@ -1,8 +1,8 @@
 """A policy's rule in device memory, where the kernels of a decode step find it.
 
-What a rule compares with stays the policy's own tensors, found by address: rewriting its thresholds in place retargets
-the next step. What it learns from finished steps (context and correction) lives on the device from its first step on;
-the policy's own attributes become views of that, so whoever else asks it sees the truth.
+Rewriting a rule's thresholds in place retargets the next step: they are copied where they have changed. What it learns
+from finished steps (context and correction) lives on the device from its first step on; the policy's own attributes
+become views of that, so whoever else asks it sees the truth.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
 @dataclass(frozen=True)
 class Structure:
     """What a captured step is made for: steps of rules alike in this differ only in device memory. source: the group
-    whose input each group's signal is of; steps: thresholds of each group; probes: whether tokens have multipliers."""
+    whose input each group's signal is of; probes: whether tokens have multipliers."""
 
     kind: str
     source: tuple[int, ...] = ()
-    steps: int = 0
     probes: bool = False
 
 
@@ -44,13 +43,17 @@ class LayerSites:
 
 
 def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
-    """Which groups each vector decides for."""
+    """Which groups' signals are of each vector, with room for their diagonals."""
 
     def site(*own: int) -> Site:
         fed = tuple(g for g, s in enumerate(structure.source) if s in own)
         ids = torch.tensor(fed or (0,), dtype=torch.int32, device=decoder.device)
         assert len(fed) <= tables.MAX_FED
-        return Site(fed, ids, structure.probes and 0 in own)
+        diagonals = None
+        if fed and structure.kind == tables.WEIGHTED:
+            columns = decoder.groups[fed[0]].weight.in_features
+            diagonals = torch.zeros(len(fed), columns, dtype=torch.float16, device=decoder.device)
+        return Site(fed, ids, structure.probes and 0 in own, diagonals)
 
     return [
         LayerSites(
@@ -61,25 +64,19 @@ def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
     ]  # fmt: skip
 
 
-def in_order(rest: Tensor, order: list[int]) -> Tensor:
-    """What each group and those behind it cost, float32 [G] as in Pace, where they decide in another order."""
-    if order == sorted(order):
-        return rest
-    cost = rest - torch.cat([rest[1:], rest.new_zeros(1)])
-    out = torch.empty_like(rest)
-    out[order] = cost[order].flip(0).cumsum(0).flip(0)
-    return out
-
-
 class DevicePolicy:
-    """Keeps a table saying what the policy of the moment says."""
+    """Keeps a table saying what the policy of the moment says. sites: by structure, those of each layer."""
 
     def __init__(self, decoder: Decoder, logits: Tensor):
         self.decoder, self.logits = decoder, logits
         total = sum(g.weights for g in decoder.groups) or 1
         shares = [g.weights / total for g in decoder.groups]
-        self.table = PolicyTable.empty(shares, decoder.config.hidden_size, decoder.device)
-        self.structure = Structure(tables.NONE)
+        parts = max(tables.PARTS, 1 << (decoder.config.num_heads - 1).bit_length())  # a head, a part
+        self.table = PolicyTable.empty(shares, decoder.config.hidden_size, decoder.device, parts)
+        self.sites: dict[Structure, list[LayerSites]] = {}
+        self._diagonals: dict[Structure, list[Tensor]] = {}  # whose copies the sites hold
+        self._thresholds: tuple[Tensor, int] | None = None  # whose copies the table holds, and their version
+        self._enter(Structure(tables.NONE))
         state = self.table.state
         self._context = state[tables.CONTEXT : tables.CONTEXT + FEATURES][None]  # [1, 3]
         self._correction = state[tables.CORRECTION : tables.CORRECTION + 1]
@@ -99,6 +96,8 @@ class DevicePolicy:
             if reason is not None:
                 return reason
             self._policy = policy
+        if self._thresholds is not None and self._thresholds[0]._version != self._thresholds[1]:
+            self._compare(self._thresholds[0])
         if isinstance(policy, RateDistortionPolicy):
             self._limit(policy)
             if not self._is_current(policy):
@@ -145,7 +144,7 @@ class DevicePolicy:
                 fixed = [resident(g, policy.bits[g.index]) for g in groups]
             else:
                 fixed = [g.resident_bits for g in groups]
-            table.kind, self.structure = tables.NONE, Structure(tables.NONE)
+            self._enter(Structure(tables.NONE))
             table.bits.copy_(torch.tensor(fixed, dtype=torch.int32))
             return None
         if isinstance(policy, DPLLMPolicy) and not policy.exact:
@@ -163,16 +162,36 @@ class DevicePolicy:
         for g, row in zip(groups, thresholds.cpu(), strict=True):
             if (row[g.resident_bits - seed :] < torch.inf).any():
                 resident(g, seed + len(row))  # raises
-        diagonals: list[Tensor | None] = [d.to(torch.float16).contiguous() for d in policy.diagonals]
-        table.point(diagonals, thresholds)
-        table.base.fill_(seed)
         source = tuple(getattr(policy, "source", range(len(groups))))
-        probes = isinstance(policy, RateDistortionPolicy)
+        self._enter(Structure(tables.WEIGHTED, source, isinstance(policy, RateDistortionPolicy)))
+        self._weigh(policy.diagonals)
+        self._compare(thresholds)
         self._pace = None
         table.unlimited()
-        table.kind = tables.WEIGHTED
+        table.base.fill_(seed)
+        table.signals.zero_()
         table.state[tables.MULTIPLIER] = 1.0
-        self.structure = Structure(tables.WEIGHTED, source, thresholds.shape[1], probes)
+
+    def _enter(self, structure: Structure) -> None:
+        """Makes this the structure of the steps to come."""
+        self.structure, self.table.kind, self._thresholds = structure, structure.kind, None
+        if structure not in self.sites:
+            self.sites[structure] = layer_sites(self.decoder, structure)
+
+    def _weigh(self, diagonals: list[Tensor]) -> None:
+        """Takes over what inputs are weighted with; texts of one policy share it."""
+        if self._diagonals.get(self.structure) is diagonals:
+            return
+        self._diagonals[self.structure] = diagonals
+        for layer in self.sites[self.structure]:
+            for site in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                if site.diagonals is not None:
+                    site.diagonals.copy_(torch.stack([diagonals[g] for g in site.groups]))
+
+    def _compare(self, thresholds: Tensor) -> None:
+        """Takes over a policy's thresholds [G, steps], and will again when they have changed."""
+        self.table.compare(thresholds)
+        self._thresholds = thresholds, thresholds._version
 
     def _by_estimates(self, policy: DPLLMPolicy) -> None:
         table, fixed = self.table, policy.fixed
@@ -185,9 +204,9 @@ class DevicePolicy:
         table.rows.copy_(torch.tensor([0 if p is None else len(p) for p in matrices], dtype=torch.int32))
         table.line.copy_(torch.tensor(lines))
         table.base.copy_(torch.tensor(policy.low, dtype=torch.int32))
-        table.point(matrices, torch.tensor(limits, device=self.decoder.device)[:, None].contiguous())
-        table.kind = tables.ESTIMATED
-        self.structure = Structure(tables.ESTIMATED, tuple(policy.source), 1)
+        table.point(matrices)
+        table.compare(torch.tensor(limits, device=self.decoder.device)[:, None])
+        self._enter(Structure(tables.ESTIMATED, tuple(policy.source)))
 
     def _limit(self, policy: RateDistortionPolicy) -> None:
         """What its tokens may cost."""
@@ -195,12 +214,7 @@ class DevicePolicy:
         self.spare = tables.NEVER if allowance is None else allowance.spare
         if allowance is not None and pace is not None and pace is not self._pace:
             self._pace = pace
-            self.table.limit(allowance.prices.extra, in_order(pace.rest, self._order()), pace.gain)
-
-    def _order(self) -> list[int]:
-        """Groups as the step decides for them: by the vectors they look at."""
-        source = self.structure.source
-        return sorted(range(len(source)), key=lambda g: (source[g], g))
+            self.table.limit(allowance.prices.extra, pace.rest, pace.gain)
 
     # -- what is learnt from finished steps ----------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from dpllm.calib.sensitivity import DECAY, LIMIT
 from dpllm.decoder import Decoder, Group
 from dpllm.decoder import Layer as DecoderLayer
-from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure, layer_sites
+from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.backend import lacking_for_triton
 from dpllm.kernels.step_tables import CacheTable, Site
@@ -42,7 +42,6 @@ class GpuStep:
         c, device = decoder.config, decoder.device
         self.decoder, self.operations, self.reason = decoder, operations, reason
         self.graphs: dict[Structure, torch.cuda.CUDAGraph] = {}
-        self._sites: dict[Structure, list[LayerSites]] = {}
         self.logits = torch.zeros(1, c.vocab_size, dtype=torch.float32, device=device)
         count = len(decoder.groups)
         self._result = torch.zeros(count + 1, dtype=torch.int32, device=device)  # bits [G], greedy token
@@ -51,12 +50,8 @@ class GpuStep:
         self._table.bits = self._result[:count]
         self._cache = CacheTable.empty(c.num_layers, c.num_kv_heads, decoder.kv_dtype, device)
         self._placed: tuple[weakref.ref[KVCache], int, int] | None = None  # cache, its layout and length then
-        parts = (
-            4 * c.vocab_size // 1024,
-            tables.MAX_FED * (c.intermediate_size // 512),
-            tables.MAX_FED * max(c.num_heads, 32),
-        )
-        self._partial = torch.zeros(max(parts) + 64, dtype=torch.float32, device=device)
+        scratch = max(4 * c.vocab_size // 1024, tables.MAX_FED * 32) + 64
+        self._partial = torch.zeros(scratch, dtype=torch.float32, device=device)
         self._counter = torch.zeros(tables.MAX_FED, dtype=torch.int32, device=device)
         self._nowhere = Site((), torch.zeros(1, dtype=torch.int32, device=device))
         self._inv_freq = decoder.inv_freq.float()
@@ -111,7 +106,7 @@ class GpuStep:
         if graph is not None:
             graph.replay()
         else:
-            self._run(self._sites_of(self._policy.structure))
+            self._run(self._policy.sites[self._policy.structure])
         cache.advance(1)
         if self._done is not None:
             self._answer.copy_(self._result, non_blocking=True)
@@ -198,7 +193,7 @@ class GpuStep:
             return None
         if structure not in self.graphs:
             try:
-                self.graphs[structure] = self._captured(self._sites_of(structure))
+                self.graphs[structure] = self._captured(self._policy.sites[structure])
             except Exception as e:  # whatever a driver, a compiler or torch may raise
                 self.reason = f"the step could not be captured ({' '.join(str(e).split())[:200]})"
                 return self._graph()
@@ -225,17 +220,11 @@ class GpuStep:
                 tensor.copy_(before)
         return graph
 
-    def _sites_of(self, structure: Structure) -> list[LayerSites]:
-        if structure not in self._sites:
-            self._sites[structure] = layer_sites(self.decoder, structure)
-        return self._sites[structure]
-
     # -- the step ------------------------------------------------------------------------------------------
 
     def _run(self, sites: list[LayerSites]) -> None:
         """The operations of one step: no argument, no result, no memory but the tables'."""
         d, ops, table, cache = self.decoder, self.operations, self._table, self._cache
-        scratch = self._partial, self._counter
         if self._policy.structure.probes:
             ops.observe(self.logits, cache, table, DECAY)
         x = d._embed(cache.request[tables.TOKEN : tables.TOKEN + 1])
@@ -246,7 +235,7 @@ class GpuStep:
             delta = self._block(layer, site, x, delta, rope)
         h = ops.norm(x, delta, d.norm, d.config.rms_eps, self._nowhere, table, LIMIT)
         self.logits.copy_(d._head(h))
-        ops.finish(self.logits, self._result[-1:], table, *scratch)
+        ops.finish(self.logits, self._result[-1:], table, self._partial, self._counter)
 
     def _block(
         self,
@@ -258,17 +247,17 @@ class GpuStep:
     ) -> Tensor:
         """One block. x [1, K] takes in delta, the block before's last product; returns this block's."""
         c, ops, table, cache = self.decoder.config, self.operations, self._table, self._cache
-        i, scratch = layer.index, (self._partial, self._counter)
+        i = layer.index
         h = ops.norm(x, delta, layer.input_norm, c.rms_eps, site.qkv, table, LIMIT)
         qkv = self._products(layer.qkv, h, site.qkv)
         norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm)
         turn = rope if c.uses_rope[i] else None
         q = ops.rope_append(qkv, norms, c.rms_eps, turn, cache, i, c.head_dim)
-        mixed = ops.attend(q, cache, i, c.head_dim**-0.5, c.windows[i], site.o, table, *scratch)
+        mixed = ops.attend(q, cache, i, c.head_dim**-0.5, c.windows[i], site.o, table)
         delta = self._products([layer.o], mixed, site.o)
         h = ops.norm(x, delta, layer.post_norm, c.rms_eps, site.gate_up, table, LIMIT)
         gate_up = self._products(layer.gate_up, h, site.gate_up)
-        inner = ops.silu_mul(gate_up, site.down, table, *scratch)
+        inner = ops.silu_mul(gate_up, site.down, table)
         return self._products([layer.down], inner, site.down)
 
     def _products(self, groups: list[Group], x: Tensor, site: Site) -> Tensor:
@@ -281,8 +270,10 @@ class GpuStep:
     def _product(self, group: Group, x: Tensor) -> Tensor:
         if group.dense:
             return torch.nn.functional.linear(x, group.weight, group.bias)
-        bits = self._table.bits[group.index : group.index + 1]
-        return self.decoder.backend.gemv(x, group.weight, bits, bias=group.bias)
+        g, gemv = group.index, self.decoder.backend.gemv
+        if self._table.kind == tables.WEIGHTED:
+            return self.operations.chosen_gemv(x, group.weight, group.bias, g, self._table, gemv)
+        return gemv(x, group.weight, self._table.bits[g : g + 1], bias=group.bias)
 
 
 def fast_step(decoder: Decoder) -> NativeStep | GpuStep | None:

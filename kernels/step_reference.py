@@ -1,7 +1,10 @@
 """The operations of a decode step in plain torch: what the GPU's fused kernels are tested against, and what a step runs
-with where there is no GPU. Signatures are those of kernels/triton/{small_ops,attention,select}.py."""
+with where there is no GPU. Signatures are those of kernels/triton/{small_ops,attention,select,products}.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,6 @@ from dpllm.kernels.step_tables import (
     SPARE,
     TARGET,
     TOKEN,
-    WEIGHTED,
     WEIGHTS,
     CacheTable,
     PolicyTable,
@@ -34,37 +36,43 @@ from dpllm.kernels.step_tables import (
 )
 
 
-def _decide(signal: Tensor, g: int, table: PolicyTable) -> None:
-    assert table.thresholds is not None
-    table.bits[g] = table.base[g] + (signal > table.thresholds[g]).sum(dtype=torch.int32)
+def _signals(x: Tensor, site: Site, table: PolicyTable) -> None:
+    """Leaves the weighted squares of x [1, K] for the site's groups."""
+    if site.diagonals is not None:
+        table.signals[site.ids] = 0
+        table.signals[site.ids, 0] = site.diagonals.float() @ x[0].float().square()
 
 
-def _decide_weighted(x: Tensor, site: Site, table: PolicyTable) -> None:
-    if table.kind == WEIGHTED:
-        for g in site.groups:
-            d = table.estimators[g]
-            assert d is not None
-            paced = (table.left / table.rest[g].clamp(min=1e-30)).pow(table.state[GAIN])[0]
-            multiplier = torch.minimum(table.state[MULTIPLIER], paced)
-            _decide(multiplier * (x[0].float().square() @ d.float()), g, table)
-            step = min(int(table.bits[g] - table.base[g]), int((table.extra[g] <= table.left).sum()))
-            table.bits[g] = table.base[g] + step
-            if step:
-                table.left -= table.extra[g, step - 1]
+def decide(group: int, table: PolicyTable) -> None:
+    """Chooses the width of a group of a WEIGHTED table, whose signals are there."""
+    g, left = group, table.left[group]
+    paced = (left / table.rest[g].clamp(min=1e-30)).pow(table.state[GAIN])
+    signal = table.signals[g].sum() * torch.minimum(table.state[MULTIPLIER], paced)
+    step = min(int((signal > table.thresholds[g]).sum()), int((table.extra[g] <= left).sum()))
+    table.bits[g] = table.base[g] + step
+    table.left[g + 1] = left - table.extra[g, step - 1] if step else left
+
+
+def chosen_gemv(
+    x: Tensor, w: Any, bias: Tensor | None, group: int, table: PolicyTable, otherwise: Callable[..., Tensor]
+) -> Tensor:
+    """y = x W_b^T + bias of one token at the width that the group's signals decide. otherwise: the gemv to use."""
+    decide(group, table)
+    return otherwise(x, w, table.bits[group : group + 1], bias=bias)
 
 
 def norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
 ) -> Tensor:
-    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight; decides for the site's groups."""
+    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight; leaves the signals of the site's groups."""
     if delta is not None:
         x += delta
     wide = x.float()
     h = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-    if site.first and table.kind == WEIGHTED:
+    if site.first:
         exponent = (h[0].float() @ table.probe + table.state[OFFSET]).clamp(-limit, limit)
         table.state[MULTIPLIER] = (exponent + table.state[CORRECTION]).exp()
-    _decide_weighted(h, site, table)
+    _signals(h, site, table)
     return h
 
 
@@ -96,23 +104,22 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable,
-    partial: Tensor, counter: Tensor,
-) -> Tensor:  # fmt: skip
-    """Attention of the token just appended, [1, H D]; decides for the site's groups."""
+    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable
+) -> Tensor:
+    """Attention of the token just appended, [1, H D]; leaves the signals of the site's groups."""
     n = cache.length[layer] + cache.request[SINCE].int() + 1
     skip = torch.zeros_like(n) if window is None else (n - window).clamp(min=0)
     k, v, start = cache.k[layer], cache.v[layer], cache.start[layer] + skip
     out = reference.decode_attention(q, k, v, start, n - skip, scale).view(1, -1)
-    _decide_weighted(out, site, table)
+    _signals(out, site, table)
     return out
 
 
-def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up [1, 2K]; decides for the site's groups."""
+def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable) -> Tensor:
+    """silu(gate) * up of gate_up [1, 2K]; leaves the signals of the site's groups."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = F.silu(gate) * up
-    _decide_weighted(out, site, table)
+    _signals(out, site, table)
     return out
 
 
@@ -122,7 +129,8 @@ def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter
     for g in site.groups:
         matrix = table.estimators[g]
         size = (wide if matrix is None else matrix.float() @ wide).norm()
-        _decide(table.line[g, 0] * size + table.line[g, 1], g, table)
+        signal = table.line[g, 0] * size + table.line[g, 1]
+        table.bits[g] = table.base[g] + (signal > table.thresholds[g]).sum(dtype=torch.int32)
 
 
 def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:

@@ -19,8 +19,9 @@ MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY
 )  # fmt: skip
 STATE = 19
 
-MAX_FED = 8  # groups that one vector decides for, at most: the matrices of two sub-blocks
+MAX_FED = 8  # groups whose signals are of one vector, at most: the matrices of two sub-blocks
 MAX_STEPS = 8  # thresholds of a group, at most
+PARTS = 32  # of a signal, at least: what one warp adds up at once
 NEVER = torch.iinfo(torch.int64).max  # the price of a width that is not held; no limit to a token's
 
 NONE, WEIGHTED, ESTIMATED = "none", "weighted", "estimated"  # kinds of a PolicyTable
@@ -55,6 +56,10 @@ class CacheTable:
         request[SPARE] = NEVER
         return cls(zeros(layers, 2), zeros(*heads), zeros(*heads, kind=torch.int32), request, dtype)
 
+    def places(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where a layer's pairs lie, as kernels ask for it: address [2], start [KVH], length [KVH], request."""
+        return self.address[layer], self.start[layer], self.length[layer], self.request
+
     def write(self, k: Sequence[Tensor], v: Sequence[Tensor], start: Tensor, length: Tensor) -> None:
         """Points the table to other pairs. Raises ValueError where they are stored in another precision."""
         if k[0].dtype != self.dtype:
@@ -71,55 +76,56 @@ class CacheTable:
 class PolicyTable:
     """How widths are chosen: bits[g] = base[g] + number of thresholds[g] that the group's signal exceeds.
 
-    kind: NONE: bits stand. WEIGHTED: the signal is m * sum_k d_k x_k^2 with d = estimators[g] float16 [K] and m the
-    token's multiplier. ESTIMATED: it is line[g, 0] * s + line[g, 1], s = ||G x|| with G = estimators[g] float16 [k, K]
-    (rows[g] = k) or, without one (rows[g] = 0), ||x||.
+    kind: NONE: bits stand. WEIGHTED: the signal is m * sum_k d_k x_k^2, m the token's multiplier; the sum is that of
+    signals[g], which whatever makes x leaves there part by part (Site), and the group's product decides. ESTIMATED: it
+    is line[g, 0] * s + line[g, 1], s = ||G x|| with G = estimators[g] float16 [k, K] (rows[g] = k) or, without one
+    (rows[g] = 0), ||x||.
 
     Where it is WEIGHTED, what a token may cost is limited (dpllm/allowance.py): each group in turn keeps m to
-    (left / rest[g]) ** gain, then reads the widest width up to its own whose price extra[g] is left, and pays it.
+    (left[g] / rest[g]) ** gain, then reads the widest width up to its own whose price extra[g] is left, and pays it:
+    left[g + 1] is what remains.
 
-    left: int64 [1]. extra: int64 [G, 8], of each width beyond the base, ascending. rest: float32 [G].
-    bits, base, rows: int32 [G]. line: float32 [G, 2]. address: int64 [G] of the estimators; threshold_address: int64
-    [1] of `thresholds`, float32 [G, steps]. state: float32 [19]. share: float32 [G], each group's part of all
+    bits, base, rows: int32 [G]. signals: float32 [G, P]. thresholds: float32 [G, 8], infinite behind the last. left:
+    int64 [G + 1]. extra: int64 [G, 8], of each width beyond the base, ascending. rest: float32 [G]. line: float32
+    [G, 2]. address: int64 [G] of the estimators. state: float32 [19]. share: float32 [G], each group's part of all
     weights. probe: float32 [K] over group 0's input.
     """
 
     bits: Tensor
     base: Tensor
-    rows: Tensor
-    line: Tensor
-    address: Tensor
-    threshold_address: Tensor
-    state: Tensor
-    share: Tensor
-    probe: Tensor
+    signals: Tensor
+    thresholds: Tensor
     left: Tensor
     extra: Tensor
     rest: Tensor
+    rows: Tensor
+    line: Tensor
+    address: Tensor
+    state: Tensor
+    share: Tensor
+    probe: Tensor
     kind: str = NONE
     estimators: list[Tensor | None] = field(default_factory=list)
-    thresholds: Tensor | None = None
 
     @classmethod
-    def empty(cls, shares: Sequence[float], columns: int, device: torch.device) -> PolicyTable:
-        """A table for groups of these parts of all weights, group 0 reading so many columns."""
+    def empty(
+        cls, shares: Sequence[float], columns: int, device: torch.device, parts: int = PARTS
+    ) -> PolicyTable:
+        """A table for groups of these parts of all weights, group 0 reading so many columns. parts: of a signal."""
 
         def zeros(*shape: int, kind: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
         g, real, wide = len(shares), torch.float32, torch.int64
         table = cls(
-            zeros(g), zeros(g), zeros(g), zeros(g, 2, kind=real), zeros(g, kind=wide), zeros(1, kind=wide),
-            zeros(STATE, kind=real), torch.tensor(shares, dtype=real, device=device), zeros(columns, kind=real),
-            zeros(1, kind=wide), zeros(g, MAX_STEPS, kind=wide), zeros(g, kind=real),
+            bits=zeros(g), base=zeros(g), signals=zeros(g, parts, kind=real),
+            thresholds=zeros(g, MAX_STEPS, kind=real), left=zeros(g + 1, kind=wide),
+            extra=zeros(g, MAX_STEPS, kind=wide), rest=zeros(g, kind=real), rows=zeros(g), line=zeros(g, 2, kind=real),
+            address=zeros(g, kind=wide), state=zeros(STATE, kind=real),
+            share=torch.tensor(shares, dtype=real, device=device), probe=zeros(columns, kind=real),
         )  # fmt: skip
         table.unlimited()
         return table
-
-    @property
-    def steps(self) -> int:
-        """Thresholds of each group."""
-        return 0 if self.thresholds is None else self.thresholds.shape[1]
 
     def unlimited(self) -> None:
         """From now on a token may cost anything: every width is free."""
@@ -135,21 +141,29 @@ class PolicyTable:
         self.rest.copy_(rest)
         self.state[GAIN] = gain
 
-    def point(self, estimators: list[Tensor | None], thresholds: Tensor) -> None:
-        """Writes the addresses of estimators (float16, contiguous) and of thresholds; both are kept alive."""
-        assert thresholds.dtype == torch.float32 and thresholds.is_contiguous()
+    def compare(self, thresholds: Tensor) -> None:
+        """Signals are compared with these from now on, float32 [G, steps]."""
+        steps = thresholds.shape[1]
+        assert steps <= MAX_STEPS
+        self.thresholds[:, :steps] = thresholds
+        self.thresholds[:, steps:] = torch.inf
+
+    def point(self, estimators: list[Tensor | None]) -> None:
+        """Writes the addresses of estimators (float16, contiguous), which are kept alive."""
         for e in estimators:
             assert e is None or (e.dtype == torch.float16 and e.is_contiguous())
-        assert thresholds.shape[1] <= MAX_STEPS
-        self.estimators, self.thresholds = estimators, thresholds
+        self.estimators = estimators
         self.address.copy_(torch.tensor([0 if e is None else e.data_ptr() for e in estimators]))
-        self.threshold_address.copy_(torch.tensor([thresholds.data_ptr()]))
 
 
 @dataclass(frozen=True)
 class Site:
-    """A vector of the step and the groups whose signal it feeds. ids: int32 [E] on the device."""
+    """A vector of the step and the groups whose signal is of it. ids: int32 [E] on the device.
+
+    diagonals: float16 [E, K], d of these groups, at a fixed address; None where signals are no weighted sums.
+    """
 
     groups: tuple[int, ...]
     ids: Tensor
     first: bool = False  # whether it is group 0's input, from which the token's multiplier comes
+    diagonals: Tensor | None = None

@@ -26,6 +26,7 @@ import torch
 import triton
 from ahead_of_time import TARGETS, Binary, Launches
 
+from dpllm.kernels.step_tables import PolicyTable
 from dpllm.kernels.triton import activations, products
 from dpllm.kernels.triton.pack import TritonWeight, table_offset
 from dpllm.kernels.weight import Int8Weight
@@ -60,6 +61,12 @@ def product(low: int, high: int, k: int = 4096, m: int = 1, dtype: torch.dtype =
     products.gemv(torch.zeros(m, k, dtype=dtype), weight(4096, k, low, high), bits)
 
 
+def choosing(low: int, high: int, k: int = 4096) -> None:
+    """A product that chooses its width."""
+    table = PolicyTable.empty([0.5, 0.5], k, torch.device("cpu"))
+    products.chosen_gemv(torch.zeros(1, k).half(), weight(4096, k, low, high), None, 0, table, torch.mv)
+
+
 def head(m: int) -> None:
     """The int8 head of 4096 columns."""
     values = torch.zeros(1, 1, dtype=torch.int8).expand(128256, 4096)
@@ -74,6 +81,8 @@ CASES = {
     "gemv 3-4": lambda: product(3, 4),
     "gemv 2-6": lambda: product(2, 6),
     "gemv 2-8": lambda: product(2, 8),
+    "gemv 2-6, choosing": lambda: choosing(2, 6),
+    "gemv 2-6, choosing, K 14336": lambda: choosing(2, 6, 14336),
     **{f"gemm {b}, 16 rows": lambda b=b: product(b, b, m=16) for b in (3, 4, 6)},
     "gemm 3-4, 16 rows": lambda: product(3, 4, m=16),
     "gemm 4, 32 rows": lambda: product(4, 4, m=32),
@@ -85,8 +94,8 @@ CASES = {
 }  # fmt: skip
 ALWAYS = {"gemv 3", "gemv 4", "gemv 6"}  # for every target, in every run
 ONE_TARGET = {
-    "gemv 2", "gemv 5", "gemv 8", "gemv 2-6", "gemv 4, K 14336", "gemm 4, 16 rows", "gemm 6, 64 rows", "dense 6",
-    "int8 head", "activations",
+    "gemv 2", "gemv 5", "gemv 8", "gemv 2-6, choosing", "gemv 4, K 14336", "gemm 4, 16 rows", "gemm 6, 64 rows",
+    "dense 6", "int8 head", "activations",
 }  # fmt: skip
 KERNELS = {
     "gemv_kernel": products, "gemm_kernel": products, "dequantize_kernel": products, "int8_gemv_kernel": products,
@@ -133,6 +142,9 @@ def look(case: str, target: int) -> tuple[Found, list[str]]:
         narrow = [n for n in main if n.startswith("LDG") and wide not in n and ".U16" not in n]
         if narrow:
             wrong.append(f"loads that are not {wide[1:]} bits wide: {', '.join(sorted(set(narrow)))}")
+        loads = [n for n in binary.instructions if n.startswith("LDG")]
+        if "choosing" in case and not all(wide in n for n in loads[:4]):
+            wrong.append("the planes of both rows that every width needs are not requested first")
         if not any("MMA" in n for n in main):
             wrong.append("no tensor core instruction")
         per_weight = round(len(main) / (2 * lanes * (4 if case == "int8 head" else 32)), 3)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import STATE, CacheTable, PolicyTable, Site
+from dpllm.kernels.step_tables import PARTS, STATE, CacheTable, PolicyTable, Site
 
 CPU = torch.device("cpu")
 UNTOUCHED = 7.0  # what slots hold that nothing was written to
@@ -63,11 +63,11 @@ def table_with_state() -> Tensor:
     return state
 
 
-def policy_table(columns: list[int], kind: str = tables.NONE) -> PolicyTable:
+def policy_table(columns: list[int], kind: str = tables.NONE, parts: int = PARTS) -> PolicyTable:
     """A table of groups of so many columns: widths differ from group to group for an input of unit size."""
     rng = torch.Generator().manual_seed(len(columns))
     shares = torch.arange(1, len(columns) + 1) / sum(range(1, len(columns) + 1))
-    table = PolicyTable.empty(shares.tolist(), columns[0], CPU)
+    table = PolicyTable.empty(shares.tolist(), columns[0], CPU, parts)
     table.kind = kind
     table.state.copy_(table_with_state())
     table.probe.copy_(torch.randn(columns[0], generator=rng) * 0.05)
@@ -75,10 +75,9 @@ def policy_table(columns: list[int], kind: str = tables.NONE) -> PolicyTable:
         return table
     table.base.fill_(2)
     if kind == tables.WEIGHTED:
-        estimators = [torch.rand(k, generator=rng).half() for k in columns]
         share = 0.25 ** torch.arange(len(columns))[:, None].float()
         thresholds = torch.tensor([0.08 * 4**i for i in range(6)]) * torch.tensor(columns)[:, None] * share
-        table.point(list(estimators), thresholds.float().contiguous())
+        table.compare(thresholds.float())
         return table
     # Every second group has a projection, of another number of rows each; odd ones exceed their threshold.
     estimators = [
@@ -92,7 +91,8 @@ def policy_table(columns: list[int], kind: str = tables.NONE) -> PolicyTable:
     table.rows.copy_(torch.tensor([0 if e is None else len(e) for e in estimators]))
     table.line.copy_(torch.tensor([[0.5, 1.0] if e is None else [1.0, 0.0] for e in estimators]))
     thresholds = torch.tensor([[s * (2.0 if g in (0, 1) else 0.3)] for g, s in enumerate(size)])
-    table.point(estimators, thresholds)
+    table.point(estimators)
+    table.compare(thresholds)
     return table
 
 
@@ -101,9 +101,14 @@ def limit(table: PolicyTable, left: int) -> None:
     groups = len(table.bits)
     extra = 100 * torch.arange(1, 6).cumsum(0) + 10 * torch.arange(groups)[:, None]
     table.limit(extra, 400.0 * torch.arange(groups, 0, -1), 1.5)
-    table.left.fill_(left)
+    table.left.fill_(-1)
+    table.left[0] = left
 
 
-def site_of(*groups: int, first: bool = False) -> Site:
-    """A vector that decides for these groups."""
-    return Site(groups, torch.tensor(groups or (0,), dtype=torch.int32), first)
+def site_of(*groups: int, first: bool = False, columns: int = 0) -> Site:
+    """A vector of the signals of these groups; of so many columns where the signals are weighted sums."""
+    diagonals = None
+    if columns:
+        drawn = [torch.rand(columns, generator=torch.Generator().manual_seed(g)) for g in groups]
+        diagonals = torch.stack(drawn).half()
+    return Site(groups, torch.tensor(groups or (0,), dtype=torch.int32), first, diagonals)

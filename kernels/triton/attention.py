@@ -10,7 +10,6 @@ order of p. Lengths stand in device memory and decide nothing about the grid.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.select import (
-    arrived_last,
-    decide_sums,
-    decision,
-    diagonal_of,
-    limits_of,
-    no_decision,
-)
 from dpllm.kernels.triton.small_ops import SINCE, TRITON_TYPE
 
 LOG2_E = 1.4426950408889634
@@ -104,13 +95,12 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    part_ptr, sums_ptr, out_ptr, length_ptr, request_ptr, programs, window, KVH, D, state_ptr, ids_ptr, address_ptr,
-    base_ptr, threshold_address_ptr, bits_ptr, left_ptr, extra_ptr, rest_ptr, partial_ptr, counter_ptr,
-    G: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr,
-    E: tl.constexpr, STEPS: tl.constexpr, HEADS: tl.constexpr,
+    part_ptr, sums_ptr, out_ptr, length_ptr, request_ptr, programs, window, KVH, D, diagonal_ptr, ids_ptr,
+    signals_ptr, G: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr,
+    E: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program i: output of query head i from its parts; a head without pairs gives zeros. Then the widths of the E
-    groups that the whole output decides for."""
+    """Program i: output of query head i from its parts; a head without pairs gives zeros. Then part i of the signals
+    of the E groups whose signal is of the whole output."""
     i = tl.program_id(0)
     h, g = i // G, i % G
     each = blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED, TILE)
@@ -120,6 +110,10 @@ def join_kernel(
         before += tl.cdiv(n, TILE)
     n, _ = pairs_of(length_ptr, request_ptr, h, window, APPENDED)
     d = tl.arange(0, DP)
+    diagonals = ()
+    for e in tl.static_range(E):
+        at = diagonal_ptr + (e * tl.num_programs(0) + i) * D + d
+        diagonals = diagonals + (tl.load(at, mask=d < D, other=0.0),)  # noqa: RUF005 (no stars in kernels)
     mixed = tl.zeros([DP], tl.float32)
     top, total = float("-inf"), 0.0
     if n > 0:
@@ -145,16 +139,10 @@ def join_kernel(
     inside = d < D
     y = mixed.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + i * D + d, y, mask=inside)
-    if E > 0:
-        y = y.to(tl.float32)
-        heads = tl.num_programs(0)
-        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
-        for e in tl.static_range(E):
-            weights = diagonal_of(address_ptr, limits[e][0]) + i * D
-            w = tl.load(weights + d, mask=inside, other=0.0).to(tl.float32)
-            tl.store(partial_ptr + e * heads + i, tl.sum(tl.where(inside, y * y * w, 0.0), 0))
-        if arrived_last(counter_ptr, heads):
-            decide_sums(partial_ptr, limits, bits_ptr, state_ptr, left_ptr, heads, E, HEADS)
+    y = tl.where(inside, y.to(tl.float32), 0.0)
+    for e in tl.static_range(E):
+        signal = tl.sum(y * y * diagonals[e].to(tl.float32), 0)
+        tl.store(signals_ptr + tl.load(ids_ptr + e) * STRIDE + i, signal)
 
 
 @functools.cache
@@ -177,14 +165,15 @@ def _shape(q: Tensor, kv_heads: int, stored: torch.dtype) -> dict:
 
 def _launch(
     q: Tensor, kv: tuple[Tensor, Tensor], places: tuple[Tensor, ...], scale: float, window: int, stored: torch.dtype,
-    appended: bool, out: Tensor, deciding: dict[str, Any],
-) -> None:  # fmt: skip
-    """Both launches. places: address, start, length, request; the first and last count where a pair was appended, kv
-    where none was."""
+    appended: bool, signals: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Tensor:  # fmt: skip
+    """Both launches; returns the output, [H, D]. places: address, start, length, request; the first and last count
+    where a pair was appended, kv where none was. signals: the diagonals, ids and signals of a site."""
     address, start, length, request = places
     heads, dim = q.shape
     kv_heads, shape = len(start), _shape(q, len(start), stored)
     computed, programs = shape.pop("COMPUTED"), program_count(q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts = torch.empty(programs + kv_heads, shape["G"], dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(programs + kv_heads, shape["G"], 2, dtype=torch.float32, device=q.device)
     attend_kernel[(programs,)](
@@ -193,22 +182,35 @@ def _launch(
         STORED=TRITON_TYPE[stored], COMPUTED=TRITON_TYPE[computed], num_stages=2, **shape,
     )  # fmt: skip
     join_kernel[(heads,)](
-        parts, sums, out, length, request, programs, window, kv_heads, dim, JOIN=JOIN, APPENDED=appended,
-        HEADS=triton.next_power_of_2(heads), **shape, **deciding,
+        parts, sums, out, length, request, programs, window, kv_heads, dim, *signals, JOIN=JOIN, APPENDED=appended,
+        E=0 if signals[0] is None else len(signals[0]), STRIDE=0 if signals[2] is None else signals[2].shape[1],
+        **shape,
     )  # fmt: skip
+    return out
 
 
 def attend(
-    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable,
-    partial: Tensor, counter: Tensor,
+    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable
+) -> Tensor:
+    """Attention of the token just appended, [1, H D]; leaves the signals of the site's groups. q: [H, D]."""
+    assert len(q) <= table.signals.shape[1]
+    return torch.ops.dpllm.attend(
+        q, *cache.places(layer), scale, window or 0, cache.dtype, site.diagonals, site.ids, table.signals
+    )
+
+
+@torch.library.custom_op("dpllm::attend", mutates_args=("signals",))  # pairs are read by address
+def _attend(
+    q: Tensor, address: Tensor, start: Tensor, length: Tensor, request: Tensor, scale: float, window: int,
+    stored: torch.dtype, diagonals: Tensor | None, ids: Tensor, signals: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention of the token just appended. q: [H, D]. Returns [1, H D]; where the table is WEIGHTED, it has decided
-    for the site's groups."""
-    out = torch.empty(1, q.numel(), dtype=q.dtype, device=q.device)
-    places = cache.address[layer], cache.start[layer], cache.length[layer], cache.request
-    deciding = decision(site, table) | {"partial_ptr": partial, "counter_ptr": counter}
-    _launch(q, (q, q), places, scale, window or 0, cache.dtype, True, out, deciding)
-    return out
+    places = address, start, length, request
+    return _launch(q, (q, q), places, scale, window, stored, True, (diagonals, ids, signals)).view(1, -1)
+
+
+@_attend.register_fake
+def _(q: Tensor, *others: object) -> Tensor:
+    return q.new_empty(1, q.numel())
 
 
 def decode_attention(
@@ -221,12 +223,9 @@ def decode_attention(
 
 @torch.library.custom_op("dpllm::decode_attention", mutates_args=())
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
-    q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert k.is_contiguous() and v.is_contiguous() and start.dtype == torch.int64
-    deciding = no_decision(q) | {"partial_ptr": q, "counter_ptr": q}
     with torch.cuda.device_of(q):
-        _launch(q, (k, v), (start, start, length, start), scale, 0, k.dtype, False, out, deciding)
-    return out
+        return _launch(q.contiguous(), (k, v), (start, start, length, start), scale, 0, k.dtype, False)
 
 
 @_decode_attention.register_fake

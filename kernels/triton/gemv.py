@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from dpllm.kernels.triton.codes import load_planes, load_table, load_words, pairs_of, table_offset, words_of
+from dpllm.kernels.triton.select import chosen, record
 
 
 @triton.jit
@@ -91,6 +92,32 @@ def two_rows(
 
 
 @triton.jit
+def behind(number, ASM: tl.constexpr):
+    """The number; what is computed from it is not begun before the loads above have been sent off. The assembler would
+    rather send them off last, when their addresses are needed."""
+    if ASM:
+        number = tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            "=r,r",
+            [number],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return number
+
+
+@triton.jit
+def uniform(number, ASM: tl.constexpr):
+    """The number, which every lane has: so that the assembler knows, and branches on it without masks."""
+    if ASM:
+        number = tl.inline_asm_elementwise(
+            "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return number
+
+
+@triton.jit
 def finish(y, rows, N, token, y_ptr, factor_ptr, scale_ptr, bias_ptr):
     """The activations' factor, row scales and the bias, where there are such; then to memory."""
     here = rows < N
@@ -103,14 +130,16 @@ def finish(y, rows, N, token, y_ptr, factor_ptr, scale_ptr, bias_ptr):
     tl.store(y_ptr + token * N + rows, y.to(y_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize_on_alignment=["bits_ptr"])
+@triton.jit(do_not_specialize=["g"], do_not_specialize_on_alignment=["bits_ptr"])
 def gemv_kernel(
     x_ptr, factor_ptr, w_ptr, table_ptr, scale_ptr, bias_ptr, bits_ptr, y_ptr, N, KW4, tables, share,
     LOW: tl.constexpr, HIGH: tl.constexpr, SEED: tl.constexpr, R: tl.constexpr, BKW: tl.constexpr,
-    EVEN: tl.constexpr, ASM: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr, g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr,
+    left_ptr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = W_b x, token by token; program (token, n) has rows 2 R n .. 2 R (n + 1) - 1.
 
+    b is read from bits [M]; or, where PARTS > 0, chosen for group g by its signals, and written to bits [G].
     Widths outside LOW .. HIGH are taken for the nearest one; a narrower LOW .. HIGH is smaller, quicker code.
     """
     token = tl.program_id(0)
@@ -123,7 +152,22 @@ def gemv_kernel(
     low_a = load_planes(w_ptr, rows_a[:, None] * KW + kw, N * KW, inside, 0, LOW)
     low_b = load_planes(w_ptr, rows_b[:, None] * KW + kw, N * KW, inside, 0, LOW)
     bits = LOW
-    if LOW < HIGH:
+    if PARTS > 0:
+        bits, left = chosen(
+            behind(g, ASM),
+            base_ptr,
+            signals_ptr,
+            threshold_ptr,
+            extra_ptr,
+            rest_ptr,
+            state_ptr,
+            left_ptr,
+            PARTS,
+        )
+        if tl.program_id(1) == 0:
+            record(g, bits, left, bits_ptr, left_ptr)
+        bits = uniform(tl.minimum(tl.maximum(bits, LOW), HIGH), ASM)
+    elif LOW < HIGH:
         bits = tl.minimum(tl.maximum(tl.load(bits_ptr + token), LOW), HIGH)
     y_a, y_b = tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)
     x = (x_ptr + token * (32 * KW)).to(tl.pointer_type(tl.uint32))

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import triton
+from dpllm.kernels.step_tables import PolicyTable
 from dpllm.kernels.triton.activations import halve, halves_of
 from dpllm.kernels.triton.gemm import dequantize_kernel, gemm_kernel
 from dpllm.kernels.triton.gemv import gemv_kernel
 from dpllm.kernels.triton.int8 import int8_gemm_kernel, int8_gemv_kernel
 from dpllm.kernels.triton.pack import MAX_WORDS, TritonWeight, prepare, table_offset
+from dpllm.kernels.triton.select import decide
 from dpllm.kernels.weight import WORD, Int8Weight
 
-__all__ = ["dequantize", "gemv", "int8_linear", "matmul", "prepare"]
+__all__ = ["chosen_gemv", "dequantize", "gemv", "int8_linear", "matmul", "prepare"]
 
 ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no inline assembly
 WARPS = 4
@@ -29,6 +32,10 @@ MANY_ROWS = 128  # from here on a dense float16 block is made and multiplied by 
 BLOCK_BYTES = 64 << 20  # of that block: about the L2 cache of large GPUs
 BLOCK_ROWS = 256  # it has so many rows, or a multiple: whole tiles of a tensor core's product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TOLD = {
+    "g": 0, "base_ptr": None, "signals_ptr": None, "threshold_ptr": None, "extra_ptr": None, "rest_ptr": None,
+    "state_ptr": None, "left_ptr": None, "PARTS": 0,
+}  # a gemv whose width is told, not chosen  # fmt: skip
 
 
 def gemv(
@@ -58,6 +65,25 @@ def gemv(
             x, w.planes, w.tables, w.table_count, w.seed_bits, w.scale, bias, bits, *w.widths, y
         )
     return y if out is None or y is out else out.copy_(y)
+
+
+def chosen_gemv(
+    x: Tensor, w: Any, bias: Tensor | None, group: int, table: PolicyTable, otherwise: Callable[..., Tensor]
+) -> Tensor:
+    """y = x W_b^T + bias of one token at the width b that the group's signals decide, and that is left in table.bits.
+
+    x: [1, K]. One launch where the matrix is one of ours; another is decided for, then multiplied by `otherwise`.
+    """
+    if not isinstance(w, TritonWeight):
+        decide(group, table)
+        return otherwise(x, w, table.bits[group : group + 1], bias=bias)
+    _check(x, w.in_features)
+    t, y = table, x.new_empty(1, w.out_features)
+    torch.ops.dpllm.chosen_product(
+        x, w.planes, w.tables, w.table_count, w.seed_bits, w.scale, bias, *w.widths, group, t.base, t.signals,
+        t.thresholds, t.extra, t.rest, t.state, t.left, t.bits, y,
+    )  # fmt: skip
+    return y
 
 
 def matmul(x: Tensor, w: TritonWeight) -> Tensor:
@@ -121,7 +147,7 @@ def bitplane_product(
             grid = m, triton.cdiv(n, 2 * WARPS)
             gemv_kernel[grid](
                 *pointers, n, words // 4, table_count, share, low, high, seed_bits, WARPS, step,
-                words % step == 0, ASM, num_warps=WARPS,
+                words % step == 0, ASM, **TOLD, num_warps=WARPS,
             )  # fmt: skip
         else:
             # Few rows: small tiles, more programs. Many: tall ones, which decode with fewer instructions a weight.
@@ -131,6 +157,30 @@ def bitplane_product(
                 *pointers, m, n, words // 4, table_count, share, low, high, seed_bits, bn, bm, step,
                 words % step == 0, ASM, num_warps=2 if m <= 16 else WARPS, num_stages=1,
             )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "dpllm::chosen_product",
+    mutates_args=("left", "bits", "out"),
+    schema="(Tensor x, Tensor planes, Tensor tables, int table_count, int seed_bits, Tensor? scale, Tensor? bias, "
+    "int low, int high, int group, Tensor base, Tensor signals, Tensor thresholds, Tensor extra, Tensor rest, "
+    "Tensor state, Tensor(a!) left, Tensor(b!) bits, Tensor(c!) out) -> ()",
+)
+def chosen_product(
+    x: Tensor, planes: Tensor, tables: Tensor, table_count: int, seed_bits: int, scale: Tensor | None,
+    bias: Tensor | None, low: int, high: int, group: int, base: Tensor, signals: Tensor, thresholds: Tensor,
+    extra: Tensor, rest: Tensor, state: Tensor, left: Tensor, bits: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """out [1, N] = x [1, K] times the matrix at the width chosen for the group, bits[group] of bits [G]."""
+    n, words = planes.shape[1:]
+    step = _step(words)
+    with torch.cuda.device_of(x):
+        halves, factor = halves_of(x, words * WORD)
+        gemv_kernel[(1, triton.cdiv(n, 2 * WARPS))](
+            halves, factor, planes, tables, scale, bias, bits, out, n, words // 4, table_count, n // table_count,
+            low, high, seed_bits, WARPS, step, words % step == 0, ASM, group, base, signals, thresholds, extra, rest,
+            state, left, signals.shape[1], num_warps=WARPS,
+        )  # fmt: skip
 
 
 @torch.library.custom_op(
@@ -190,7 +240,7 @@ def halve_rows(x: Tensor, out: Tensor, factor: Tensor) -> None:
         halve(x, out, factor)
 
 
-for _operator in (bitplane_product, int8_product, dequantize_rows, halve_rows):
+for _operator in (bitplane_product, chosen_product, int8_product, dequantize_rows, halve_rows):
     _operator.register_fake(lambda *args: None)  # shapes stand in `out`
 
 

@@ -1,13 +1,12 @@
-"""Choosing widths on the device: signals of an input, compared with thresholds in device memory, bits written there.
+"""Choosing widths on the device: signals of an input, compared with thresholds in device memory.
 
-Every estimator fed by one vector is served by one launch. The kernels that produce a vector (small_ops.py,
-attention.py) compute a weighted signal on the way; what they share is here: `decide_within`, and `arrived_last` for
-sums over many programs, which are made in a fixed order and so do not depend on which program came last.
+What makes a vector of the step (small_ops.py, attention.py) also makes the weighted squares of it, a part for each of
+its programs or warps, and waits for nobody. The product that reads a group's planes adds the parts up, compares, and
+knows its width (`chosen`, in every program alike), while the planes that every width needs are already on their way. So
+choosing takes no launch, no counter, and no load that waits for another.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,47 +23,31 @@ ROW_BLOCKS = 32  # programs that share a projection's rows
 
 
 @triton.jit
-def thresholds_of(g, threshold_address_ptr, STEPS: tl.constexpr):
-    """Group g's thresholds [8], infinite behind the last."""
-    thresholds = tl.load(threshold_address_ptr).to(tl.pointer_type(tl.float32))
-    step = tl.arange(0, MAX_STEPS)
-    return tl.load(thresholds + g * STEPS + step, mask=step < STEPS, other=float("inf"))
-
-
-@triton.jit
-def limits_of(
-    ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E: tl.constexpr, STEPS: tl.constexpr
+def chosen(
+    g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """What E groups decide by, as `decide_within` takes it. Kernels ask for it before they sum anything up: behind the
-    sum they would wait for each load in turn, at every vector of a step."""
-    limits = ()
-    for e in tl.static_range(E):
-        g = tl.load(ids_ptr + e)
-        threshold = thresholds_of(g, threshold_address_ptr, STEPS)
-        extra = tl.load(extra_ptr + g * MAX_STEPS + tl.arange(0, MAX_STEPS))
-        found = g, threshold, extra, tl.load(rest_ptr + g), tl.load(base_ptr + g)
-        limits = limits + (found,)  # noqa: RUF005 (no stars in kernels)
-    return limits
-
-
-@triton.jit
-def decide_within(left, signal, multiplier, gain, limits, bits_ptr):
-    """Writes a group's bits, by multiplier * signal, for a token of which only `left` may still be spent (PolicyTable
-    says how). A signal that is no number exceeds nothing. Returns what is left then: the groups of a token come one
-    after another, no two programs decide at once."""
-    g, threshold, extra, rest, base = limits
+    """(group g's width, what may still be spent on the token behind it): PolicyTable says how. A signal that is no
+    number exceeds nothing."""
+    step = tl.arange(0, MAX_STEPS)
+    parts = tl.load(signals_ptr + g * PARTS + tl.arange(0, PARTS))
+    threshold, extra = (
+        tl.load(threshold_ptr + g * MAX_STEPS + step),
+        tl.load(extra_ptr + g * MAX_STEPS + step),
+    )
+    base, rest, left = tl.load(base_ptr + g), tl.load(rest_ptr + g), tl.load(left_ptr + g)
+    multiplier, gain = tl.load(state_ptr + MULTIPLIER), tl.load(state_ptr + GAIN)
     paced = tl.exp2(gain * tl.log2(left.to(tl.float32) / tl.maximum(rest, 1e-30)))
-    signal *= tl.where(paced < multiplier, paced, multiplier)
+    signal = tl.sum(parts, 0) * tl.where(paced < multiplier, paced, multiplier)
     wanted = tl.sum((signal > threshold).to(tl.int32), 0)
     taken = tl.minimum(wanted, tl.sum((extra <= left).to(tl.int32), 0))
-    tl.store(bits_ptr + g, base + taken)
-    return left - tl.sum(tl.where(tl.arange(0, MAX_STEPS) == taken - 1, extra, 0), 0)
+    return base + taken, left - tl.sum(tl.where(step == taken - 1, extra, 0), 0)
 
 
 @triton.jit
-def diagonal_of(address_ptr, g):
-    """Pointer to group g's float16 estimator."""
-    return tl.multiple_of(tl.load(address_ptr + g).to(tl.pointer_type(tl.float16)), 16)
+def record(g, bits, left, bits_ptr, left_ptr):
+    """For the group behind g, and for whoever asks what was read."""
+    tl.store(bits_ptr + g, bits)
+    tl.store(left_ptr + g + 1, left)
 
 
 @triton.jit
@@ -77,39 +60,34 @@ def arrived_last(counter_ptr, programs):
     return last
 
 
-@triton.jit
-def decide_sums(
-    partial_ptr, limits, bits_ptr, state_ptr, left_ptr, programs, E: tl.constexpr, PROGRAMS: tl.constexpr
+# -- by a launch of its own: where a product is not one of ours ------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["g"])
+def decide_kernel(
+    bits_ptr, g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """Decides for a vector's E groups from their sums by program, partial [E, programs]."""
-    p = tl.arange(0, PROGRAMS)
-    multiplier, gain, left = tl.load(state_ptr + MULTIPLIER), tl.load(state_ptr + GAIN), tl.load(left_ptr)
-    parts = ()
-    for e in tl.static_range(E):
-        part = tl.load(partial_ptr + e * programs + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-        parts = parts + (part,)  # noqa: RUF005 (no stars in kernels)
-    for e in tl.static_range(E):
-        left = decide_within(left, tl.sum(parts[e], 0), multiplier, gain, limits[e], bits_ptr)
-    tl.store(left_ptr, left)
+    """One program: the width of group g."""
+    bits, left = chosen(
+        g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS
+    )
+    record(g, bits, left, bits_ptr, left_ptr)
 
 
-def decision(site: Site, table: PolicyTable) -> dict[str, Any]:
-    """What a kernel is given to decide for a site's groups by a weighted signal; E is 0 where it is not to."""
-    return {
-        "state_ptr": table.state, "ids_ptr": site.ids, "address_ptr": table.address, "base_ptr": table.base,
-        "threshold_address_ptr": table.threshold_address, "bits_ptr": table.bits,
-        "left_ptr": table.left, "extra_ptr": table.extra, "rest_ptr": table.rest,
-        "E": len(site.groups) if table.kind == tables.WEIGHTED else 0, "STEPS": table.steps,
-    }  # fmt: skip
+def decide(group: int, table: PolicyTable) -> None:
+    """Chooses the width of a group of a WEIGHTED table, whose signals are there."""
+    t = table
+    torch.ops.dpllm.decide(group, t.base, t.signals, t.thresholds, t.extra, t.rest, t.state, t.left, t.bits)
 
 
-def no_decision(any_tensor: Tensor) -> dict[str, Any]:
-    """The same for a kernel that decides nothing."""
-    pointers = (
-        "state_ptr", "ids_ptr", "address_ptr", "base_ptr", "threshold_address_ptr", "bits_ptr", "left_ptr",
-        "extra_ptr", "rest_ptr",
-    )  # fmt: skip
-    return dict.fromkeys(pointers, any_tensor) | {"E": 0, "STEPS": 0}
+@torch.library.custom_op("dpllm::decide", mutates_args=("left", "bits"))
+def _decide(
+    group: int, base: Tensor, signals: Tensor, thresholds: Tensor, extra: Tensor, rest: Tensor, state: Tensor,
+    left: Tensor, bits: Tensor,
+) -> None:  # fmt: skip
+    decide_kernel[(1,)](
+        bits, group, base, signals, thresholds, extra, rest, state, left, PARTS=signals.shape[1], num_warps=1
+    )
 
 
 # -- rows of many texts: the signature of kernels/reference.py ------------------------------------------------
@@ -159,15 +137,17 @@ def _(signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int) -> T
 
 @triton.jit
 def estimate_kernel(
-    x_ptr, ids_ptr, address_ptr, rows_ptr, line_ptr, base_ptr, threshold_address_ptr, bits_ptr, partial_ptr,
-    counter_ptr, K, STEPS: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr,
+    x_ptr, ids_ptr, address_ptr, rows_ptr, line_ptr, base_ptr, threshold_ptr, bits_ptr, partial_ptr, counter_ptr, K,
+    PARTS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """bits[g] from slope * ||G x|| + intercept, the PARTS programs of a group taking turns at G's rows; without a G,
     ||x|| is computed by the first of them."""
     e, part = tl.program_id(0), tl.program_id(1)
     g = tl.load(ids_ptr + e)
-    rows = tl.load(rows_ptr + g)
-    matrix = diagonal_of(address_ptr, g)
+    rows, base = tl.load(rows_ptr + g), tl.load(base_ptr + g)
+    slope, intercept = tl.load(line_ptr + 2 * g), tl.load(line_ptr + 2 * g + 1)
+    threshold = tl.load(threshold_ptr + g * MAX_STEPS + tl.arange(0, MAX_STEPS))
+    matrix = tl.multiple_of(tl.load(address_ptr + g).to(tl.pointer_type(tl.float16)), 16)
     square = 0.0
     if rows > 0:
         for r in range(part, rows, PARTS):
@@ -189,9 +169,8 @@ def estimate_kernel(
     if arrived_last(counter_ptr + e, PARTS):
         parts = tl.load(partial_ptr + e * PARTS + tl.arange(0, PARTS), cache_modifier=".cg")
         size = tl.sqrt_rn(tl.sum(parts, 0))
-        signal = tl.load(line_ptr + 2 * g) * size + tl.load(line_ptr + 2 * g + 1)
-        exceeded = signal > thresholds_of(g, threshold_address_ptr, STEPS)  # never, where it is no number
-        tl.store(bits_ptr + g, tl.load(base_ptr + g) + tl.sum(exceeded.to(tl.int32), 0))
+        exceeded = slope * size + intercept > threshold  # never, where it is no number
+        tl.store(bits_ptr + g, base + tl.sum(exceeded.to(tl.int32), 0))
 
 
 def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
@@ -200,7 +179,43 @@ def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter
     x: [1, K]. partial: float32 scratch of at least 32 * E. counter: int32 [E], zero before and after.
     """
     if site.groups:
-        estimate_kernel[(len(site.groups), ROW_BLOCKS)](
-            x, site.ids, table.address, table.rows, table.line, table.base, table.threshold_address, table.bits,
-            partial, counter, x.shape[1], STEPS=table.steps, PARTS=ROW_BLOCKS, B=BLOCK,
-        )  # fmt: skip
+        t = table
+        torch.ops.dpllm.estimate(
+            x,
+            len(site.groups),
+            site.ids,
+            t.address,
+            t.rows,
+            t.line,
+            t.base,
+            t.thresholds,
+            t.bits,
+            partial,
+            counter,
+        )
+
+
+@torch.library.custom_op("dpllm::estimate", mutates_args=("bits", "partial", "counter"))
+def _estimate(
+    x: Tensor, groups: int, ids: Tensor, address: Tensor, rows: Tensor, line: Tensor, base: Tensor,
+    thresholds: Tensor, bits: Tensor, partial: Tensor, counter: Tensor,
+) -> None:  # fmt: skip
+    estimate_kernel[(groups, ROW_BLOCKS)](
+        x,
+        ids,
+        address,
+        rows,
+        line,
+        base,
+        thresholds,
+        bits,
+        partial,
+        counter,
+        x.shape[1],
+        PARTS=ROW_BLOCKS,
+        B=BLOCK,
+    )
+
+
+for _operator in (_estimate, _decide):
+    _operator.register_fake(lambda *args: None)  # what they write is given to them

@@ -1,5 +1,6 @@
-"""What lies between the products of a decode step, one launch each: residual + norm + selection, rotation + append,
-silu * mul + selection, and behind the head the greedy token and what the next token's multiplier is made of."""
+"""What lies between the products of a decode step, one launch each: residual + norm, rotation + append, silu * mul, and
+behind the head the greedy token and what the next token's multiplier is made of. What makes a vector also leaves the
+weighted squares of it, in parts, for the products that choose their width by them (select.py)."""
 
 from __future__ import annotations
 
@@ -10,19 +11,11 @@ import triton
 import triton.language as tl
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.select import (
-    arrived_last,
-    decide_sums,
-    decide_within,
-    decision,
-    diagonal_of,
-    limits_of,
-)
+from dpllm.kernels.triton.select import arrived_last
 
 TOKEN, SINCE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE)
 OBSERVE, SPARE = tl.constexpr(tables.OBSERVE), tl.constexpr(tables.SPARE)
 MULTIPLIER, OFFSET = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.OFFSET)
-GAIN = tl.constexpr(tables.GAIN)
 CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
 MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
 CORRECTION, TARGET = tl.constexpr(tables.CORRECTION), tl.constexpr(tables.TARGET)
@@ -33,66 +26,82 @@ LOG_TOTAL, ENTROPY = tl.constexpr(tables.LOG_TOTAL), tl.constexpr(tables.ENTROPY
 TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-# -- residual + norm + selection ------------------------------------------------------------------------------
+# -- residual + norm --------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def norm_kernel(
-    x_ptr, delta_ptr, weight_ptr, h_ptr, eps, K, probe_ptr, state_ptr, ids_ptr, address_ptr, base_ptr,
-    threshold_address_ptr, bits_ptr, left_ptr, extra_ptr, rest_ptr, exponent_limit, ADD: tl.constexpr,
-    PROBE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, B: tl.constexpr,
+    x_ptr, delta_ptr, weight_ptr, h_ptr, eps, K, diagonal_ptr, ids_ptr, signals_ptr, probe_ptr, state_ptr,
+    exponent_limit, E: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """One program: x += delta; h = rms_norm(x) * weight; then the widths of the E groups that h decides for."""
-    k = tl.arange(0, B)
+    """One program: x += delta; h = rms_norm(x) * weight; then the signals of the E groups whose signal is of h. It has
+    K in PARTS rows, so that a warp adds up parts of a signal by itself. Everything is loaded before anything is summed
+    up: what is asked for behind a sum would be waited for."""
+    part = tl.arange(0, PARTS)
+    k = part[:, None] * B + tl.arange(0, B)[None, :]
     inside = k < K
     x = tl.load(x_ptr + k, mask=inside, other=0.0)
     kind = x.dtype
-    if ADD:
+    if delta_ptr is not None:
         x = (x.to(tl.float32) + tl.load(delta_ptr + k, mask=inside, other=0.0).to(tl.float32)).to(kind)
-        tl.store(x_ptr + k, x, mask=inside)
-    if E > 0:
-        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
-        gain, left = tl.load(state_ptr + GAIN), tl.load(left_ptr)
-        if PROBE:
-            probe = tl.load(probe_ptr + k, mask=inside, other=0.0)
-            offset, correction = tl.load(state_ptr + OFFSET), tl.load(state_ptr + CORRECTION)
-        else:
-            multiplier = tl.load(state_ptr + MULTIPLIER)
-        diagonals = ()
-        for e in tl.static_range(E):
-            d = tl.load(diagonal_of(address_ptr, limits[e][0]) + k, mask=inside, other=0.0)
-            diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
     weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    diagonals, groups = (), ()
+    for e in tl.static_range(E):
+        d = tl.load(diagonal_ptr + e * K + k, mask=inside, other=0.0)
+        diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
+        groups = groups + (tl.load(ids_ptr + e),)  # noqa: RUF005
+    if probe_ptr is not None:
+        probe = tl.load(probe_ptr + k, mask=inside, other=0.0)
+        offset, correction = tl.load(state_ptr + OFFSET), tl.load(state_ptr + CORRECTION)
+    if delta_ptr is not None:
+        tl.store(x_ptr + k, x, mask=inside)
     wide = x.to(tl.float32)
-    root = tl.rsqrt(tl.sum(wide * wide, 0) / K + eps)
-    h = (wide * root).to(kind).to(tl.float32) * weight
-    h = h.to(kind)
+    root = tl.rsqrt(tl.sum(tl.sum(wide * wide, 1), 0) / K + eps)
+    h = ((wide * root).to(kind).to(tl.float32) * weight).to(kind)
     tl.store(h_ptr + k, h, mask=inside)
     h = h.to(tl.float32)
-    if E > 0:
-        if PROBE:
-            exponent = tl.sum(h * probe, 0) + offset
-            exponent = tl.minimum(tl.maximum(exponent, -exponent_limit), exponent_limit)
-            multiplier = tl.exp(exponent + correction)
-            tl.store(state_ptr + MULTIPLIER, multiplier)
-        for e in tl.static_range(E):
-            signal = tl.sum(h * h * diagonals[e].to(tl.float32), 0)
-            left = decide_within(left, signal, multiplier, gain, limits[e], bits_ptr)
-        tl.store(left_ptr, left)
+    for e in tl.static_range(E):
+        signal = tl.sum(h * h * diagonals[e].to(tl.float32), 1)
+        tl.store(signals_ptr + groups[e] * STRIDE + part, signal)
+    if probe_ptr is not None:
+        exponent = tl.sum(tl.sum(h * probe, 1), 0) + offset
+        exponent = tl.minimum(tl.maximum(exponent, -exponent_limit), exponent_limit)
+        tl.store(state_ptr + MULTIPLIER, tl.exp(exponent + correction))
 
 
 def norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
 ) -> Tensor:
-    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight, [1, K]; where the table is WEIGHTED, decides
-    for the site's groups. limit: of the exponent of the token's multiplier, which the first site sets."""
+    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight, [1, K]; leaves the signals of the site's
+    groups. limit: of the exponent of the token's multiplier, which the first site sets."""
+    probe = table.probe if site.first else None
+    return torch.ops.dpllm.norm(
+        x, delta, weight, eps, site.diagonals, site.ids, table.signals, probe, table.state, limit
+    )
+
+
+@torch.library.custom_op("dpllm::norm", mutates_args=("x", "signals", "state"))
+def _norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, diagonals: Tensor | None, ids: Tensor,
+    signals: Tensor, probe: Tensor | None, state: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
     h, columns = torch.empty_like(x), x.shape[1]
     norm_kernel[(1,)](
-        x, x if delta is None else delta, weight, h, eps, columns, table.probe, exponent_limit=limit,
-        ADD=delta is not None, PROBE=site.first, B=triton.next_power_of_2(columns),
-        num_warps=8 if columns <= 2048 else 16, **decision(site, table),
+        x, delta, weight, h, eps, columns, diagonals, ids, signals, probe, state, limit, E=_fed(diagonals),
+        STRIDE=signals.shape[1], PARTS=tables.PARTS, B=triton.next_power_of_2(triton.cdiv(columns, tables.PARTS)),
+        num_warps=8 if columns <= 2048 else 16,
     )  # fmt: skip
     return h
+
+
+@_norm.register_fake
+def _(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fed(diagonals: Tensor | None) -> int:
+    """Groups whose signals are to be left."""
+    return 0 if diagonals is None else len(diagonals)
 
 
 # -- rotation + append ----------------------------------------------------------------------------------------
@@ -101,7 +110,7 @@ def norm(
 @triton.jit
 def rope_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, address_ptr, start_ptr, length_ptr, request_ptr, eps,
-    H, KVH, D, NORM: tl.constexpr, ROTATE: tl.constexpr, STORED: tl.constexpr, B: tl.constexpr,
+    H, KVH, D, STORED: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Program h: one head of q (rotated, to q), of k (rotated, to the end of its run), or of v (to its run)."""
     h = tl.program_id(0)
@@ -113,14 +122,14 @@ def rope_kernel(
     kind = a.dtype
     if h < H + KVH:
         a, b = a.to(tl.float32), b.to(tl.float32)
-        if NORM:
+        if q_norm_ptr is not None:
             root = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
             weight = q_norm_ptr if h < H else k_norm_ptr
             wa = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
             wb = tl.load(weight + half + i, mask=inside, other=0.0).to(tl.float32)
             a = ((a * root).to(kind).to(tl.float32) * wa).to(kind).to(tl.float32)
             b = ((b * root).to(kind).to(tl.float32) * wb).to(kind).to(tl.float32)
-        if ROTATE:
+        if cos_ptr is not None:
             cos = tl.load(cos_ptr + i, mask=inside, other=0.0)
             sin = tl.load(sin_ptr + i, mask=inside, other=0.0)
             a, b = a * cos - b * sin, b * cos + a * sin
@@ -143,62 +152,94 @@ def rope_append(
 ) -> Tensor:  # fmt: skip
     """Rotates q and k and puts k, v behind their heads' runs. qkv: [1, (H + 2 KVH) D]. norms: weights [D] of the norms
     of q and k. rope: cos, sin float32 [D / 2] of the position. Returns q [H, D]."""
-    kv_heads = cache.start.shape[1]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    q = torch.empty(heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    weights, turn = norms or (qkv, qkv), rope or (qkv, qkv)
-    rope_kernel[(heads + 2 * kv_heads,)](
-        qkv, *weights, *turn, q, cache.address[layer], cache.start[layer], cache.length[layer], cache.request, eps,
-        heads, kv_heads, head_dim, NORM=norms is not None, ROTATE=rope is not None,
-        STORED=TRITON_TYPE[cache.dtype], B=triton.next_power_of_2(head_dim // 2), num_warps=1,
+    return torch.ops.dpllm.rope_append(
+        qkv,
+        *(norms or (None, None)),
+        eps,
+        *(rope or (None, None)),
+        *cache.places(layer),
+        cache.dtype,
+        head_dim,
+    )
+
+
+@torch.library.custom_op("dpllm::rope_append", mutates_args=())  # pairs are written by address
+def _rope_append(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None,
+    address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype, head_dim: int,
+) -> Tensor:  # fmt: skip
+    kv_heads = len(start)
+    q = _queries(qkv, start, head_dim)
+    rope_kernel[(len(q) + 2 * kv_heads,)](
+        qkv, q_norm, k_norm, cos, sin, q, address, start, length, request, eps, len(q), kv_heads, head_dim,
+        STORED=TRITON_TYPE[stored], B=triton.next_power_of_2(head_dim // 2), num_warps=1,
     )  # fmt: skip
     return q
 
 
-# -- silu * mul + selection -----------------------------------------------------------------------------------
+def _queries(qkv: Tensor, start: Tensor, head_dim: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[1] // head_dim - 2 * len(start), head_dim)
+
+
+@_rope_append.register_fake
+def _(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None,
+    address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype, head_dim: int,
+) -> Tensor:  # fmt: skip
+    return _queries(qkv, start, head_dim)
+
+
+# -- silu * mul -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def silu_kernel(
-    gate_up_ptr, out_ptr, K, state_ptr, ids_ptr, address_ptr, base_ptr, threshold_address_ptr, bits_ptr, left_ptr,
-    extra_ptr, rest_ptr, partial_ptr, counter_ptr, programs, E: tl.constexpr, STEPS: tl.constexpr,
-    PROGRAMS: tl.constexpr, B: tl.constexpr,
+    gate_up_ptr, out_ptr, K, diagonal_ptr, ids_ptr, signals_ptr, E: tl.constexpr, STRIDE: tl.constexpr,
+    B: tl.constexpr,
 ):  # fmt: skip
-    """Program p: B columns of silu(gate) * up, and their part of the signals of the E groups that they decide for."""
+    """Program p: B columns of silu(gate) * up, and part p of the signals of the E groups whose signal is of them."""
     p = tl.program_id(0)
     k = p * B + tl.arange(0, B)
     inside = k < K
     gate = tl.load(gate_up_ptr + k, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + K + k, mask=inside, other=0.0)
+    diagonals = ()
+    for e in tl.static_range(E):
+        d = tl.load(diagonal_ptr + e * K + k, mask=inside, other=0.0)
+        diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
     kind = gate.dtype
     wide = gate.to(tl.float32)
     y = (wide / (1.0 + tl.exp(-wide))).to(kind).to(tl.float32) * up.to(tl.float32)
     y = y.to(kind)
     tl.store(out_ptr + k, y, mask=inside)
-    if E > 0:
-        limits = limits_of(ids_ptr, base_ptr, threshold_address_ptr, extra_ptr, rest_ptr, E, STEPS)
-        y = y.to(tl.float32)
-        for e in tl.static_range(E):
-            d = tl.load(diagonal_of(address_ptr, limits[e][0]) + k, mask=inside, other=0.0).to(tl.float32)
-            tl.store(partial_ptr + e * programs + p, tl.sum(y * y * d, 0))
-        if arrived_last(counter_ptr, programs):
-            decide_sums(partial_ptr, limits, bits_ptr, state_ptr, left_ptr, programs, E, PROGRAMS)
+    y = y.to(tl.float32)
+    for e in tl.static_range(E):
+        signal = tl.sum(y * y * diagonals[e].to(tl.float32), 0)
+        tl.store(signals_ptr + tl.load(ids_ptr + e) * STRIDE + p, signal)
 
 
-SILU_BLOCK = 512
+SILU_BLOCK = 512  # columns of a program; more where that would make more than PARTS of them
 
 
-def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> Tensor:
-    """silu(gate) * up of gate_up [1, 2K], and the widths of the site's groups where the table is WEIGHTED.
-    Returns [1, K]."""
+def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable) -> Tensor:
+    """silu(gate) * up of gate_up [1, 2K], [1, K]; leaves the signals of the site's groups."""
+    return torch.ops.dpllm.silu_mul(gate_up, site.diagonals, site.ids, table.signals)
+
+
+@torch.library.custom_op("dpllm::silu_mul", mutates_args=("signals",))
+def _silu_mul(gate_up: Tensor, diagonals: Tensor | None, ids: Tensor, signals: Tensor) -> Tensor:
     columns = gate_up.shape[1] // 2
-    out = torch.empty(1, columns, dtype=gate_up.dtype, device=gate_up.device)
-    programs = triton.cdiv(columns, SILU_BLOCK)
-    silu_kernel[(programs,)](
-        gate_up, out, columns, partial_ptr=partial, counter_ptr=counter, programs=programs,
-        PROGRAMS=triton.next_power_of_2(programs), B=SILU_BLOCK, **decision(site, table),
-    )  # fmt: skip
+    out = gate_up.new_empty(1, columns)
+    block = max(SILU_BLOCK, triton.next_power_of_2(triton.cdiv(columns, tables.PARTS)))
+    silu_kernel[(triton.cdiv(columns, block),)](
+        gate_up, out, columns, diagonals, ids, signals, E=_fed(diagonals), STRIDE=signals.shape[1], B=block
+    )
     return out
+
+
+@_silu_mul.register_fake
+def _(gate_up: Tensor, *others: object) -> Tensor:
+    return gate_up.new_empty(1, gate_up.shape[1] // 2)
 
 
 # -- behind the head ------------------------------------------------------------------------------------------
@@ -253,11 +294,17 @@ FINISH_BLOCK = 1024
 
 
 def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table."""
+    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table.
+    partial: float32 scratch of 4 numbers for every 1024 logits. counter: int32, zero before and after."""
+    torch.ops.dpllm.finish(logits, token, table.state, partial, counter)
+
+
+@torch.library.custom_op("dpllm::finish", mutates_args=("token", "state", "partial", "counter"))
+def _finish(logits: Tensor, token: Tensor, state: Tensor, partial: Tensor, counter: Tensor) -> None:
     vocabulary = logits.shape[1]
     programs = triton.cdiv(vocabulary, FINISH_BLOCK)
     finish_kernel[(programs,)](
-        logits, token, table.state, partial, counter, vocabulary, programs,
+        logits, token, state, partial, counter, vocabulary, programs,
         PROGRAMS=triton.next_power_of_2(programs), B=FINISH_BLOCK,
     )  # fmt: skip
 
@@ -299,8 +346,18 @@ def observe_kernel(
 def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
     """Where the request says so, takes in the step before: its logits float32 [1, V], the bits it read, and the token
     that came. Then sets the offset of the token's multiplier, and what the token may cost."""
-    groups = len(table.bits)
+    t = table
+    torch.ops.dpllm.observe(logits, cache.request, t.state, t.bits, t.share, t.left, decay)
+
+
+@torch.library.custom_op("dpllm::observe", mutates_args=("state", "left"))
+def _observe(
+    logits: Tensor, request: Tensor, state: Tensor, bits: Tensor, share: Tensor, left: Tensor, decay: float
+) -> None:
     observe_kernel[(1,)](
-        logits, cache.request, table.state, table.bits, table.share, table.left, decay, groups,
-        B=triton.next_power_of_2(groups),
-    )  # fmt: skip
+        logits, request, state, bits, share, left, decay, len(bits), B=triton.next_power_of_2(len(bits))
+    )
+
+
+for _operator in (_finish, _observe):
+    _operator.register_fake(lambda *args: None)  # what they write is given to them

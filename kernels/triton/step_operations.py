@@ -1,7 +1,8 @@
 """The operations of a decode step, together: what dpllm/gpu_step.py runs. Definitions: kernels/step_reference.py."""
 
 from dpllm.kernels.triton.attention import attend
+from dpllm.kernels.triton.products import chosen_gemv
 from dpllm.kernels.triton.select import estimate
 from dpllm.kernels.triton.small_ops import finish, norm, observe, rope_append, silu_mul
 
-__all__ = ["attend", "estimate", "finish", "norm", "observe", "rope_append", "silu_mul"]
+__all__ = ["attend", "chosen_gemv", "estimate", "finish", "norm", "observe", "rope_append", "silu_mul"]

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 from cpu_cases import Weights
+from operator_checks import Checked
+from step_cases import limit, policy_table
 
+from dpllm.kernels import step_reference
+from dpllm.kernels import step_tables as tables
 from dpllm.kernels.triton import pack, products, trial
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
@@ -87,6 +91,32 @@ def test_widths_within_a_range():
     assert torch.equal(some[1:], products.gemv(x[1:], prepared, widths_of(5))), "as if it were alone"
     with pytest.raises(ValueError, match="not resident"):
         prepared.between(2, 9)
+
+
+@pytest.mark.parametrize(("parts", "dtype"), [(32, HALF), (64, BFLOAT)], ids=str)
+def test_a_width_that_the_product_chooses(parts, dtype):
+    """As the definition chooses it, and what is computed where it is told; whatever is signalled and may be spent."""
+    _, prepared = case(9, 70)
+    x, bias, seen = inputs(1, 70, dtype), torch.rand(9), []
+    for left in (tables.NEVER, 700, 0):
+        for size in (0.0, 1.0, float("inf"), float("nan")):
+            table, other = (policy_table([70] * 3, tables.WEIGHTED, parts) for _ in range(2))
+            for t in (table, other):
+                limit(t, left)
+                t.left[1] = left
+                t.signals[1] = torch.linspace(0.1, 1.9, parts) * size * 70 / parts
+            found = products.chosen_gemv(x, prepared, bias, 1, table, None)
+            step_reference.decide(1, other)
+            assert torch.equal(table.bits, other.bits)
+            assert torch.equal(table.left, other.left)
+            assert torch.equal(found, products.gemv(x, prepared, table.bits[1:2], bias=bias))
+            seen.append(int(table.bits[1]))
+    assert len(set(seen)) >= 3 and set(seen[-4:]) == {2}
+    table.bits[1], table.left[1] = 0, tables.NEVER
+    table.signals[1] = 70.0
+    narrow = products.chosen_gemv(x, prepared.between(3, 4), None, 1, table, None)
+    assert table.bits[1] > 4, "says what was wanted; reads the nearest there is"
+    assert torch.equal(narrow, products.gemv(x, prepared, widths_of(4)))
 
 
 def test_other_seeds_and_resident_widths():
@@ -239,17 +269,10 @@ def test_shapes_that_do_not_match(rows, columns, widths):
 
 
 def test_operators_are_what_torch_expects():
-    """Schema, fake implementation, no hidden aliasing: torch's own checks."""
     _, prepared = case(6, 100, 3)
-    x, out = inputs(1, 100), torch.empty(1, 6)
-    args = (
-        x, prepared.planes, prepared.tables, prepared.table_count, 2, prepared.scale, None, widths_of(3), 3, 3, out,
-    )  # fmt: skip
-    kinds = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.dpllm.bitplane_product.default, args, test_utils=kinds)
-    int8 = torch.ones(8, 32, dtype=torch.int8), torch.ones(8).half()
-    torch.library.opcheck(
-        torch.ops.dpllm.int8_product.default, (inputs(1, 32), *int8, torch.empty(1, 8)), test_utils=kinds
-    )
-    rows = (*args[1:6], 5, 1, torch.empty(3, 100))
-    torch.library.opcheck(torch.ops.dpllm.dequantize_rows.default, rows, test_utils=kinds)
+    int8 = Int8Weight(torch.ones(8, 32, dtype=torch.int8), torch.ones(8).half())
+    with Checked() as checked:
+        products.gemv(inputs(1, 100), prepared, widths_of(3))
+        products.matmul(inputs(130, 100), prepared)
+        products.int8_linear(inputs(1, 32), int8)
+    assert checked.seen == {"bitplane_product", "int8_product", "dequantize_rows", "halve"}

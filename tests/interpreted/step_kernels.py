@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from operator_checks import Checked
 from step_cases import (
     attention_exact,
     cache_of,
@@ -107,19 +108,24 @@ def test_scores_of_minus_infinity_alone_are_no_number():
 
 
 @pytest.mark.parametrize("window", [None, 7, 70])
-@pytest.mark.parametrize("kind", [tables.NONE, tables.WEIGHTED])
-def test_attention_of_a_step(window, kind):
-    """Behind pairs appended since the table was written, with the decision of the group that reads the output."""
+@pytest.mark.parametrize("fed", [0, 1, 2])
+def test_attention_of_a_step(window, fed):
+    """Behind pairs appended since the table was written, with the signals of the groups that look at the output."""
     lengths, group, dim = [100, 0, 65], 2, 16
     q, cache = cache_of(lengths, group, dim, torch.float32, since=4)
-    columns = q.numel()
-    table, other = (policy_table([columns], kind) for _ in range(2))
-    site, (partial, counter) = site_of(0), scratch()
-    found = attention.attend(q, cache, 0, 0.25, window, site, table, partial, counter)
-    expected = step_reference.attend(q, cache, 0, 0.25, window, site, other, partial, counter)
+    table, other = (policy_table([q.numel()] * 3, tables.WEIGHTED) for _ in range(2))
+    site = site_of(*(2, 0)[:fed], columns=q.numel() * (fed > 0))
+    found = attention.attend(q, cache, 0, 0.25, window, site, table)
+    expected = step_reference.attend(q, cache, 0, 0.25, window, site, other)
     assert (found - expected).abs().max() < 1e-5
-    assert torch.equal(table.bits, other.bits)
-    assert (counter == 0).all()
+    assert_signals(table, other, site)
+
+
+def assert_signals(table, other, site, rtol=1e-4):
+    """The same sums, and nothing in other groups' places."""
+    assert torch.allclose(table.signals.sum(1), other.signals.sum(1), rtol=rtol)
+    for g in range(len(table.bits)):
+        assert bool(table.signals[g].any()) == (g in site.groups)
 
 
 # -- norm, rope, silu ---------------------------------------------------------------------------------------
@@ -130,7 +136,8 @@ def test_attention_of_a_step(window, kind):
 @pytest.mark.parametrize("add", [False, True])
 def test_norm(columns, dtype, add):
     x, delta, weight = (torch.randn(1, columns, generator=rng(i)).to(dtype) for i in range(3))
-    table, site = policy_table([columns]), site_of()
+    table, other = (policy_table([columns] * 2) for _ in range(2))
+    site = site_of(1, columns=columns)
     kept = x.clone()
     h = small_ops.norm(x, delta if add else None, weight[0], 1e-5, site, table, 3.0)
     total = kept.double() + delta.double() * add
@@ -138,17 +145,21 @@ def test_norm(columns, dtype, add):
     wide = x.double()
     exact = wide / (wide.square().mean() + 1e-5).sqrt() * weight.double()
     assert (h.double() - exact).abs().max() < 8 * HALF[dtype]
+    step_reference._signals(h, site, other)
+    assert_signals(table, other, site)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("first", [False, True])
-def test_norm_decides(count, first):
+def test_a_norm_and_what_it_decides(count, first):
     columns = 77
     x, weight = torch.randn(1, columns, generator=rng(1)), torch.rand(columns, generator=rng(2))
     table, other = (policy_table([columns] * 4, tables.WEIGHTED) for _ in range(2))
-    site = site_of(*range(1, 1 + count), first=first)
-    for ops, t in ((small_ops, table), (step_reference, other)):
+    site = site_of(*range(1, 1 + count), first=first, columns=columns)
+    for ops, decide, t in ((small_ops, select.decide, table), (step_reference, step_reference.decide, other)):
         ops.norm(x.clone(), None, weight, 1e-5, site, t, 0.1)
+        for g in site.groups:
+            decide(g, t)
     assert torch.equal(table.bits, other.bits)
     assert len(table.bits[1 : 1 + count].unique()) == count, "widths differ, so that a mix-up shows"
     assert table.bits[0] == 0
@@ -159,42 +170,44 @@ def test_norm_decides(count, first):
 LEFT = (0, 99, 400, 1500, 5000, 2**40, tables.NEVER)
 
 
-@pytest.mark.parametrize("kernel", ["norm", "silu_mul"])
-def test_what_a_token_may_cost(kernel):
+def signals_of(groups: int, seed: int = 13) -> torch.Tensor:
+    return torch.rand(groups, tables.PARTS, generator=rng(seed)) * 100
+
+
+def test_what_a_token_may_cost():
     """The less is left the fewer bits, in each group in turn; what is read is paid, and no more than is there."""
-    columns, site, used = 600, site_of(0, 1, 2), []
-    x = torch.randn(1, 2 * columns, generator=rng(13)) * 2
+    used = []
     for left in LEFT:
-        table, other = (policy_table([columns] * 3, tables.WEIGHTED) for _ in range(2))
-        for ops, t in ((small_ops, table), (step_reference, other)):
+        table, other = (policy_table([600] * 3, tables.WEIGHTED) for _ in range(2))
+        for decide, t in ((select.decide, table), (step_reference.decide, other)):
             limit(t, left)
-            if kernel == "norm":
-                ops.norm(x[:, :columns].clone(), None, torch.ones(columns), 1e-5, site, t, 0.1)
-            else:
-                ops.silu_mul(x.clone(), site, t, *scratch())
+            t.signals.copy_(signals_of(3))
+            for g in range(3):
+                decide(g, t)
         assert torch.equal(table.bits, other.bits)
         assert torch.equal(table.left, other.left)
         steps = (table.bits - table.base).tolist()
-        paid = sum(int(table.extra[g, s - 1]) for g, s in enumerate(steps) if s)
-        assert table.left.item() == left - paid >= 0
+        paid = [int(table.extra[g, s - 1]) if s else 0 for g, s in enumerate(steps)]
+        assert table.left.tolist() == [left - sum(paid[:g]) for g in range(4)]
+        assert table.left[-1] >= 0
         used.append(sum(steps))
     assert used == sorted(used)
     assert used[0] == 0 < used[2] < used[4] <= used[5] == used[6]
-    free = policy_table([columns] * 3, tables.WEIGHTED)
-    if kernel == "norm":
-        small_ops.norm(x[:, :columns].clone(), None, torch.ones(columns), 1e-5, site, free, 0.1)
-    else:
-        small_ops.silu_mul(x.clone(), site, free, *scratch())
+    free = policy_table([600] * 3, tables.WEIGHTED)
+    free.signals.copy_(signals_of(3))
+    for g in range(3):
+        select.decide(g, free)
     assert torch.equal(free.bits, table.bits)
-    assert free.left.item() == tables.NEVER
+    assert (free.left == tables.NEVER).all()
 
 
-def test_a_signal_that_is_no_number_reads_the_seed():
+@pytest.mark.parametrize("what", [float("nan"), 0.0, float("inf")])
+def test_a_signal_that_is_no_number_reads_the_seed(what):
+    """An infinite one reads all there is."""
     table = policy_table([32], tables.WEIGHTED)
-    limit(table, 10**6)
-    x = torch.full((1, 32), float("nan"))
-    small_ops.norm(x, None, torch.ones(32), 1e-5, site_of(0), table, 3.0)
-    assert table.bits.tolist() == [2]
+    table.signals[0, 5] = what
+    select.decide(0, table)
+    assert table.bits.tolist() == [2 if what != float("inf") else 8]
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80])
@@ -222,15 +235,21 @@ def test_silu_mul(columns, dtype):
     gate_up = (torch.randn(1, 2 * columns, generator=rng(7)) * 3).to(dtype)
     gate_up[0, 0], gate_up[0, 1] = -200.0, 200.0
     table, other = (policy_table([32, columns], tables.WEIGHTED) for _ in range(2))
-    partial, counter = scratch()
-    found = small_ops.silu_mul(gate_up, site_of(1), table, partial, counter)
-    step_reference.silu_mul(gate_up, site_of(1), other, partial, counter)
+    site = site_of(1, columns=columns)
+    found = small_ops.silu_mul(gate_up, site, table)
+    step_reference.silu_mul(gate_up, site, other)
     gate, up = gate_up.double().chunk(2, 1)
     exact = gate.sigmoid() * gate * up
     assert ((found.double() - exact).abs() <= HALF[dtype] * (1 + exact.abs())).all()
-    assert torch.equal(table.bits, other.bits)
-    assert table.bits[1] > 0
-    assert (counter == 0).all()
+    assert_signals(table, other, site, max(1e-4, HALF[dtype]))
+
+
+def test_silu_mul_of_a_row_that_would_be_too_many_parts():
+    gate_up = torch.ones(1, 2 * 17000)
+    table, site = policy_table([17000], tables.WEIGHTED), site_of(0, columns=17000)
+    small_ops.silu_mul(gate_up, site, table)
+    exact = site.diagonals.double().sum() * torch.ones(1).sigmoid().double() ** 2
+    assert abs(table.signals.double().sum() / exact - 1) < 1e-5
 
 
 # -- select and estimates -----------------------------------------------------------------------------------
@@ -299,10 +318,10 @@ def test_observe(known):
     kept = table.state.clone()
     small_ops.observe(logits, cache, table, DECAY)
     assert torch.equal(table.state[tables.CONTEXT : OFFSET + 1], kept[tables.CONTEXT : OFFSET + 1])
-    assert table.left.item() == tables.NEVER
+    assert table.left[0] == tables.NEVER
     cache.request.copy_(torch.tensor([17, 0, 0, 1, 2**40]))
     small_ops.observe(logits, cache, table, DECAY)
-    assert table.left.item() == 2**40
+    assert table.left[0] == 2**40
     context = step_context(logits, torch.tensor([17]), before)
     assert torch.allclose(table.state[tables.CONTEXT : tables.CONTEXT + 3], context[0], atol=1e-5)
     used = float(table.bits.double() @ table.share.double())
@@ -385,9 +404,22 @@ def test_what_doctor_checks(monkeypatch):
         names += [f"gemv of {b} bits" for b in range(2, 9)]
         assert set(errors) >= {f"{name}, {kind}" for name in names}
     assert max(errors.values()) < 5e-3, errors
-    assert len(launched) >= 14 and all(k.__getitem__.called for k in launched.values()), launched
+    assert len(launched) >= 15 and all(k.__getitem__.called for k in launched.values()), launched
     wrong = {
-        **gpu_info._outputs(step_reference, reference.select, reference.decode_attention, cpu, torch.float16)
+        **gpu_info._outputs(
+            step_reference, reference, reference.select, reference.decode_attention, cpu, torch.float16
+        )
     }
     assert gpu_info._error(wrong["norm"][1], wrong["norm"][0]) > 5e-3
     assert gpu_info._error(torch.tensor([3]), torch.tensor([4])) == float("inf")
+
+
+def test_operators_are_what_torch_expects():
+    from dpllm import gpu_info
+
+    with Checked() as checked:
+        gpu_info.check_step_kernels(torch.device("cpu"))
+    assert checked.seen >= {
+        "norm", "rope_append", "attend", "silu_mul", "decide", "estimate", "finish", "observe", "select",
+        "decode_attention", "chosen_product",
+    }  # fmt: skip

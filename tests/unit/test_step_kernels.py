@@ -39,13 +39,15 @@ def attend(
 ):  # fmt: skip
     _, cache = cache_of([1] * heads, group, dim, stored, since=0)
     q = torch.zeros(heads * group, dim, dtype=dtype)
-    table = policy_table([heads * group * dim] * groups, tables.WEIGHTED)
-    attention.attend(q, cache, 0, 0.1, None, site_of(*range(groups)), table, *scratch())
+    columns = heads * group * dim
+    table = policy_table([columns] * groups, tables.WEIGHTED, parts=64)
+    attention.attend(q, cache, 0, 0.1, None, site_of(*range(groups), columns=columns), table)
 
 
 def norm(columns: int, dtype: torch.dtype, groups: int = 1):
     x, table = torch.zeros(1, columns, dtype=dtype), policy_table([columns] * groups, tables.WEIGHTED)
-    small_ops.norm(x, x, x[0], 1e-5, site_of(*range(groups), first=groups == 1), table, 3.0)
+    site = site_of(*range(groups), first=groups == 1, columns=columns)
+    small_ops.norm(x, x, x[0], 1e-5, site, table, 3.0)
 
 
 def rope(dtype: torch.dtype, stored: torch.dtype):
@@ -56,7 +58,8 @@ def rope(dtype: torch.dtype, stored: torch.dtype):
 
 def silu(columns: int, dtype: torch.dtype, groups: int):
     table = policy_table([columns] * groups, tables.WEIGHTED)
-    small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site_of(*range(groups)), table, *scratch())
+    site = site_of(*range(groups), columns=columns)
+    small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site, table)
 
 
 def behind_the_head(vocabulary: int):
@@ -80,7 +83,7 @@ def undecided():
     """A policy of fixed widths, a cache as the decoder hands it over, no biases of any kind."""
     x, table = torch.zeros(1, 4096, dtype=HALF), policy_table([4096])
     small_ops.norm(x, None, x[0], 1e-5, site_of(0), table, 3.0)
-    small_ops.silu_mul(torch.zeros(1, 2 * 4096, dtype=HALF), site_of(0), table, *scratch())
+    small_ops.silu_mul(torch.zeros(1, 2 * 4096, dtype=HALF), site_of(0), table)
     _, cache = cache_of([1], 8, 64, torch.bfloat16, since=0)
     qkv = torch.zeros(1, 10 * 64, dtype=torch.bfloat16)
     small_ops.rope_append(qkv, None, 1e-5, None, cache, 0, 64)
@@ -113,6 +116,7 @@ CASES = [
     ("attention of a flat cache", attention, {"attend_kernel": 160, "join_kernel": 64}, undecided),
     ("estimate", select, {"estimate_kernel": 64}, lambda: estimate(4096, HALF)),
     ("select", select, {"select_kernel": 48}, lambda: select_rows(4096, HALF)),
+    ("a width alone", select, {"decide_kernel": 48}, lambda: select.decide(3, policy_table([64] * 4, tables.WEIGHTED))),
 ]  # fmt: skip
 
 
