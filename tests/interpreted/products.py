@@ -93,26 +93,32 @@ def test_widths_within_a_range():
         prepared.between(2, 9)
 
 
-@pytest.mark.parametrize(("parts", "dtype"), [(32, HALF), (64, BFLOAT)], ids=str)
-def test_a_width_that_the_product_chooses(parts, dtype):
+SIGNALS = [
+    (0.0, tables.NEVER, 2), (1.0, tables.NEVER, 5), (float("inf"), tables.NEVER, 8), (float("nan"), tables.NEVER, 2),
+    (1e9, 700, 5), (1e9, 0, 2),
+]  # fmt: skip
+
+
+def test_a_width_that_the_product_chooses():
     """As the definition chooses it, and what is computed where it is told; whatever is signalled and may be spent."""
     _, prepared = case(9, 70)
-    x, bias, seen = inputs(1, 70, dtype), torch.rand(9), []
-    for left in (tables.NEVER, 700, 0):
-        for size in (0.0, 1.0, float("inf"), float("nan")):
-            table, other = (policy_table([70] * 3, tables.WEIGHTED, parts) for _ in range(2))
-            for t in (table, other):
-                limit(t, left)
-                t.left[1] = left
-                t.signals[1] = torch.linspace(0.1, 1.9, parts) * size * 70 / parts
-            found = products.chosen_gemv(x, prepared, bias, 1, table, None)
-            step_reference.decide(1, other)
-            assert torch.equal(table.bits, other.bits)
-            assert torch.equal(table.left, other.left)
-            assert torch.equal(found, products.gemv(x, prepared, table.bits[1:2], bias=bias))
-            seen.append(int(table.bits[1]))
-    assert len(set(seen)) >= 3 and set(seen[-4:]) == {2}
-    table.bits[1], table.left[1] = 0, tables.NEVER
+    bias = torch.rand(9)
+    for i, (size, left, bits) in enumerate(SIGNALS):
+        parts, dtype = ((32, HALF), (64, BFLOAT))[i % 2]
+        x = inputs(1, 70, dtype)
+        table, other = (policy_table([70] * 3, tables.WEIGHTED, parts) for _ in range(2))
+        for t in (table, other):
+            limit(t, left)
+            t.left[1] = left
+            t.signals[1] = torch.linspace(0.1, 1.9, parts) * size * 70 / parts
+        if left == tables.NEVER:
+            table.unlimited(), other.unlimited()
+        found = products.chosen_gemv(x, prepared, bias, 1, table, None)
+        step_reference.decide(1, other)
+        assert table.bits[1] == other.bits[1] == bits
+        assert torch.equal(table.left, other.left)
+        assert torch.equal(found, products.gemv(x, prepared, widths_of(bits), bias=bias))
+    table.unlimited()
     table.signals[1] = 70.0
     narrow = products.chosen_gemv(x, prepared.between(3, 4), None, 1, table, None)
     assert table.bits[1] > 4, "says what was wanted; reads the nearest there is"
