@@ -56,7 +56,7 @@ def config_of(name: str) -> ModelConfig:
     """A shape of dpllm/shapes.py; a small layer in a dry run."""
     c = shape("tiny" if DRY else name)
     small = {
-        "hidden_size": 128, "num_layers": 1, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2,
+        "hidden_size": 64, "num_layers": 1, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1,
         "head_dim": 32, "inv_freq": c.inv_freq[:16], "vocab_size": 16, "windows": c.windows[:1],
         "uses_rope": c.uses_rope[:1],
     }  # fmt: skip

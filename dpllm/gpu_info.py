@@ -138,7 +138,7 @@ def _outputs(
     x, delta, weight = case.draw(1, COLUMNS), case.draw(1, COLUMNS), case.draw(COLUMNS)
     h = ops.norm(x, delta, weight, 1e-5, case.site, weighted, LIMIT)
     out["norm"] = [x, h, *decided(h, None)]
-    matrix = products.prepare(_matrix(case.rng, (24, COLUMNS), 1), device)
+    matrix = products.prepare(_matrix(case.rng, (9, COLUMNS), 1), device)
     out["gemv at a width it chooses"] = decided(h, matrix)
     rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
     q = ops.rope_append(case.draw(1, (HEADS + 2 * KV_HEADS) * DIM), None, 1e-5, rope, case.cache, 0, DIM)

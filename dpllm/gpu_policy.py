@@ -21,6 +21,8 @@ from dpllm.kernels.step_tables import PolicyTable, Site
 from dpllm.native import ThresholdRule, resident
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
 
+NOBODY = object()
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -51,7 +53,7 @@ def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
         assert len(fed) <= tables.MAX_FED
         diagonals = None
         if fed and structure.kind == tables.WEIGHTED:
-            columns = decoder.groups[fed[0]].weight.in_features
+            columns = decoder.groups[own[0]].weight.in_features
             diagonals = torch.zeros(len(fed), columns, dtype=torch.float16, device=decoder.device)
         return Site(fed, ids, structure.probes and 0 in own, diagonals)
 
@@ -75,12 +77,14 @@ class DevicePolicy:
         self.table = PolicyTable.empty(shares, decoder.config.hidden_size, decoder.device, parts)
         self.sites: dict[Structure, list[LayerSites]] = {}
         self._diagonals: dict[Structure, list[Tensor]] = {}  # whose copies the sites hold
-        self._thresholds: tuple[Tensor, int] | None = None  # whose copies the table holds, and their version
+        self._thresholds: tuple[Tensor, int | None] | None = (
+            None  # whose copies the table holds, their version
+        )
         self._enter(Structure(tables.NONE))
         state = self.table.state
         self._context = state[tables.CONTEXT : tables.CONTEXT + FEATURES][None]  # [1, 3]
         self._correction = state[tables.CORRECTION : tables.CORRECTION + 1]
-        self._policy: PrecisionPolicy | None = None
+        self._policy: object = NOBODY  # whose rule the table holds; None is a rule too
         self._controller: object = None
         self._target = 0.0  # bits, of the controller when it was uploaded
         self._pace: Pace | None = None  # that the table holds, with the prices it is of
@@ -96,8 +100,10 @@ class DevicePolicy:
             if reason is not None:
                 return reason
             self._policy = policy
-        if self._thresholds is not None and self._thresholds[0]._version != self._thresholds[1]:
-            self._compare(self._thresholds[0])
+        if self._thresholds is not None:
+            thresholds, version = self._thresholds
+            if version is None or thresholds._version != version:
+                self._compare(thresholds)
         if isinstance(policy, RateDistortionPolicy):
             self._limit(policy)
             if not self._is_current(policy):
@@ -120,7 +126,7 @@ class DevicePolicy:
 
     def release(self) -> None:
         """Gives what the policy has learnt back to it, before another one takes its place."""
-        policy, self._policy = self._policy, None
+        policy, self._policy = self._policy, NOBODY
         if not isinstance(policy, RateDistortionPolicy) or policy.deferred is not self:
             return
         policy.deferred = None
@@ -182,16 +188,17 @@ class DevicePolicy:
         """Takes over what inputs are weighted with; texts of one policy share it."""
         if self._diagonals.get(self.structure) is diagonals:
             return
-        self._diagonals[self.structure] = diagonals
+        self._diagonals.pop(self.structure, None)  # whoever is interrupted begins anew
         for layer in self.sites[self.structure]:
             for site in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 if site.diagonals is not None:
                     site.diagonals.copy_(torch.stack([diagonals[g] for g in site.groups]))
+        self._diagonals[self.structure] = diagonals
 
     def _compare(self, thresholds: Tensor) -> None:
         """Takes over a policy's thresholds [G, steps], and will again when they have changed."""
         self.table.compare(thresholds)
-        self._thresholds = thresholds, thresholds._version
+        self._thresholds = thresholds, None if thresholds.is_inference() else thresholds._version
 
     def _by_estimates(self, policy: DPLLMPolicy) -> None:
         table, fixed = self.table, policy.fixed
@@ -213,8 +220,8 @@ class DevicePolicy:
         allowance, pace = policy.allowance, policy.pace
         self.spare = tables.NEVER if allowance is None else allowance.spare
         if allowance is not None and pace is not None and pace is not self._pace:
-            self._pace = pace
             self.table.limit(allowance.prices.extra, pace.rest, pace.gain)
+            self._pace = pace
 
     # -- what is learnt from finished steps ----------------------------------------------------------------
 

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import ARCHITECTURES, build_model
 from tiny_text import train_tokenizer
 
@@ -89,8 +90,8 @@ def heldout_sequences(tokenizer, heldout_documents) -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def profiles(quantized, calibration_sequences) -> dict[str, CalibrationProfile]:
-    """A calibration at each granularity."""
+def profiles(quantized, calibration_sequences, tmp_path_factory, worker_id) -> dict[str, CalibrationProfile]:
+    """A calibration at each granularity; workers share it."""
 
     def calibrate(granularity: str) -> CalibrationProfile:
         decoder = load_decoder(quantized, LoadOptions(granularity=granularity))
@@ -103,7 +104,14 @@ def profiles(quantized, calibration_sequences) -> dict[str, CalibrationProfile]:
         )
         return replace(profile, extra=dict(profile.extra) | found)
 
-    return {g: calibrate(g) for g in ("fused", "linear")}
+    root = tmp_path_factory.getbasetemp()
+    shared = (root if worker_id == "master" else root.parent) / f"profiles-{Overlay.open(quantized).hash}"
+    with FileLock(f"{shared}.lock"):
+        shared.mkdir(exist_ok=True)
+        for g in ("fused", "linear"):
+            if not (shared / g).exists():
+                calibrate(g).save(shared / g)
+    return {g: CalibrationProfile.load(shared / g) for g in ("fused", "linear")}
 
 
 @pytest.fixture(scope="session")

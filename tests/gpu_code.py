@@ -26,7 +26,7 @@ import torch
 import triton
 from ahead_of_time import TARGETS, Binary, Launches
 
-from dpllm.kernels.step_tables import PolicyTable
+from dpllm.kernels.step_tables import PARTS, PolicyTable
 from dpllm.kernels.triton import activations, products
 from dpllm.kernels.triton.pack import TritonWeight, table_offset
 from dpllm.kernels.weight import Int8Weight
@@ -61,9 +61,9 @@ def product(low: int, high: int, k: int = 4096, m: int = 1, dtype: torch.dtype =
     products.gemv(torch.zeros(m, k, dtype=dtype), weight(4096, k, low, high), bits)
 
 
-def choosing(low: int, high: int, k: int = 4096) -> None:
+def choosing(low: int, high: int, k: int = 4096, parts: int = PARTS) -> None:
     """A product that chooses its width."""
-    table = PolicyTable.empty([0.5, 0.5], k, torch.device("cpu"))
+    table = PolicyTable.empty([0.5, 0.5], k, torch.device("cpu"), parts)
     products.chosen_gemv(torch.zeros(1, k).half(), weight(4096, k, low, high), None, 0, table, torch.mv)
 
 
@@ -83,6 +83,7 @@ CASES = {
     "gemv 2-8": lambda: product(2, 8),
     "gemv 2-6, choosing": lambda: choosing(2, 6),
     "gemv 2-6, choosing, K 14336": lambda: choosing(2, 6, 14336),
+    "gemv 3-4, choosing by 64 parts": lambda: choosing(3, 4, parts=64),
     **{f"gemm {b}, 16 rows": lambda b=b: product(b, b, m=16) for b in (3, 4, 6)},
     "gemm 3-4, 16 rows": lambda: product(3, 4, m=16),
     "gemm 4, 32 rows": lambda: product(4, 4, m=32),
@@ -94,8 +95,8 @@ CASES = {
 }  # fmt: skip
 ALWAYS = {"gemv 3", "gemv 4", "gemv 6"}  # for every target, in every run
 ONE_TARGET = {
-    "gemv 2", "gemv 5", "gemv 8", "gemv 2-6, choosing", "gemv 4, K 14336", "gemm 4, 16 rows", "gemm 6, 64 rows",
-    "dense 6", "int8 head", "activations",
+    "gemv 2", "gemv 5", "gemv 8", "gemv 2-6, choosing", "gemv 3-4, choosing by 64 parts", "gemv 4, K 14336",
+    "gemm 4, 16 rows", "gemm 6, 64 rows", "dense 6", "int8 head", "activations",
 }  # fmt: skip
 KERNELS = {
     "gemv_kernel": products, "gemm_kernel": products, "dequantize_kernel": products, "int8_gemv_kernel": products,
@@ -143,8 +144,13 @@ def look(case: str, target: int) -> tuple[Found, list[str]]:
         if narrow:
             wrong.append(f"loads that are not {wide[1:]} bits wide: {', '.join(sorted(set(narrow)))}")
         loads = [n for n in binary.instructions if n.startswith("LDG")]
-        if "choosing" in case and not all(wide in n for n in loads[:4]):
-            wrong.append("the planes of both rows that every width needs are not requested first")
+        if "choosing" in case:
+            if not all(wide in n for n in loads[:4]):
+                wrong.append("the planes of both rows that every width needs are not requested first")
+            if any(
+                n.startswith("BAR") for n in binary.instructions[: binary.instructions.index("REDUX.MAX.S32")]
+            ):
+                wrong.append("a barrier before the width is known")
         if not any("MMA" in n for n in main):
             wrong.append("no tensor core instruction")
         per_weight = round(len(main) / (2 * lanes * (4 if case == "int8 head" else 32)), 3)

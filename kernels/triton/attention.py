@@ -110,10 +110,11 @@ def join_kernel(
         before += tl.cdiv(n, TILE)
     n, _ = pairs_of(length_ptr, request_ptr, h, window, APPENDED)
     d = tl.arange(0, DP)
-    diagonals = ()
+    diagonals, groups = (), ()
     for e in tl.static_range(E):
         at = diagonal_ptr + (e * tl.num_programs(0) + i) * D + d
         diagonals = diagonals + (tl.load(at, mask=d < D, other=0.0),)  # noqa: RUF005 (no stars in kernels)
+        groups = groups + (tl.load(ids_ptr + e),)  # noqa: RUF005
     mixed = tl.zeros([DP], tl.float32)
     top, total = float("-inf"), 0.0
     if n > 0:
@@ -142,7 +143,7 @@ def join_kernel(
     y = tl.where(inside, y.to(tl.float32), 0.0)
     for e in tl.static_range(E):
         signal = tl.sum(y * y * diagonals[e].to(tl.float32), 0)
-        tl.store(signals_ptr + tl.load(ids_ptr + e) * STRIDE + i, signal)
+        tl.store(signals_ptr + groups[e] * STRIDE + i, signal)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
 
 MULTIPLIER, GAIN = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.GAIN)
-MAX_STEPS = tl.constexpr(tables.MAX_STEPS)
+MAX_STEPS, WARP = tl.constexpr(tables.MAX_STEPS), tl.constexpr(tables.PARTS)
 BLOCK = 1024
 ROW_BLOCKS = 32  # programs that share a projection's rows
 
@@ -29,7 +29,9 @@ def chosen(
     """(group g's width, what may still be spent on the token behind it): PolicyTable says how. A signal that is no
     number exceeds nothing."""
     step = tl.arange(0, MAX_STEPS)
-    parts = tl.load(signals_ptr + g * PARTS + tl.arange(0, PARTS))
+    parts = tl.load(signals_ptr + g * PARTS + tl.arange(0, WARP))
+    for i in tl.static_range(1, PARTS // WARP):  # what one warp adds up needs no barrier
+        parts += tl.load(signals_ptr + g * PARTS + i * WARP + tl.arange(0, WARP))
     threshold, extra = (
         tl.load(threshold_ptr + g * MAX_STEPS + step),
         tl.load(extra_ptr + g * MAX_STEPS + step),

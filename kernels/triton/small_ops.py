@@ -35,8 +35,8 @@ def norm_kernel(
     exponent_limit, E: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """One program: x += delta; h = rms_norm(x) * weight; then the signals of the E groups whose signal is of h. It has
-    K in PARTS rows, so that a warp adds up parts of a signal by itself. Everything is loaded before anything is summed
-    up: what is asked for behind a sum would be waited for."""
+    K in PARTS rows, so that a warp adds up parts of a signal by itself, and no element is two threads' (x is changed in
+    place). Everything is loaded before anything is summed up: what is asked for behind a sum would be waited for."""
     part = tl.arange(0, PARTS)
     k = part[:, None] * B + tl.arange(0, B)[None, :]
     inside = k < K
@@ -86,10 +86,10 @@ def _norm(
     signals: Tensor, probe: Tensor | None, state: Tensor, limit: float,
 ) -> Tensor:  # fmt: skip
     h, columns = torch.empty_like(x), x.shape[1]
+    block = triton.next_power_of_2(triton.cdiv(columns, tables.PARTS))
     norm_kernel[(1,)](
         x, delta, weight, h, eps, columns, diagonals, ids, signals, probe, state, limit, E=_fed(diagonals),
-        STRIDE=signals.shape[1], PARTS=tables.PARTS, B=triton.next_power_of_2(triton.cdiv(columns, tables.PARTS)),
-        num_warps=8 if columns <= 2048 else 16,
+        STRIDE=signals.shape[1], PARTS=tables.PARTS, B=block, num_warps=min(max(block // 8, 1), 16),
     )  # fmt: skip
     return h
 
@@ -203,10 +203,11 @@ def silu_kernel(
     inside = k < K
     gate = tl.load(gate_up_ptr + k, mask=inside, other=0.0)
     up = tl.load(gate_up_ptr + K + k, mask=inside, other=0.0)
-    diagonals = ()
+    diagonals, groups = (), ()
     for e in tl.static_range(E):
         d = tl.load(diagonal_ptr + e * K + k, mask=inside, other=0.0)
         diagonals = diagonals + (d,)  # noqa: RUF005 (no stars in kernels)
+        groups = groups + (tl.load(ids_ptr + e),)  # noqa: RUF005
     kind = gate.dtype
     wide = gate.to(tl.float32)
     y = (wide / (1.0 + tl.exp(-wide))).to(kind).to(tl.float32) * up.to(tl.float32)
@@ -215,7 +216,7 @@ def silu_kernel(
     y = y.to(tl.float32)
     for e in tl.static_range(E):
         signal = tl.sum(y * y * diagonals[e].to(tl.float32), 0)
-        tl.store(signals_ptr + tl.load(ids_ptr + e) * STRIDE + p, signal)
+        tl.store(signals_ptr + groups[e] * STRIDE + p, signal)
 
 
 SILU_BLOCK = 512  # columns of a program; more where that would make more than PARTS of them

@@ -23,7 +23,7 @@ from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.native import decode_one
-from dpllm.policy import RandomPolicy, RateDistortionPolicy, begin_text, make_policy, observe
+from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy, begin_text, make_policy, observe
 from dpllm.sampling import drawn
 
 TOLERANCE = 1e-4
@@ -236,6 +236,43 @@ def test_who_decides_may_change_between_any_two_tokens(quantized, profiles, held
             assert own.context is step._policy._context
     logits, bits = zip(*found, strict=True)
     assert_same((torch.cat(logits), torch.cat(bits)), expected)
+
+
+def test_nobody_yet_and_nothing_to_choose(overlay):
+    """None is a rule as well: all that is resident, from the first step on."""
+    decoder = load(overlay("llama"))
+    found = steps(decoder, None, IDS[:3])
+    widest = StaticPolicy([g.resident_bits for g in decoder.groups])
+    assert_same(found, by_operations(decoder, widest, IDS[:3]))
+
+
+def test_an_interrupted_beginning_is_begun_anew(quantized, profiles, heldout_sequences, monkeypatch):
+    decoder, ids = load(quantized), heldout_sequences[0][:12].tolist()
+    policy, step = RateDistortionPolicy(profiles["fused"], decoder, 3.5), step_of(decoder)
+
+    def interrupted(tensors):
+        if len(step._policy.sites) > 1 and tensors[0] is policy.diagonals[-1]:
+            raise KeyboardInterrupt
+        return stack(tensors)
+
+    stack = torch.stack
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch, "stack", interrupted)
+        step(ids[0], decoder.new_cache(2), policy)
+    found = decode_text(decoder, begin_text(policy), ids, step)
+    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+
+
+def test_thresholds_without_a_version(quantized, profiles, heldout_sequences):
+    """Made in inference mode, where nobody counts what is changed in place."""
+    decoder, ids = load(quantized), heldout_sequences[0][:12].tolist()
+    with torch.inference_mode():
+        policy, used = RateDistortionPolicy(profiles["fused"], decoder, 2.5), []
+        step = step_of(decoder)
+        for target in (2.5, 5.0):
+            policy.set_target(target)
+            used.append(steps(decoder, policy, ids, step=step)[1].double().mean().item())
+    assert used[1] > used[0] + 1
 
 
 def test_retargeting_rewrites_memory_only(quantized, profiles, heldout_sequences):
