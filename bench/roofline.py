@@ -76,7 +76,7 @@ def step(c: ModelConfig, bits: float, context: int, per_weight: dict[int, float]
     h, inner = c.hidden_size, c.intermediate_size
     small = Launch(8.0 * h)
     layer = [
-        small, product(q + 2 * kv, h, bits, per_weight), small, Launch(4.0 * kv * context), small,
+        small, product(q + 2 * kv, h, bits, per_weight), Launch(4.0 * kv * context), small,
         product(h, q, bits, per_weight), small, product(2 * inner, h, bits, per_weight), Launch(6.0 * inner),
         product(h, inner, bits, per_weight),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpllm.calib.sensitivity import DECAY, LIMIT
 from dpllm.kernels import reference, step_reference
 from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
+from dpllm.kernels.step_tables import CacheTable, Heads, PolicyTable, Site
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, Int8Weight, QuantizedWeight, pack
 
 QUERIED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
@@ -141,11 +141,12 @@ def _outputs(
     matrix = products.prepare(_matrix(case.rng, (9, COLUMNS), 1), device)
     out["gemv at a width it chooses"] = decided(h, matrix)
     rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
-    q = ops.rope_append(case.draw(1, (HEADS + 2 * KV_HEADS) * DIM), None, 1e-5, rope, case.cache, 0, DIM)
-    out["rope_append"] = [q, case.k, case.v]
+    qkv = case.draw(1, (HEADS + 2 * KV_HEADS) * DIM)
+    norms = tuple(case.draw(DIM) for _ in range(2))
     weighted.signals.zero_()  # of more parts than the next one's
-    mixed = ops.attend(q, case.cache, 0, DIM**-0.5, None, case.site, weighted)
-    out["attend"] = [mixed, *decided(mixed, None)]
+    mixed = ops.attend(qkv, Heads(DIM, 1e-5, norms, rope), case.cache, 0, case.site, weighted)
+    out["attend"] = [mixed, case.k, case.v, *decided(mixed, None)]
+    q = qkv.view(-1, DIM)[:HEADS]
     start, length = case.cache.start[0], case.cache.length[0]
     out["decode_attention"] = [attention(q, case.k, case.v, start, length, DIM**-0.5)]
     weighted.signals.zero_()

@@ -24,7 +24,7 @@ from dpllm.decoder import Layer as DecoderLayer
 from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.backend import lacking_for_triton
-from dpllm.kernels.step_tables import CacheTable, Site
+from dpllm.kernels.step_tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.native import NativeStep, decode_one
 from dpllm.policy import PrecisionPolicy
@@ -250,10 +250,9 @@ class GpuStep:
         i = layer.index
         h = ops.norm(x, delta, layer.input_norm, c.rms_eps, site.qkv, table, LIMIT)
         qkv = self._products(layer.qkv, h, site.qkv)
-        norms = None if layer.q_norm is None else (layer.q_norm, layer.k_norm)
-        turn = rope if c.uses_rope[i] else None
-        q = ops.rope_append(qkv, norms, c.rms_eps, turn, cache, i, c.head_dim)
-        mixed = ops.attend(q, cache, i, c.head_dim**-0.5, c.windows[i], site.o, table)
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        heads = Heads(c.head_dim, c.rms_eps, norms, rope if c.uses_rope[i] else None, c.windows[i] or 0)
+        mixed = ops.attend(qkv, heads, cache, i, site.o, table)
         delta = self._products([layer.o], mixed, site.o)
         h = ops.norm(x, delta, layer.post_norm, c.rms_eps, site.gate_up, table, LIMIT)
         gate_up = self._products(layer.gate_up, h, site.gate_up)

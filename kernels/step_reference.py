@@ -31,6 +31,7 @@ from dpllm.kernels.step_tables import (
     TOKEN,
     WEIGHTS,
     CacheTable,
+    Heads,
     PolicyTable,
     Site,
 )
@@ -76,23 +77,6 @@ def norm(
     return h
 
 
-def rope_append(
-    qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, rope: tuple[Tensor, Tensor] | None,
-    cache: CacheTable, layer: int, head_dim: int,
-) -> Tensor:  # fmt: skip
-    """Rotates q and k of qkv [1, (H + 2 KVH) D] and puts k, v behind their heads' runs. Returns q [H, D]."""
-    kv_heads = cache.start.shape[1]
-    rows = qkv.view(-1, head_dim)
-    q, k, v = rows.split([len(rows) - 2 * kv_heads, kv_heads, kv_heads])
-    if norms is not None:
-        q, k = (_normed(t, w, eps) for t, w in zip((q, k), norms, strict=True))
-    if rope is not None:
-        q, k = (_turned(t, *rope) for t in (q, k))
-    at = cache.start[layer] + cache.length[layer] + cache.request[SINCE]
-    cache.k[layer][at], cache.v[layer][at] = k.to(cache.dtype), v.to(cache.dtype)
-    return q
-
-
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
@@ -104,13 +88,24 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable
+    qkv: Tensor, heads: Heads, cache: CacheTable, layer: int, site: Site, table: PolicyTable
 ) -> Tensor:
-    """Attention of the token just appended, [1, H D]; leaves the signals of the site's groups."""
-    n = cache.length[layer] + cache.request[SINCE].int() + 1
-    skip = torch.zeros_like(n) if window is None else (n - window).clamp(min=0)
-    k, v, start = cache.k[layer], cache.v[layer], cache.start[layer] + skip
-    out = reference.decode_attention(q, k, v, start, n - skip, scale).view(1, -1)
+    """Norms and rotates q and k, puts k and v behind their heads' runs, and attends to these: [1, H D]. qkv: [1, (H + 2
+    KVH) D]. Leaves the signals of the site's groups."""
+    start, kv_heads = cache.start[layer], cache.start.shape[1]
+    rows = qkv.view(-1, heads.dim)
+    q, k, v = rows.split([len(rows) - 2 * kv_heads, kv_heads, kv_heads])
+    if heads.norms is not None:
+        q, k = (_normed(t, w, heads.eps) for t, w in zip((q, k), heads.norms, strict=True))
+    if heads.rope is not None:
+        q, k = (_turned(t, *heads.rope) for t in (q, k))
+    before = cache.length[layer] + cache.request[SINCE]
+    cache.k[layer][start + before] = k.to(cache.dtype)
+    cache.v[layer][start + before] = v.to(cache.dtype)
+    n = before.int() + 1
+    skip = (n - heads.window).clamp(min=0) if heads.window else torch.zeros_like(n)
+    runs = start + skip, n - skip
+    out = reference.decode_attention(q, cache.k[layer], cache.v[layer], *runs, heads.dim**-0.5).view(1, -1)
     _signals(out, site, table)
     return out
 

@@ -72,6 +72,18 @@ class CacheTable:
         self.length.copy_(length)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What a layer's attention makes of its products. dim: D. norms: weights [D] of the norms of q and k, with eps.
+    rope: cos, sin float32 [D / 2] of the position. window: pairs attended to at most; 0: all."""
+
+    dim: int
+    eps: float
+    norms: tuple[Tensor, Tensor] | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    window: int = 0
+
+
 @dataclass
 class PolicyTable:
     """How widths are chosen: bits[g] = base[g] + number of thresholds[g] that the group's signal exceeds.

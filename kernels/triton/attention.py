@@ -5,20 +5,26 @@ a row, whatever head they belong to: one head that kept much more than the other
 several heads, a head several programs; program p's part of head h goes to place p + h of a scratch of P + KVH places,
 because along the blocks p and h only rise, one of them at each change. A second launch joins a head's parts, in the
 order of p. Lengths stand in device memory and decide nothing about the grid.
+
+In a step the same launch takes q, k and v as the products leave them: whoever reads a head's pairs norms and rotates
+its queries for itself, and the program that has a head's last block puts the new pair there first.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
-from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
-from dpllm.kernels.triton.small_ops import SINCE, TRITON_TYPE
+from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import CacheTable, Heads, PolicyTable, Site
 
+SINCE = tl.constexpr(tables.SINCE)
+TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LOG2_E = 1.4426950408889634
 JOIN = 16  # parts joined at a time
 
@@ -44,16 +50,41 @@ def blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED: tl.con
 
 
 @triton.jit
+def turned(row_ptr, d, D, inside, norm_ptr, cos_ptr, sin_ptr, eps):
+    """Rows of q or k, normed and rotated, in the type they have. row_ptr: [R, 1], where they begin; d: [1, DP]."""
+    half = D // 2
+    first = d < half
+    other = tl.where(first, d + half, d - half)  # what an element is rotated with
+    a = tl.load(row_ptr + d, mask=inside, other=0.0)
+    b = tl.load(row_ptr + other, mask=inside, other=0.0)
+    kind = a.dtype
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    if norm_ptr is not None:
+        root = tl.rsqrt(tl.sum(a * a, 1) / D + eps)[:, None]
+        weight_a = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        weight_b = tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)
+        a = ((a * root).to(kind).to(tl.float32) * weight_a).to(kind).to(tl.float32)
+        b = ((b * root).to(kind).to(tl.float32) * weight_b).to(kind).to(tl.float32)
+    if cos_ptr is not None:
+        angle = tl.where(first, d, d - half)
+        cos = tl.load(cos_ptr + angle, mask=d < D, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=d < D, other=0.0)
+        a = a * cos + tl.where(first, -b, b) * sin
+    return a.to(kind)
+
+
+@triton.jit
 def attend_kernel(
-    q_ptr, k_ptr, v_ptr, address_ptr, start_ptr, length_ptr, request_ptr, out_ptr, sums_ptr, scale, window, KVH, D,
-    G: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, ADDRESSED: tl.constexpr,
-    APPENDED: tl.constexpr, STORED: tl.constexpr, COMPUTED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, address_ptr, start_ptr, length_ptr, request_ptr,
+    out_ptr, sums_ptr, scale, window, eps, KVH, D, G: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
+    TILE: tl.constexpr, APPENDED: tl.constexpr, STORED: tl.constexpr, COMPUTED: tl.constexpr,
 ):  # fmt: skip
-    """Program p's parts: out [P + KVH, G, D] unnormalised, sums [P + KVH, G, 2] the maxima and sums of exponentials."""
+    """Program p's parts: out [P + KVH, G, D] unnormalised, sums [P + KVH, G, 2] the maxima and sums of exponentials.
+    APPENDED: q_ptr is [(H + 2 KVH) D], of q, k and v, and k, v are put behind their runs; else it is q alone."""
     p = tl.program_id(0)
     each = blocks_each(length_ptr, request_ptr, window, tl.num_programs(0), KVH, APPENDED, TILE)
     first, last = p * each, (p + 1) * each
-    if ADDRESSED:
+    if APPENDED:
         k_base = tl.multiple_of(tl.load(address_ptr).to(tl.pointer_type(STORED)), 16)
         v_base = tl.multiple_of(tl.load(address_ptr + 1).to(tl.pointer_type(STORED)), 16)
     else:
@@ -68,8 +99,18 @@ def attend_kernel(
         end = tl.minimum(tl.minimum(last - before, blocks) * TILE, n)
         before += blocks
         if begin < end:
-            q = tl.load(q_ptr + (h * G + row[:, None]) * D + d[None, :], mask=asked, other=0.0).to(COMPUTED)
+            q_rows = q_ptr + (h * G + row[:, None]) * D
+            q = turned(q_rows, d[None, :], D, asked, q_norm_ptr, cos_ptr, sin_ptr, eps).to(COMPUTED)
             offset = (tl.load(start_ptr + h) + skip) * D
+            if APPENDED:  # noqa: SIM102 (known when this is compiled)
+                if end == n:  # no other program reads this pair
+                    at, here = offset + (n - 1) * D + d[None, :], d[None, :] < D
+                    k_rows = q_ptr + (KVH * G + h) * D + tl.zeros([1, 1], tl.int32)
+                    k_new = turned(k_rows, d[None, :], D, here, k_norm_ptr, cos_ptr, sin_ptr, eps)
+                    v_new = tl.load(k_rows + KVH * D + d[None, :], mask=here, other=0.0)
+                    tl.store(k_base + at, k_new.to(STORED), mask=here)
+                    tl.store(v_base + at, v_new.to(STORED), mask=here)
+                    tl.debug_barrier()  # other threads of this program read it
             top = tl.full([ROWS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             mixed = tl.zeros([ROWS, DP], tl.float32)
@@ -152,10 +193,9 @@ def program_count(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _shape(q: Tensor, kv_heads: int, stored: torch.dtype) -> dict:
+def _shape(group: int, dim: int, asked: torch.dtype, stored: torch.dtype) -> dict:
     """The constants both launches are specialised on. A cache of another type than q is read in float32."""
-    group, dim = q.shape[0] // kv_heads, q.shape[1]
-    computed = q.dtype if q.dtype == stored else torch.float32
+    computed = asked if asked == stored else torch.float32
     padded = max(16, triton.next_power_of_2(dim))
     wide = padded * computed.itemsize
     # Two stages of keys and of values within 48 KB; converted pairs take registers as well.
@@ -165,24 +205,27 @@ def _shape(q: Tensor, kv_heads: int, stored: torch.dtype) -> dict:
 
 
 def _launch(
-    q: Tensor, kv: tuple[Tensor, Tensor], places: tuple[Tensor, ...], scale: float, window: int, stored: torch.dtype,
-    appended: bool, signals: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    q: Tensor, heads: tuple[int, int], kv: tuple[Tensor, ...], places: tuple[Tensor, ...], scale: float, window: int,
+    stored: torch.dtype, turn: tuple[Any, ...] | None = None, signals: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:  # fmt: skip
-    """Both launches; returns the output, [H, D]. places: address, start, length, request; the first and last count
-    where a pair was appended, kv where none was. signals: the diagonals, ids and signals of a site."""
+    """Both launches; returns the output, [H, D]. heads: H, D. places: address, start, length, request. turn: norms'
+    weights, cos, sin, eps where q is of q, k and v, which are to be appended: kv counts where it is None. signals: the
+    diagonals, ids and signals of a site."""
     address, start, length, request = places
-    heads, dim = q.shape
-    kv_heads, shape = len(start), _shape(q, len(start), stored)
+    count, dim = heads
+    kv_heads, appended = len(start), turn is not None
+    shape = _shape(count // kv_heads, dim, q.dtype, stored)
     computed, programs = shape.pop("COMPUTED"), program_count(q.device)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    *turning, eps = turn or (None, None, None, None, 0.0)
+    out = q.new_empty(count, dim)
     parts = torch.empty(programs + kv_heads, shape["G"], dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(programs + kv_heads, shape["G"], 2, dtype=torch.float32, device=q.device)
     attend_kernel[(programs,)](
-        q, *kv, address, start, length, request, parts, sums, scale * LOG2_E, window, kv_heads, dim,
-        ROWS=max(16, triton.next_power_of_2(shape["G"])), ADDRESSED=appended, APPENDED=appended,
-        STORED=TRITON_TYPE[stored], COMPUTED=TRITON_TYPE[computed], num_stages=2, **shape,
+        q, *kv, *turning, address, start, length, request, parts, sums, scale * LOG2_E, window, eps, kv_heads, dim,
+        ROWS=max(16, triton.next_power_of_2(shape["G"])), APPENDED=appended, STORED=TRITON_TYPE[stored],
+        COMPUTED=TRITON_TYPE[computed], num_stages=2, **shape,
     )  # fmt: skip
-    join_kernel[(heads,)](
+    join_kernel[(count,)](
         parts, sums, out, length, request, programs, window, kv_heads, dim, *signals, JOIN=JOIN, APPENDED=appended,
         E=0 if signals[0] is None else len(signals[0]), STRIDE=0 if signals[2] is None else signals[2].shape[1],
         **shape,
@@ -191,27 +234,38 @@ def _launch(
 
 
 def attend(
-    q: Tensor, cache: CacheTable, layer: int, scale: float, window: int | None, site: Site, table: PolicyTable
+    qkv: Tensor, heads: Heads, cache: CacheTable, layer: int, site: Site, table: PolicyTable
 ) -> Tensor:
-    """Attention of the token just appended, [1, H D]; leaves the signals of the site's groups. q: [H, D]."""
-    assert len(q) <= table.signals.shape[1]
+    """Norms and rotates q and k, puts k and v behind their heads' runs, and attends to these: [1, H D]. qkv: [1, (H + 2
+    KVH) D]. Leaves the signals of the site's groups."""
+    norms, rope = heads.norms or (None, None), heads.rope or (None, None)
     return torch.ops.dpllm.attend(
-        q, *cache.places(layer), scale, window or 0, cache.dtype, site.diagonals, site.ids, table.signals
-    )
+        qkv, *norms, *rope, heads.eps, heads.dim, heads.window, *cache.places(layer), cache.dtype, site.diagonals,
+        site.ids, table.signals,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("dpllm::attend", mutates_args=("signals",))  # pairs are read by address
+@torch.library.custom_op("dpllm::attend", mutates_args=("signals",))  # pairs are found by address
 def _attend(
-    q: Tensor, address: Tensor, start: Tensor, length: Tensor, request: Tensor, scale: float, window: int,
-    stored: torch.dtype, diagonals: Tensor | None, ids: Tensor, signals: Tensor,
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
+    dim: int, window: int, address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype,
+    diagonals: Tensor | None, ids: Tensor, signals: Tensor,
 ) -> Tensor:  # fmt: skip
-    places = address, start, length, request
-    return _launch(q, (q, q), places, scale, window, stored, True, (diagonals, ids, signals)).view(1, -1)
+    heads = qkv.shape[1] // dim - 2 * len(start)
+    assert heads <= signals.shape[1]
+    out = _launch(
+        qkv, (heads, dim), (qkv, qkv), (address, start, length, request), dim**-0.5, window, stored,
+        (q_norm, k_norm, cos, sin, eps), (diagonals, ids, signals),
+    )  # fmt: skip
+    return out.view(1, -1)
 
 
 @_attend.register_fake
-def _(q: Tensor, *others: object) -> Tensor:
-    return q.new_empty(1, q.numel())
+def _(
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
+    dim: int, window: int, address: Tensor, start: Tensor, *others: object,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(1, qkv.shape[1] - 2 * len(start) * dim)
 
 
 def decode_attention(
@@ -226,7 +280,9 @@ def decode_attention(
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float) -> Tensor:
     assert k.is_contiguous() and v.is_contiguous() and start.dtype == torch.int64
     with torch.cuda.device_of(q):
-        return _launch(q.contiguous(), (k, v), (start, start, length, start), scale, 0, k.dtype, False)
+        return _launch(
+            q.contiguous(), tuple(q.shape), (k, v), (start, start, length, start), scale, 0, k.dtype
+        )
 
 
 @_decode_attention.register_fake

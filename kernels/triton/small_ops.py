@@ -1,5 +1,5 @@
-"""What lies between the products of a decode step, one launch each: residual + norm, rotation + append, silu * mul, and
-behind the head the greedy token and what the next token's multiplier is made of. What makes a vector also leaves the
+"""What lies between the products of a decode step, one launch each: residual + norm, silu * mul, and behind
+the head the greedy token and what the next token's multiplier is made of. What makes a vector also leaves the
 weighted squares of it, in parts, for the products that choose their width by them (select.py)."""
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
 from dpllm.kernels.triton.select import arrived_last
 
-TOKEN, SINCE = tl.constexpr(tables.TOKEN), tl.constexpr(tables.SINCE)
-OBSERVE, SPARE = tl.constexpr(tables.OBSERVE), tl.constexpr(tables.SPARE)
+TOKEN, OBSERVE, SPARE = (tl.constexpr(place) for place in (tables.TOKEN, tables.OBSERVE, tables.SPARE))
 MULTIPLIER, OFFSET = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.OFFSET)
 CONTEXT, WEIGHTS = tl.constexpr(tables.CONTEXT), tl.constexpr(tables.WEIGHTS)
 MEANS, BIAS = tl.constexpr(tables.MEANS), tl.constexpr(tables.BIAS)
@@ -22,8 +21,6 @@ CORRECTION, TARGET = tl.constexpr(tables.CORRECTION), tl.constexpr(tables.TARGET
 RATE, LIMIT = tl.constexpr(tables.RATE), tl.constexpr(tables.LIMIT)
 ALL = tl.constexpr(tables.ALL)
 LOG_TOTAL, ENTROPY = tl.constexpr(tables.LOG_TOTAL), tl.constexpr(tables.ENTROPY)
-
-TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 # -- residual + norm --------------------------------------------------------------------------------------------
@@ -102,91 +99,6 @@ def _(x: Tensor, *others: object) -> Tensor:
 def _fed(diagonals: Tensor | None) -> int:
     """Groups whose signals are to be left."""
     return 0 if diagonals is None else len(diagonals)
-
-
-# -- rotation + append ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def rope_kernel(
-    qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, q_ptr, address_ptr, start_ptr, length_ptr, request_ptr, eps,
-    H, KVH, D, STORED: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Program h: one head of q (rotated, to q), of k (rotated, to the end of its run), or of v (to its run)."""
-    h = tl.program_id(0)
-    half = D // 2
-    i = tl.arange(0, B)
-    inside = i < half
-    a = tl.load(qkv_ptr + h * D + i, mask=inside, other=0.0)
-    b = tl.load(qkv_ptr + h * D + half + i, mask=inside, other=0.0)
-    kind = a.dtype
-    if h < H + KVH:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        if q_norm_ptr is not None:
-            root = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / D + eps)
-            weight = q_norm_ptr if h < H else k_norm_ptr
-            wa = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-            wb = tl.load(weight + half + i, mask=inside, other=0.0).to(tl.float32)
-            a = ((a * root).to(kind).to(tl.float32) * wa).to(kind).to(tl.float32)
-            b = ((b * root).to(kind).to(tl.float32) * wb).to(kind).to(tl.float32)
-        if cos_ptr is not None:
-            cos = tl.load(cos_ptr + i, mask=inside, other=0.0)
-            sin = tl.load(sin_ptr + i, mask=inside, other=0.0)
-            a, b = a * cos - b * sin, b * cos + a * sin
-        a, b = a.to(kind), b.to(kind)
-    if h < H:
-        tl.store(q_ptr + h * D + i, a, mask=inside)
-        tl.store(q_ptr + h * D + half + i, b, mask=inside)
-    else:
-        is_value = h >= H + KVH
-        head = h - H - tl.where(is_value, KVH, 0)
-        flat = tl.load(address_ptr + tl.where(is_value, 1, 0)).to(tl.pointer_type(STORED))
-        slot = tl.load(start_ptr + head) + tl.load(length_ptr + head) + tl.load(request_ptr + SINCE)
-        tl.store(flat + slot * D + i, a.to(STORED), mask=inside)
-        tl.store(flat + slot * D + half + i, b.to(STORED), mask=inside)
-
-
-def rope_append(
-    qkv: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, rope: tuple[Tensor, Tensor] | None,
-    cache: CacheTable, layer: int, head_dim: int,
-) -> Tensor:  # fmt: skip
-    """Rotates q and k and puts k, v behind their heads' runs. qkv: [1, (H + 2 KVH) D]. norms: weights [D] of the norms
-    of q and k. rope: cos, sin float32 [D / 2] of the position. Returns q [H, D]."""
-    return torch.ops.dpllm.rope_append(
-        qkv,
-        *(norms or (None, None)),
-        eps,
-        *(rope or (None, None)),
-        *cache.places(layer),
-        cache.dtype,
-        head_dim,
-    )
-
-
-@torch.library.custom_op("dpllm::rope_append", mutates_args=())  # pairs are written by address
-def _rope_append(
-    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None,
-    address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype, head_dim: int,
-) -> Tensor:  # fmt: skip
-    kv_heads = len(start)
-    q = _queries(qkv, start, head_dim)
-    rope_kernel[(len(q) + 2 * kv_heads,)](
-        qkv, q_norm, k_norm, cos, sin, q, address, start, length, request, eps, len(q), kv_heads, head_dim,
-        STORED=TRITON_TYPE[stored], B=triton.next_power_of_2(head_dim // 2), num_warps=1,
-    )  # fmt: skip
-    return q
-
-
-def _queries(qkv: Tensor, start: Tensor, head_dim: int) -> Tensor:
-    return qkv.new_empty(qkv.shape[1] // head_dim - 2 * len(start), head_dim)
-
-
-@_rope_append.register_fake
-def _(
-    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None,
-    address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype, head_dim: int,
-) -> Tensor:  # fmt: skip
-    return _queries(qkv, start, head_dim)
 
 
 # -- silu * mul -----------------------------------------------------------------------------------------------

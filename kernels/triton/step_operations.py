@@ -3,6 +3,6 @@
 from dpllm.kernels.triton.attention import attend
 from dpllm.kernels.triton.products import chosen_gemv
 from dpllm.kernels.triton.select import estimate
-from dpllm.kernels.triton.small_ops import finish, norm, observe, rope_append, silu_mul
+from dpllm.kernels.triton.small_ops import finish, norm, observe, silu_mul
 
-__all__ = ["attend", "chosen_gemv", "estimate", "finish", "norm", "observe", "rope_append", "silu_mul"]
+__all__ = ["attend", "chosen_gemv", "estimate", "finish", "norm", "observe", "silu_mul"]

@@ -114,13 +114,16 @@ def test_matmul_reads_every_resident_plane(isa, accuracy, shape):
         assert (y - product).abs().max() < 1e-4 * product.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(67, 515), (5, 12000)], ids=str)
 @each_isa
 @each_accuracy
-def test_matmul_of_a_token_is_its_own(monkeypatch, isa, accuracy):
-    """What else there is of the prompt does not change a bit of it, as long as it has more than a few tokens."""
+def test_matmul_of_a_token_is_its_own(monkeypatch, isa, accuracy, shape):
+    """What else there is of the prompt does not change a bit of it, as long as it has more than a few tokens; nor does
+    how many of them are looked at together, of which long rows leave few."""
     monkeypatch.setattr(functions, "_has", lambda capability: False)  # torch promises no such thing
-    w, x, kernels = weights_of(67, 515), inputs(150, 515), kernels_of(isa, accuracy)
+    w, x, kernels = weights_of(*shape), inputs(150, shape[1]), kernels_of(isa, accuracy)
     whole = kernels.matmul(x, w.prepared)
+    assert relative_error(whole, x, w.dense(8)) < TOLERANCE[accuracy]
     assert torch.equal(whole[60:131], kernels.matmul(x[60:131], w.prepared))
 
 

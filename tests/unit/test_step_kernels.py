@@ -16,6 +16,7 @@ from ahead_of_time import TARGETS, Launches
 from step_cases import cache_of, policy_table, site_of
 
 from dpllm.kernels import step_tables as tables
+from dpllm.kernels.step_tables import Heads
 from dpllm.kernels.triton import attention, select, small_ops
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -35,25 +36,22 @@ def test_numbers_through_the_interpreter():
 
 
 def attend(
-    dim: int, dtype: torch.dtype, stored: torch.dtype, heads: int = 8, group: int = 4, groups: int = 1
+    dim: int, dtype: torch.dtype, stored: torch.dtype, heads: int = 8, group: int = 4, groups: int = 1,
+    normed: bool = False,
 ):  # fmt: skip
     _, cache = cache_of([1] * heads, group, dim, stored, since=0)
-    q = torch.zeros(heads * group, dim, dtype=dtype)
     columns = heads * group * dim
     table = policy_table([columns] * groups, tables.WEIGHTED, parts=64)
-    attention.attend(q, cache, 0, 0.1, None, site_of(*range(groups), columns=columns), table)
+    norms = (torch.ones(dim, dtype=dtype),) * 2 if normed else None
+    shape = Heads(dim, 1e-5, norms, (torch.ones(dim // 2),) * 2)
+    qkv = torch.zeros(1, columns + 2 * heads * dim, dtype=dtype)
+    attention.attend(qkv, shape, cache, 0, site_of(*range(groups), columns=columns), table)
 
 
 def norm(columns: int, dtype: torch.dtype, groups: int = 1):
     x, table = torch.zeros(1, columns, dtype=dtype), policy_table([columns] * groups, tables.WEIGHTED)
     site = site_of(*range(groups), first=groups == 1, columns=columns)
     small_ops.norm(x, x, x[0], 1e-5, site, table, 3.0)
-
-
-def rope(dtype: torch.dtype, stored: torch.dtype):
-    _, cache = cache_of([1] * 8, 4, 128, stored, since=0)
-    weights, turn = (torch.ones(128, dtype=dtype),) * 2, (torch.ones(64),) * 2
-    small_ops.rope_append(torch.zeros(1, 48 * 128, dtype=dtype), weights, 1e-5, turn, cache, 0, 128)
 
 
 def silu(columns: int, dtype: torch.dtype, groups: int):
@@ -84,9 +82,6 @@ def undecided():
     x, table = torch.zeros(1, 4096, dtype=HALF), policy_table([4096])
     small_ops.norm(x, None, x[0], 1e-5, site_of(0), table, 3.0)
     small_ops.silu_mul(torch.zeros(1, 2 * 4096, dtype=HALF), site_of(0), table)
-    _, cache = cache_of([1], 8, 64, torch.bfloat16, since=0)
-    qkv = torch.zeros(1, 10 * 64, dtype=torch.bfloat16)
-    small_ops.rope_append(qkv, None, 1e-5, None, cache, 0, 64)
     runs = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
     pairs = torch.zeros(9, 128, dtype=HALF)
     attention.decode_attention(torch.zeros(32, 128, dtype=HALF), pairs, pairs, *runs, 0.1)
@@ -98,21 +93,22 @@ def scratch():
 
 # what is launched, and how many registers a thread may take: what was seen and a little room
 CASES = [
-    ("attention of 128, half", attention, {"attend_kernel": 160, "join_kernel": 64}, lambda: attend(128, HALF, HALF)),
-    ("attention of 64, half", attention, {"attend_kernel": 168, "join_kernel": 64}, lambda: attend(64, HALF, HALF)),
-    ("attention of 80, bfloat", attention, {"attend_kernel": 160, "join_kernel": 64},
+    ("attention of 128, half", attention, {"attend_kernel": 212, "join_kernel": 64}, lambda: attend(128, HALF, HALF)),
+    ("attention of 128, half, normed", attention, {"attend_kernel": 200, "join_kernel": 64},
+     lambda: attend(128, HALF, HALF, normed=True)),
+    ("attention of 64, half", attention, {"attend_kernel": 196, "join_kernel": 64}, lambda: attend(64, HALF, HALF)),
+    ("attention of 80, bfloat", attention, {"attend_kernel": 216, "join_kernel": 64},
      lambda: attend(80, torch.bfloat16, torch.bfloat16, group=7, groups=2)),
-    ("attention of 128, float", attention, {"attend_kernel": 168, "join_kernel": 64},
+    ("attention of 128, float", attention, {"attend_kernel": 128, "join_kernel": 64},
      lambda: attend(128, FLOAT, FLOAT)),
-    ("attention of 128, mixed", attention, {"attend_kernel": 208, "join_kernel": 64},
+    ("attention of 128, mixed", attention, {"attend_kernel": 218, "join_kernel": 64},
      lambda: attend(128, FLOAT, HALF)),
     ("norm of 4096", small_ops, {"norm_kernel": 64}, lambda: norm(4096, HALF)),
     ("norm of 8192", small_ops, {"norm_kernel": 104}, lambda: norm(8192, torch.bfloat16)),
     ("norm for five groups", small_ops, {"norm_kernel": 104}, lambda: norm(4096, HALF, 5)),
-    ("rope", small_ops, {"rope_kernel": 48}, lambda: rope(HALF, HALF)),
     ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF, 2)),
     ("behind the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: behind_the_head(128256)),
-    ("fixed widths", small_ops, {"norm_kernel": 48, "silu_kernel": 48, "rope_kernel": 48}, undecided),
+    ("fixed widths", small_ops, {"norm_kernel": 48, "silu_kernel": 48}, undecided),
     ("attention of a flat cache", attention, {"attend_kernel": 160, "join_kernel": 64}, undecided),
     ("estimate", select, {"estimate_kernel": 64}, lambda: estimate(4096, HALF)),
     ("select", select, {"select_kernel": 48}, lambda: select_rows(4096, HALF)),
@@ -122,7 +118,7 @@ CASES = [
 
 KERNELS = {k: getattr(m, k) for _, m, ceilings, _ in CASES for k in ceilings}
 OTHERS = [
-    (small_ops, ("norm_kernel", "silu_kernel", "rope_kernel")), (attention, ("attend_kernel", "join_kernel")),
+    (small_ops, ("norm_kernel", "silu_kernel")), (attention, ("attend_kernel", "join_kernel")),
 ]  # fmt: skip
 
 

@@ -106,8 +106,10 @@ static void int8_matmul(Context& c, const Matrix& w, const float* x, int bits, i
   });
 }
 
-static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
-  constexpr int kTokens = PromptQueries::kMost, kRows = 24;  // rows: whole tiles of any instruction set
+constexpr int kTokens = PromptQueries::kMost;  // of a block in float32
+
+static void float_pass(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
+  constexpr int kRows = 24;  // whole tiles of any instruction set
   const int64_t columns = w.columns;
   const AlignedBytes memory(size_t((m + kTokens - 1) / kTokens * kTokens * columns) * sizeof(float));
   float* blocks = reinterpret_cast<float*>(memory.data());
@@ -119,6 +121,17 @@ static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, 
     float* scratch = reinterpret_cast<float*>(thread_scratch(kRows * size_t(columns + kTokens) * sizeof(float)));
     c.isa.float_matmul(w, bits, blocks, m, scratch, y, i * kRows, std::min(w.rows, (i + 1) * kRows));
   });
+}
+
+// Every few rows of weights meet all tokens of a pass, so these had better stay in a cache: with 4 MB of them the product
+// takes twice the time that it takes with 2, far more than dequantising the matrix anew for each pass.
+static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
+  constexpr int64_t kTogether = 2 << 20;  // bytes of a pass
+  const int most = int(std::max<int64_t>(kTogether / (int64_t(w.columns) * 4 * kTokens), 1));  // blocks of a pass
+  const int blocks = (m + kTokens - 1) / kTokens, passes = (blocks + most - 1) / most;
+  const int tokens = passes ? (blocks + passes - 1) / passes * kTokens : 0;
+  for (int t = 0; t < m; t += tokens)
+    float_pass(c, w, x + int64_t(t) * w.columns, bits, std::min(tokens, m - t), y + int64_t(t) * w.rows);
 }
 
 void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y) {
