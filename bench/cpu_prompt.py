@@ -2,8 +2,8 @@
 
 Limit measured: 10^9 multiplications and additions a second of a layer of the 1.1B shape, random weights, for prompts of
 several lengths at several resident widths; beside dequantising the matrix natively and leaving the product to torch,
-and beside torch's product with the float32 matrix as it is, which is the roof where arithmetic is float32 (int8 units
-may go beyond it). One thread each, in turns. Then tokens a second of whole prompts, 22 layers and attention included.
+and beside torch's product with the float32 matrix as it is, for comparison. One thread each, in turns. Then tokens a
+second of whole prompts, all layers and attention included.
 
     python bench/cpu_prompt.py
 """

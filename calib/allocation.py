@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from dpllm.kernels.errors import InputError
 
@@ -17,6 +15,9 @@ def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
     loss: [G, B] of each option. size: [G, B] of each option. budget: total size allowed.
     Returns int64 [G], the index of each group's option. Raises InputError when nothing fits.
     """
+    from scipy.optimize import LinearConstraint, milp  # most runs allot nothing, and need not wait for it
+    from scipy.sparse import csr_array
+
     groups, options = loss.shape
     if size.min(axis=1).sum() > budget * (1 + 1e-12):
         raise InputError(

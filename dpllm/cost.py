@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression, nnls
 
 from dpllm.kernels.errors import InputError
 from dpllm.machine import processor_name
@@ -242,6 +241,8 @@ def plane_times(engine: Engine, timed: Sequence[Timed]) -> tuple[float, ...]:
 
     Where the steps leave it open which of some planes took the time, they share it evenly.
     """
+    from scipy.optimize import nnls  # most runs measure nothing, and need not wait for it
+
     groups, seed = engine.decoder.groups, engine.decoder.groups[0].seed_bits
     planes = max(g.resident_bits for g in groups) - seed
     weights = np.asarray([g.weights for g in groups], np.float64)
@@ -261,6 +262,8 @@ def plane_times(engine: Engine, timed: Sequence[Timed]) -> tuple[float, ...]:
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:
     """The nearest values that do not fall: more bits and more pairs take less time by chance only."""
+    from scipy.optimize import isotonic_regression
+
     return tuple(isotonic_regression(values).x.tolist())
 
 

@@ -140,9 +140,9 @@ def _outputs(
     out["norm"] = [x, h, *decided(h, None)]
     matrix = products.prepare(_matrix(case.rng, (9, COLUMNS), 1), device)
     out["gemv at a width it chooses"] = decided(h, matrix)
-    rope = tuple(case.draw(DIM // 2).float() for _ in range(2))
+    rope = case.draw(DIM // 2).float(), case.draw(DIM // 2).float()
     qkv = case.draw(1, (HEADS + 2 * KV_HEADS) * DIM)
-    norms = tuple(case.draw(DIM) for _ in range(2))
+    norms = case.draw(DIM), case.draw(DIM)
     weighted.signals.zero_()  # of more parts than the next one's
     mixed = ops.attend(qkv, Heads(DIM, 1e-5, norms, rope), case.cache, 0, case.site, weighted)
     out["attend"] = [mixed, case.k, case.v, *decided(mixed, None)]

@@ -281,7 +281,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Te
     assert k.is_contiguous() and v.is_contiguous() and start.dtype == torch.int64
     with torch.cuda.device_of(q):
         return _launch(
-            q.contiguous(), tuple(q.shape), (k, v), (start, start, length, start), scale, 0, k.dtype
+            q.contiguous(), (q.shape[0], q.shape[1]), (k, v), (start, start, length, start), scale, 0, k.dtype
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,8 +226,14 @@ def test_calibration_alone_foretells_the_order(engine):
 # -- commands --------------------------------------------------------------------------------------------------
 
 
-def test_plan_command(ok, refused, tmp_path):
-    answer = ok("plan", "--context", "2k", "--max-quality-loss", "2%", "--max-memory", "1GB", "--json").json
+def test_plan_command(ok, refused, engine, tmp_path):
+    path, cost = (
+        tmp_path / "cost.json",
+        measure(engine),
+    )  # what others do to this machine's times must not matter
+    replace(cost, weights_ms=tuple(1.0 + i for i in range(len(cost.bits)))).save(path)
+    limits = "--context", "2k", "--max-quality-loss", "2%", "--max-memory", "1GB"
+    answer = ok("plan", *limits, "--cost", path, "--json").json
     assert set(answer) >= {"plan", "binding", "alternatives", "device"}
     assert set(answer["plan"]) >= {
         "resident_bits", "lambda", "keep_ratio", "predicted_tpot_ms", "predicted_quality_loss", "bytes",

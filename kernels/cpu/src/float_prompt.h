@@ -1,7 +1,7 @@
 // The product of a prompt in float32: where there are no int8 instructions for it, and for accuracy 'exact'.
 //
-// A few rows of the matrix are dequantised and stay in the second-level cache for the whole prompt, which was transposed
-// before, a token a lane: the product is then that of prompt_attention.h. A token's numbers depend on no other token.
+// A few rows of the matrix are dequantised for all tokens of a pass (api.cpp), which were transposed before, a token a
+// lane: the product is then that of prompt_attention.h. A token's numbers depend on no other token.
 #pragma once
 
 #include "dequantize.h"
