@@ -25,8 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpllm.kernels import step_tables
+from dpllm.kernels.step_tables import PolicyTable
 from dpllm.kernels.triton.attention import decode_attention
 from dpllm.kernels.triton.pack import TritonWeight
+from dpllm.kernels.triton.products import chosen_gemv
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 from dpllm.shapes import _random_int8, _random_weight
 
@@ -35,6 +38,7 @@ HEAD = (16, 128) if DRY else (128256, 4096)
 PLANES = 6  # that an engine holds
 # Of one row: width, and the range that the kernel is made for, as an engine narrows it.
 READ = [*((b, b, b) for b in range(MIN_BITS, MAX_BITS + 1)), (3, 2, 6), (4, 2, 6), (3, 3, 4)]
+CHOSEN = ((3, 2, 6), (4, 2, 6), (3, 3, 4))
 MIXED = ((2, 6), (3, 4))
 FEW, PROMPT = (4, 8, 16), (130,) if DRY else (512, 2048)
 BAR = 0.6  # of cuBLAS's speed in bf16, for a prompt
@@ -57,6 +61,20 @@ def ours(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
         narrowed = [w.between(low, high) for w in weights]
         calls = [lambda w=w, bits=bits: gemv(x, w, bits) for w in narrowed]
         yield Contender(f"ours, {b} of {low}-{high}", calls, weights[0].nbytes(b), b)
+
+
+def ours_choosing(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
+    """One row, the width chosen by the product itself, as in a decode step."""
+    gemv = our_backend().gemv
+    for b, low, high in CHOSEN:
+        table = PolicyTable.empty([1.0], x.shape[1], DEVICE)
+        table.base.fill_(low)
+        table.state[step_tables.MULTIPLIER] = 1.0
+        table.compare(torch.arange(1.0, high - low + 1, device=DEVICE)[None])
+        table.signals[0, 0] = b - low + 0.5
+        narrowed = [w.between(low, high) for w in weights]
+        calls = [lambda w=w, table=table: chosen_gemv(x, w, None, 0, table, gemv) for w in narrowed]
+        yield Contender(f"ours, choosing {b} of {low}-{high}", calls, weights[0].nbytes(b), b)
 
 
 def ours_mixed(weights: list[TritonWeight], x: Tensor) -> Iterator[Contender]:
@@ -184,7 +202,12 @@ def drawn(rows: int, k: int) -> Tensor:
 def products(n: int, k: int, roofline: float) -> list[dict]:
     """A matrix with one row, some rows, a prompt."""
     name, weights, x = f"{n}x{k}", packed(n, k), drawn(1, k)
-    found = [*cublas(n, k, x), *ours(weights, x), *([] if DRY else peers(n, k, x))]
+    found = [
+        *cublas(n, k, x),
+        *ours(weights, x),
+        *ours_choosing(weights, x),
+        *([] if DRY else peers(n, k, x)),
+    ]
     rows = compare(name, [c for c in found if isinstance(c, Contender)], "cuBLAS fp16", roofline)
     rows += [r for r in found if isinstance(r, dict)]
     del found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
+from gpu_cases import TOLERANCE, assert_same, decode_text, load, step_of
 from tiny_models import ARCHITECTURES
 
 from dpllm import gpu_step
@@ -21,20 +21,10 @@ from dpllm.engine import load as engine_of
 from dpllm.evaluate import score
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.loading import LoadOptions
 from dpllm.native import decode_one
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy, begin_text, make_policy, observe
 from dpllm.sampling import drawn
-
-TOLERANCE = 1e-4
-
-
-def load(path, **options):
-    return load_decoder(path, LoadOptions(backend="reference", **options))
-
-
-def step_of(decoder) -> GpuStep:
-    return GpuStep(decoder, step_reference)
 
 
 def steps(decoder, policy, ids, cache=None, step=None):
@@ -47,12 +37,6 @@ def rule_of(decoder) -> Thresholds:
     rule = Thresholds(decoder, IDS)
     rule.thresholds.mul_(1.0003)
     return rule
-
-
-def assert_same(found, expected) -> None:
-    assert torch.equal(found[1], expected[1]), "widths"
-    assert (found[0] - expected[0]).abs().max() < TOLERANCE
-    assert (expected[0][1:] - expected[0][:-1]).abs().max() > 0.1, "the tokens must matter"
 
 
 @pytest.mark.parametrize("granularity", ["fused", "linear"])
@@ -126,19 +110,6 @@ def test_calibrated_policies(quantized, profiles, heldout_sequences, name, granu
 
 
 # -- what a policy learns from finished steps ---------------------------------------------------------------
-
-
-def decode_text(decoder, policy, ids, step, change=lambda t, policy: None):
-    """Token by token with what was decoded told to the policy, as Engine does; both results."""
-    cache, found, logits = decoder.new_cache(len(ids) + 1), [], torch.empty(0)
-    for t, token in enumerate(ids):
-        if t:
-            observe(policy, logits, torch.tensor([token]))
-        change(t, policy)
-        logits, bits = decode_one(decoder, step, token, cache, policy)
-        found.append((logits.clone(), bits.clone()))
-    logits, bits = zip(*found, strict=True)
-    return torch.cat(logits), torch.cat(bits)
 
 
 def test_a_text_with_context_and_correction(quantized, profiles, heldout_sequences):
@@ -384,100 +355,3 @@ def test_the_engine_decodes_by_it(tiny_overlay):
         texts.append([(s.token, tuple(s.bits), s.effective_bits, s.kv_bytes) for s in steps_ + drawn_])
     assert texts[0] == texts[1]
     assert len({bits for _, bits, _, _ in texts[0]}) > 2
-
-
-# -- capturing, with a graph that runs the operations again -------------------------------------------------
-
-
-class Replayed:
-    """Stands in for a CUDA graph, for there is no GPU: replaying it runs what was captured."""
-
-    made = 0
-
-    def __init__(self):
-        Replayed.made += 1
-
-    def replay(self):
-        self.run()
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    """A factory of steps that go through warm-up and capture."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph", lambda g, stream: nullcontext())
-    Replayed.made = 0
-
-    def make(decoder) -> GpuStep:
-        step = step_of(decoder)
-        step._captures = True
-        capture = step._captured
-
-        def captured(sites):
-            graph = capture(sites)
-            graph.run = lambda: step._run(sites)
-            return graph
-
-        step._captured = captured
-        return step
-
-    return make
-
-
-def test_capturing_under_way_changes_nothing(capturing, quantized, profiles, heldout_sequences):
-    """A text whose policy is exchanged for one of another kind, and back, on a cache that has grown since it was
-    placed; each kind is captured once, whatever its target."""
-    decoder, ids = load(quantized), heldout_sequences[1][:24].tolist()
-    results = []
-    for step in (capturing(decoder), None):
-        policies = [
-            make_policy(name, target, decoder, profiles["fused"])
-            for name, target in (
-                ("rate-distortion", 2.75),
-                ("dp-llm", 3.25),
-                ("static", 3.3),
-                ("rate-distortion", 4.5),
-            )
-        ]
-        cache, found, logits = decoder.new_ragged_cache(4), [], torch.empty(0)
-        for t, token in enumerate(ids):
-            own = policies[t // 6]
-            if t % 6:
-                observe(own, logits, torch.tensor([token]))
-            logits, bits = decode_one(decoder, step, token, cache, own)
-            found.append((logits.clone(), bits.clone()))
-        logits, bits = zip(*found, strict=True)
-        results.append((torch.cat(logits), torch.cat(bits)))
-    assert_same(*results)
-    assert Replayed.made == 3
-
-
-def test_prepared_before_the_first_token(capturing, quantized, profiles, heldout_sequences):
-    decoder, ids, lines = load(quantized), heldout_sequences[1][:6].tolist(), []
-    step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
-    step.prepare(policy, lines.append)
-    assert lines == ["capturing the decode step (weighted) ...", "captured: one launch a token"]
-    found = decode_text(decoder, begin_text(policy), ids, step)
-    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
-    assert Replayed.made == 1
-
-
-def test_a_capture_that_fails_is_told_once(
-    capturing, quantized, profiles, heldout_sequences, caplog, monkeypatch
-):
-    decoder, ids = load(quantized), heldout_sequences[1][:6].tolist()
-    step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
-
-    def refuse(graph, stream):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    with caplog.at_level(logging.WARNING):
-        found = decode_text(decoder, begin_text(policy), ids, step)
-    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
-    (message,) = [r.message for r in caplog.records]
-    assert "could not be captured (operation not permitted when stream is capturing)" in message

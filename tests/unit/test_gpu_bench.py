@@ -58,7 +58,16 @@ def test_kernels_dry():
             assert r["note"] is None, r
     fixed = {f"{b} of {b}-{b}" for b in range(2, 9)}
     assert (
-        fixed | {"3 of 2-6", "4 of 2-6", "3 of 3-4", "mixed widths of 2-6", "mixed widths of 3-4"} <= ranges
+        fixed
+        | {
+            "3 of 2-6",
+            "4 of 2-6",
+            "3 of 3-4",
+            "choosing 3 of 2-6",
+            "mixed widths of 2-6",
+            "mixed widths of 3-4",
+        }
+        <= ranges
     )
 
 
