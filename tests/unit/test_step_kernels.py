@@ -94,9 +94,8 @@ def scratch():
 # what is launched, and how many registers a thread may take: what was seen and a little room
 CASES = [
     ("attention of 128, half", attention, {"attend_kernel": 212, "join_kernel": 64}, lambda: attend(128, HALF, HALF)),
-    ("attention of 128, half, normed", attention, {"attend_kernel": 200, "join_kernel": 64},
-     lambda: attend(128, HALF, HALF, normed=True)),
-    ("attention of 64, half", attention, {"attend_kernel": 196, "join_kernel": 64}, lambda: attend(64, HALF, HALF)),
+    ("attention of 64, half, normed", attention, {"attend_kernel": 218, "join_kernel": 64},
+     lambda: attend(64, HALF, HALF, normed=True)),
     ("attention of 80, bfloat", attention, {"attend_kernel": 216, "join_kernel": 64},
      lambda: attend(80, torch.bfloat16, torch.bfloat16, group=7, groups=2)),
     ("attention of 128, float", attention, {"attend_kernel": 128, "join_kernel": 64},
@@ -122,6 +121,17 @@ OTHERS = [
 ]  # fmt: skip
 
 
+def targets(name: str) -> tuple[int, ...]:
+    """The kernel that most models spend their attention in for all; what is seldom asked for, for two."""
+    return (
+        TARGETS
+        if name.endswith("128, half")
+        else (80, 120)
+        if "float" in name or "mixed" in name
+        else (80, 90, 120)
+    )
+
+
 def appended_before_it_is_read(code: tuple[str, ...]) -> bool:
     """Whether the new pair is stored, and a barrier passed, before pairs are loaded; the interpreter cannot tell."""
     stored = next(i for i, name in enumerate(code) if name.startswith("STG"))
@@ -142,7 +152,7 @@ def test_compiled(monkeypatch, name, module, ceilings, launch):
     launch()
     for kernel, ceiling in ceilings.items():
         assert len(recorded[kernel].calls) == 1
-        for target in TARGETS if name.endswith("128, half") else (80, 90, 120):
+        for target in targets(name):
             (binary,) = recorded[kernel].compile(target)
             where = f"{kernel}, sm_{target}: {binary.registers} registers, {binary.shared} B shared"
             assert binary.count("STL") + binary.count("LDL") + binary.stack == 0, f"{where} spills"
