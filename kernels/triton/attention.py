@@ -193,13 +193,14 @@ def program_count(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _shape(group: int, dim: int, asked: torch.dtype, stored: torch.dtype) -> dict:
+def _shape(group: int, dim: int, asked: torch.dtype, stored: torch.dtype, normed: bool) -> dict:
     """The constants both launches are specialised on. A cache of another type than q is read in float32."""
     computed = asked if asked == stored else torch.float32
     padded = max(16, triton.next_power_of_2(dim))
     wide = padded * computed.itemsize
-    # Two stages of keys and of values within 48 KB; converted pairs take registers as well.
-    tile = 16 if wide > 512 or computed != stored else 128 if wide <= 128 else 64 if wide <= 256 else 32
+    # Two stages of keys and of values within 48 KB; converted pairs take registers as well, and so do norms.
+    small = 128 if not normed else 64
+    tile = 16 if wide > 512 or computed != stored else small if wide <= 128 else 64 if wide <= 256 else 32
     warps = 8 if computed != stored else 4
     return {"G": group, "DP": padded, "TILE": tile, "num_warps": warps, "COMPUTED": computed}
 
@@ -214,9 +215,9 @@ def _launch(
     address, start, length, request = places
     count, dim = heads
     kv_heads, appended = len(start), turn is not None
-    shape = _shape(count // kv_heads, dim, q.dtype, stored)
-    computed, programs = shape.pop("COMPUTED"), program_count(q.device)
     *turning, eps = turn or (None, None, None, None, 0.0)
+    shape = _shape(count // kv_heads, dim, q.dtype, stored, turning[0] is not None)
+    computed, programs = shape.pop("COMPUTED"), program_count(q.device)
     out = q.new_empty(count, dim)
     parts = torch.empty(programs + kv_heads, shape["G"], dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(programs + kv_heads, shape["G"], 2, dtype=torch.float32, device=q.device)
