@@ -77,9 +77,7 @@ class DevicePolicy:
         self.table = PolicyTable.empty(shares, decoder.config.hidden_size, decoder.device, parts)
         self.sites: dict[Structure, list[LayerSites]] = {}
         self._diagonals: dict[Structure, list[Tensor]] = {}  # whose copies the sites hold
-        self._thresholds: tuple[Tensor, int | None] | None = (
-            None  # whose copies the table holds, their version
-        )
+        self._thresholds: tuple[Tensor, int | None] | None = None  # that the table holds, their version
         self._enter(Structure(tables.NONE))
         state = self.table.state
         self._context = state[tables.CONTEXT : tables.CONTEXT + FEATURES][None]  # [1, 3]

@@ -9,6 +9,7 @@ from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PARTS, STATE, CacheTable, PolicyTable, Site
 
 CPU = torch.device("cpu")
+HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}  # rounding of a type, and a little
 UNTOUCHED = 7.0  # what slots hold that nothing was written to
 
 
@@ -112,3 +113,14 @@ def site_of(*groups: int, first: bool = False, columns: int = 0) -> Site:
         drawn = [torch.rand(columns, generator=torch.Generator().manual_seed(g)) for g in groups]
         diagonals = torch.stack(drawn).half()
     return Site(groups, torch.tensor(groups or (0,), dtype=torch.int32), first, diagonals)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_signals(table, other, site, rtol=1e-4):
+    """The same sums, and nothing in other groups' places."""
+    assert torch.allclose(table.signals.sum(1), other.signals.sum(1), rtol=rtol)
+    for g in range(len(table.bits)):
+        assert bool(table.signals[g].any()) == (g in site.groups)

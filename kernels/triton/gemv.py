@@ -97,13 +97,8 @@ def behind(number, ASM: tl.constexpr):
     rather send them off last, when their addresses are needed."""
     if ASM:
         number = tl.inline_asm_elementwise(
-            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
-            "=r,r",
-            [number],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
     return number
 
 
@@ -154,16 +149,8 @@ def gemv_kernel(
     bits = LOW
     if PARTS > 0:
         bits, left = chosen(
-            behind(g, ASM),
-            base_ptr,
-            signals_ptr,
-            threshold_ptr,
-            extra_ptr,
-            rest_ptr,
-            state_ptr,
-            left_ptr,
-            PARTS,
-        )
+            behind(g, ASM), base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS
+        )  # fmt: skip
         if tl.program_id(1) == 0:
             record(g, bits, left, bits_ptr, left_ptr)
         bits = uniform(tl.minimum(tl.maximum(bits, LOW), HIGH), ASM)

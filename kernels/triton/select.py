@@ -32,10 +32,8 @@ def chosen(
     parts = tl.load(signals_ptr + g * PARTS + tl.arange(0, WARP))
     for i in tl.static_range(1, PARTS // WARP):  # what one warp adds up needs no barrier
         parts += tl.load(signals_ptr + g * PARTS + i * WARP + tl.arange(0, WARP))
-    threshold, extra = (
-        tl.load(threshold_ptr + g * MAX_STEPS + step),
-        tl.load(extra_ptr + g * MAX_STEPS + step),
-    )
+    threshold = tl.load(threshold_ptr + g * MAX_STEPS + step)
+    extra = tl.load(extra_ptr + g * MAX_STEPS + step)
     base, rest, left = tl.load(base_ptr + g), tl.load(rest_ptr + g), tl.load(left_ptr + g)
     multiplier, gain = tl.load(state_ptr + MULTIPLIER), tl.load(state_ptr + GAIN)
     paced = tl.exp2(gain * tl.log2(left.to(tl.float32) / tl.maximum(rest, 1e-30)))
@@ -183,18 +181,8 @@ def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter
     if site.groups:
         t = table
         torch.ops.dpllm.estimate(
-            x,
-            len(site.groups),
-            site.ids,
-            t.address,
-            t.rows,
-            t.line,
-            t.base,
-            t.thresholds,
-            t.bits,
-            partial,
-            counter,
-        )
+            x, len(site.groups), site.ids, t.address, t.rows, t.line, t.base, t.thresholds, t.bits, partial, counter
+        )  # fmt: skip
 
 
 @torch.library.custom_op("dpllm::estimate", mutates_args=("bits", "partial", "counter"))

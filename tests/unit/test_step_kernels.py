@@ -24,8 +24,9 @@ HALF, FLOAT = torch.float16, torch.float32
 
 
 def test_numbers_through_the_interpreter():
+    files = [str(TESTS / "interpreted" / f"{name}.py") for name in ("step_kernels", "attention")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", str(TESTS / "interpreted" / "step_kernels.py")],
+        [sys.executable, "-m", "pytest", "-q", "-W", "ignore", *files],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent, capture_output=True, text=True,
     )  # fmt: skip
