@@ -29,6 +29,7 @@ from report import report
 
 from dpllm import reference
 from dpllm.allowance import Allowance, Prices
+from dpllm.base.text import read_documents
 from dpllm.controller import ControlOptions
 from dpllm.cost import CostModel, measure
 from dpllm.engine import Engine, GenerateOptions, load
@@ -36,7 +37,6 @@ from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.loading import LoadOptions
 from dpllm.policy import make_policy
-from dpllm.quant.text import read_documents
 
 SETTLED, STRETCH = 16, 20
 SHAPE, PLANES = "1.1B", 6

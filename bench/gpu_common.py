@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 
 from dpllm import gpu_info
+from dpllm.base.errors import InputError
 from dpllm.kernels.backend import Backend, choose_backend
-from dpllm.kernels.errors import InputError
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 ROUNDS = 40

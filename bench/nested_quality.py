@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dpllm import reference
+from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.kmeans import nested_codes
 from dpllm.quant.layerwise import LayerwiseModel
@@ -34,7 +35,6 @@ from dpllm.quant.plan import QuantizeOptions, default_rows_per_table
 from dpllm.quant.quantize import normalise_rows, quantize_int8
 from dpllm.quant.refine import NestedMatrix, RefineOptions, output_error, refine
 from dpllm.quant.source import ModelSource
-from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 WIDTHS = range(2, 7)
 BALANCE = RefineOptions().balance

@@ -23,9 +23,9 @@ from report import report
 from rich.progress import track
 
 from dpllm import reference
+from dpllm.base.errors import InputError
 from dpllm.cost import TOKENS, Cell, cells_of, fit, measure, steps_at
 from dpllm.engine import Engine, Step, load
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
 from dpllm.loading import LoadOptions
 from dpllm.planner import Plan, Planner, Targets, machine_of

@@ -22,6 +22,7 @@ from quality_policies import bench_policy
 from quality_texts import CONTEXT, windows_of
 
 from dpllm import reference
+from dpllm.base.text import load_tokenizer
 from dpllm.calib.controls import WeightGradients
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder
@@ -30,7 +31,6 @@ from dpllm.evaluate import score
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import load_tokenizer
 
 GENERATED = 256  # tokens after each prompt of text 'generated'
 PROMPT = 64  # tokens

@@ -10,7 +10,7 @@ from importlib import metadata
 from reference_corpus import read_source, stdlib_root
 
 from dpllm import reference
-from dpllm.quant.text import encode, load_tokenizer
+from dpllm.base.text import encode, load_tokenizer
 
 CONTEXT = 1024
 SHORTEST = 16  # tokens of a window that is worth scoring

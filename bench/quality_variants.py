@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dpllm import reference
+from dpllm.base.errors import InputError
+from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.controls import WeightGradients, weight_gradients
@@ -18,10 +20,8 @@ from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 TARGETS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75)
 SOME = (2.5, 3.0, 3.5, 4.0)

@@ -61,7 +61,7 @@ from pathlib import Path
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
-from dpllm.quant.text import load_tokenizer, read_documents
+from dpllm.base.text import load_tokenizer, read_documents
 from dpllm import reference
 src, fisher = ModelSource.open(Path(sys.argv[1])), sys.argv[2] == "text"
 docs = read_documents(reference.calibration_text()) if fisher else None

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from dpllm import reference
+from dpllm.base.text import load_tokenizer
 from dpllm.calib.curve import dense_curve
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder, Group
 from dpllm.engine import Engine
 from dpllm.loading import LoadOptions
-from dpllm.quant.text import load_tokenizer
 from dpllm.shapes import random_decoder, shape
 
 BINS, TOKENS = 16, 48

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from report import report
 
+from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.calibrate import CalibrateArguments, run
 from dpllm.evaluate import score, summarize
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 TARGETS = "3.25,3.5,3.75,4,4.25,4.5,4.75"
 

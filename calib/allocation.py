@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 
 def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:

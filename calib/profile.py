@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpllm.kernels.errors import InputError
-from dpllm.quant.files import write_tensors
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_tensors
 
 PROFILE_VERSION = 2
 PROFILE_NAME = "profile.safetensors"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpllm.quant.files import write_tensors
+from dpllm.base.files import write_tensors
 
 
 class Partial:

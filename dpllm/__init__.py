@@ -24,18 +24,27 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from dpllm.base.errors import InputError
     from dpllm.context import KVContext, build_context, prune_tail
     from dpllm.engine import Engine, GenerateOptions, Step, load
-    from dpllm.kernels.errors import InputError
     from dpllm.kvzip_bridge.budget import Budget
     from dpllm.pruner import ContextOptions
     from dpllm.saved_context import load_context, save_context
 
 _EXPORTS = {
-    "Budget": "kvzip_bridge.budget", "ContextOptions": "pruner", "Engine": "engine", "GenerateOptions": "engine",
-    "InputError": "kernels.errors", "KVContext": "context", "Step": "engine", "build_context": "context",
-    "load": "engine", "load_context": "saved_context", "prune_tail": "context", "save_context": "saved_context",
-}  # fmt: skip
+    "Budget": "dpllm.kvzip_bridge.budget",
+    "ContextOptions": "dpllm.pruner",
+    "Engine": "dpllm.engine",
+    "GenerateOptions": "dpllm.engine",
+    "InputError": "dpllm.base.errors",
+    "KVContext": "dpllm.context",
+    "Step": "dpllm.engine",
+    "build_context": "dpllm.context",
+    "load": "dpllm.engine",
+    "load_context": "dpllm.saved_context",
+    "prune_tail": "dpllm.context",
+    "save_context": "dpllm.saved_context",
+}
 
 __all__ = [
     "Budget", "ContextOptions", "Engine", "GenerateOptions", "InputError", "KVContext", "Step", "__version__",
@@ -49,4 +58,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dpllm' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module(f"dpllm.{_EXPORTS[name]}"), name)
+    return getattr(import_module(_EXPORTS[name]), name)

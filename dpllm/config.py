@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.quant.source import read_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
+from dpllm.base.text import check_text, encode
 from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
 from dpllm.kvzip_bridge.recording import QueriesWanted
 from dpllm.pruner import ContextOptions, Pruner, plain_ids
-from dpllm.quant.text import check_text, encode
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

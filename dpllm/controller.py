@@ -15,8 +15,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from dpllm.allowance import Allowance, Prices
+from dpllm.base.errors import InputError
 from dpllm.cost import CostModel
-from dpllm.kernels.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_text
 from dpllm.machine import processor_name
 from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
-from dpllm.quant.files import write_text
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine, Step

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.calib.averages import lower_width
 from dpllm.calib.dp_llm import PROJECTION
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.decoder import Decoder, Group
-from dpllm.kernels.errors import InputError
 
 NEAR = (
     1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it

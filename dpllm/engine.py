@@ -20,6 +20,8 @@ import torch
 
 from dpllm import reference
 from dpllm.allowance import Prices
+from dpllm.base.errors import InputError
+from dpllm.base.text import check_text, encode, load_tokenizer
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
@@ -27,7 +29,6 @@ from dpllm.decoder import Decoder
 from dpllm.drafting import Drafting
 from dpllm.generate_options import GenerateOptions
 from dpllm.gpu_step import GpuStep, fast_step
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep
@@ -41,7 +42,6 @@ from dpllm.policy import (
     resident_mean,
 )
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import check_text, encode, load_tokenizer
 from dpllm.sampling import Sampler
 from dpllm.speculation import Continuation, Draft, Passed, Tally
 from dpllm.text_stream import TextStream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 SPECULATE = ("auto", "off", "self", "lookup")
 

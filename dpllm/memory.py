@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.quant.overlay import Overlay
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.calib.sensitivity import TokenProbe, step_context
 from dpllm.decoder import Decoder, Group
-from dpllm.kernels.errors import InputError
 
 
 class OracleRateDistortion:

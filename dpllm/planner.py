@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpllm.base.errors import InputError
 from dpllm.cost import CostModel
-from dpllm.kernels.errors import InputError
 from dpllm.memory import resident_bytes
 from dpllm.quality import QualityModel, expected_loss
 from dpllm.quant.overlay import Overlay

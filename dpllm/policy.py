@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpllm.allowance import Allowance, Pace, Prices
+from dpllm.base.errors import InputError
 from dpllm.calib.allocation import static_bits
 from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
@@ -24,7 +25,6 @@ from dpllm.calib.rule import RateDistortionRule
 from dpllm.calib.sensitivity import step_context
 from dpllm.decoder import Decoder, Group
 from dpllm.dp_policy import DPLLMPolicy
-from dpllm.kernels.errors import InputError
 from dpllm.oracle import OracleRateDistortion
 
 POLICIES = (

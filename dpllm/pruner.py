@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kv_view import view_of
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy

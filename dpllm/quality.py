@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_text
+from dpllm.base.text import encode, read_documents
 from dpllm.calib.profile import CalibrationProfile, Resident
 from dpllm.context import SINKS, KVContext
-from dpllm.kernels.errors import InputError
 from dpllm.native import decode_one
 from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, observe
 from dpllm.pruner import ContextOptions, Pruner
-from dpllm.quant.files import write_text
-from dpllm.quant.text import encode, read_documents
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpllm import __version__
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_tensors
 from dpllm.context import KVContext
 from dpllm.engine import Engine
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
 from dpllm.loading import is_overlay
-from dpllm.quant.files import write_tensors
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import read_json
 

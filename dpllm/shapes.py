@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.config import ModelConfig
 from dpllm.decoder import Decoder, Group, Layer
 from dpllm.kernels.backend import choose_backend
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight, empty_planes
 from dpllm.loading import LoadOptions, make_group
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from dpllm.base.errors import InputError
 from dpllm.kernels import reference
 from dpllm.kernels.cpu.functions import CpuKernels, prepare
 from dpllm.kernels.cpu.library import CpuOptions, Handle
-from dpllm.kernels.errors import InputError
 
 NAMES = ("cpu", "triton", "reference")
 TRITON = (3, 6)  # oldest version the GPU kernels are checked with

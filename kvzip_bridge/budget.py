@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 Allocation = Callable[[Tensor, int], Tensor]  # (scores float32 [P, KVH, n], pairs) -> bool [P, KVH, n]
 

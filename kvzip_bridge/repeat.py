@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge.policy import Context, Hidden, ModelView, RepeatPrompts
 from dpllm.kvzip_bridge.recording import Watch, watched
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dpllm.quant.files import write_tensors
+from dpllm.base.files import write_tensors
 from dpllm.quant.layerwise import LayerwiseModel, call_layer
 
 

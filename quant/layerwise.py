@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.quant.source import ModelSource
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kernels.weight import (
     MAX_BITS,
     MAX_TABLE_BITS,

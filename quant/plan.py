@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS
 from dpllm.quant.layerwise import LayerwiseModel
 from dpllm.quant.overlay import LinearLayout

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_tensors
+from dpllm.base.text import documents_sha256, sample_sequences
 from dpllm.kernels.weight import pack
-from dpllm.quant.files import write_tensors
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.kmeans import BLOCK_WEIGHTS, nested_codes
 from dpllm.quant.layerwise import LayerwiseModel
@@ -38,7 +39,6 @@ from dpllm.quant.overlay import (
 from dpllm.quant.plan import QuantizeOptions, default_rows_per_table, plan_quantize
 from dpllm.quant.refine import NestedMatrix, RefineOptions, refine
 from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
-from dpllm.quant.text import documents_sha256, sample_sequences
 
 
 class Quantizer:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
 
 BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # refined at a time: bounds memory (working_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (

@@ -15,6 +15,7 @@ from tiny_models import ARCHITECTURES, build_model
 from tiny_text import train_tokenizer
 
 from dpllm import reference
+from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
@@ -24,7 +25,6 @@ from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
-from dpllm.quant.text import load_tokenizer, read_documents, sample_sequences
 
 SEQUENCE = 128
 LONGEST = ("test_cli", "test_step_kernels", "test_triton_products", "test_reference_model", "test_quantize")

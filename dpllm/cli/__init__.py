@@ -13,8 +13,8 @@ from types import FrameType
 
 import typer
 
+from dpllm.base.errors import InputError
 from dpllm.cli.app import app
-from dpllm.kernels.errors import InputError
 
 # isort: off
 from dpllm.cli import store, text, machine  # noqa: F401  # they register their commands, in the order of --help

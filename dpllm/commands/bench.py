@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from dpllm.base.errors import InputError
 from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout
 from dpllm.decoder import Decoder
 from dpllm.gpu_step import fast_step
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import empty_planes
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.loading import is_overlay, load_decoder

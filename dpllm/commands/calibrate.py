@@ -12,6 +12,8 @@ import torch
 import transformers
 
 from dpllm import __version__
+from dpllm.base.errors import InputError
+from dpllm.base.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dense import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
@@ -27,13 +29,11 @@ from dpllm.commands.common import (
 )
 from dpllm.decoder import Decoder
 from dpllm.engine import Engine
-from dpllm.kernels.errors import InputError
 from dpllm.kv_heads import head_profile
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.memory import peak_bytes
 from dpllm.pruner import HEADS
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 
 LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices
 

@@ -23,9 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dpllm.base.errors import InputError
 from dpllm.kernels.backend import Backend
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
 
 stderr = Console(stderr=True, highlight=False)

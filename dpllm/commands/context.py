@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dpllm.base.errors import InputError
 from dpllm.commands.common import (
     Hardware,
     note,
@@ -20,7 +21,6 @@ from dpllm.commands.common import (
 )
 from dpllm.context import KVContext, build_context
 from dpllm.engine import Engine, load
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.pruner import DEFAULT_KEEP, ContextOptions

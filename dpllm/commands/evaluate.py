@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from dpllm import reference
+from dpllm.base.errors import InputError
+from dpllm.base.text import encode, read_documents
 from dpllm.commands.common import (
     Hardware,
     note,
@@ -17,9 +19,7 @@ from dpllm.commands.common import (
 )
 from dpllm.engine import Engine, load
 from dpllm.evaluate import EvalResult, evaluate
-from dpllm.kernels.errors import InputError
 from dpllm.policy import POLICIES, make_policy
-from dpllm.quant.text import encode, read_documents
 
 
 def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> list[list[int]]:

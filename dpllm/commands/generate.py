@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpllm import reference
+from dpllm.base.errors import InputError
 from dpllm.commands.common import (
     Hardware,
     note,
@@ -23,7 +24,6 @@ from dpllm.commands.common import (
 from dpllm.controller import LatencyController
 from dpllm.cost import cost_of
 from dpllm.engine import Engine, GenerateOptions, Step, load
-from dpllm.kernels.errors import InputError
 from dpllm.loading import is_overlay
 from dpllm.memory import resident_bits_within
 from dpllm.quality import quality_of

@@ -9,9 +9,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from dpllm.base.errors import InputError
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.common import print_json, stage_bars, stdout
-from dpllm.kernels.errors import InputError
 from dpllm.loading import is_overlay
 from dpllm.memory import resident_bytes
 from dpllm.quant.overlay import Overlay

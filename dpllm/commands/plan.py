@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dpllm import reference
+from dpllm.base.errors import InputError
 from dpllm.commands.common import (
     Hardware,
     note,
@@ -21,7 +22,6 @@ from dpllm.commands.common import (
 )
 from dpllm.cost import CostModel, cost_of, cost_path, measure
 from dpllm.engine import Engine, load
-from dpllm.kernels.errors import InputError
 from dpllm.planner import Plan, Planned, Planner, Targets, machine_of
 from dpllm.quality import NAME, QualityModel, quality_of
 from dpllm.quality import measure as measure_quality

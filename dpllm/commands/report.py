@@ -11,15 +11,15 @@ from datetime import datetime
 from pathlib import Path
 
 from dpllm import reference
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_text
 from dpllm.commands.common import Hardware, note, print_json, stage_bars
 from dpllm.commands.demo import PROMPT
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.engine import Engine, GenerateOptions, load
-from dpllm.kernels.errors import InputError
 from dpllm.machine import machine_of
 from dpllm.policy import POLICIES
-from dpllm.quant.files import write_text
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
 from dpllm.report.page import render

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpllm.base.errors import InputError
 from dpllm.context import KVContext
 from dpllm.cost import CostModel, cost_of
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.policy import RateDistortionPolicy, StaticPolicy, make_policy, resident_mean
 from dpllm.report import service

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")

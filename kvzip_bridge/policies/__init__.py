@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge.policies.adakv import AdaKV
 from dpllm.kvzip_bridge.policies.expected_attention import ExpectedAttention
 from dpllm.kvzip_bridge.policies.heads import Heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge.budget import head_level, over_all
 from dpllm.kvzip_bridge.policies.common import Policy, protect
 from dpllm.kvzip_bridge.policy import Context

@@ -11,11 +11,11 @@ import torch
 from command_line import Result, complaint
 from report_cases import tiny_report
 
+from dpllm.base.text import encode
 from dpllm.cli import main
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
-from dpllm.quant.text import encode
 
 
 @pytest.fixture(scope="session")

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
 from dpllm import __version__, cli
+from dpllm.base.errors import InputError
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.commands.common import parse_size
-from dpllm.kernels.errors import InputError
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import INDEX
 

@@ -10,16 +10,16 @@ import torch
 from cpu_cases import needs_library, options_of
 from safetensors.torch import load_file, save_file
 
+from dpllm.base.errors import InputError
+from dpllm.base.text import load_tokenizer
 from dpllm.context import KVContext, build_context, prune_tail
 from dpllm.engine import GenerateOptions, load
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.loading import LoadOptions
 from dpllm.pruner import ContextOptions, Pruner, plain_ids
-from dpllm.quant.text import load_tokenizer
 from dpllm.saved_context import load_context, read_manifest, save_context
 
 QUESTION, LENGTH = "\n    return self", 12

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from dpllm.base.errors import InputError
 from dpllm.calib.averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
 from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
 from dpllm.dp_policy import DPLLMPolicy, threshold
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import Recorder, make_policy
 

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpllm import engine as engine_module
+from dpllm.base.errors import InputError
+from dpllm.base.text import load_tokenizer
 from dpllm.engine import GenerateOptions, load
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
 from dpllm.policy import Recorder, make_policy, observe
-from dpllm.quant.text import load_tokenizer
 from dpllm.sampling import sample
 from dpllm.text_stream import TextStream
 

@@ -8,8 +8,8 @@ from cpu_cases import ISAS, needs_library, options_of
 from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES, COMMON
 
+from dpllm.base.errors import InputError
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import Int8Weight
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.native import NativeStep, ThresholdRule, decode_one

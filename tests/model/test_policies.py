@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_profiles import random_profiles
 
+from dpllm.base.errors import InputError
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import POLICIES, RandomPolicy, RateDistortionPolicy, Recorder, make_policy
 from dpllm.quant.overlay import Overlay

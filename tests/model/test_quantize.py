@@ -20,15 +20,16 @@ from tiny_models import build_model
 from tiny_text import train_tokenizer
 from transformers import AutoModelForCausalLM
 
+from dpllm.base import files
+from dpllm.base.errors import InputError
+from dpllm.base.text import load_tokenizer
 from dpllm.kernels import reference
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
-from dpllm.quant import files, fisher, quantize
+from dpllm.quant import fisher, quantize
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
-from dpllm.quant.text import load_tokenizer
 
 DOCUMENTS = ["def add(a, b):\n    return a + b\n" * 12, "for i in range(10):\n    print(i)\n" * 12]
 FISHER = QuantizeOptions(samples=2, sequence_length=32, refine="tables")  # "full" takes a second a run

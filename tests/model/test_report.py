@@ -12,12 +12,12 @@ import pytest
 from report_cases import HOSTILE, Document, hostile, long_report
 from scipy import stats
 
+from dpllm.base.errors import InputError
+from dpllm.base.files import write_text
 from dpllm.engine import load
 from dpllm.evaluate import DocumentScore, evaluate
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
-from dpllm.quant.files import write_text
 from dpllm.report import frontier as frontiers
 from dpllm.report import service
 from dpllm.report.accounting import held_bytes, read_bytes

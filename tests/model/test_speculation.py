@@ -11,9 +11,9 @@ import torch
 from cpu_cases import needs_library, options_of
 
 from dpllm import reference
+from dpllm.base.errors import InputError
 from dpllm.context import build_context
 from dpllm.engine import GenerateOptions, load
-from dpllm.kernels.errors import InputError
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.loading import LoadOptions
 from dpllm.native import NativeStep, decode_one

@@ -12,9 +12,9 @@ import torch
 
 from dpllm import quality, reference
 from dpllm.allowance import Allowance, Prices
+from dpllm.base.errors import InputError
 from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
 from dpllm.engine import GenerateOptions, load
-from dpllm.kernels.errors import InputError
 from dpllm.loading import LoadOptions
 from dpllm.native import decode_one
 from dpllm.policy import begin_text, make_policy, observe

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpllm.base.errors import InputError
 from dpllm.calib.allocation import equal_loss_bits, knapsack, memory_allocation, static_bits
-from dpllm.kernels.errors import InputError
 
 
 @st.composite

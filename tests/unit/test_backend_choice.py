@@ -10,12 +10,12 @@ import pytest
 import torch
 from cpu_cases import needs_library
 
+from dpllm.base.errors import InputError
 from dpllm.commands import doctor
 from dpllm.commands.common import cpu_options
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu import library
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions, choose_isa, usable_cores
-from dpllm.kernels.errors import InputError
 
 
 def refuses(says: str):

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.allowance import Prices
+from dpllm.base.errors import InputError
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel, Timed, plane_times
-from dpllm.kernels.errors import InputError
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),

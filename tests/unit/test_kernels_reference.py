@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dpllm.base.errors import InputError
 from dpllm.kernels import reference
 from dpllm.kernels.backend import choose_backend
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight, derived_table, fuse, lut_columns, pack, unpack
 
 WIDTHS = range(2, 9)

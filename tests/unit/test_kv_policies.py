@@ -8,7 +8,7 @@ import pytest
 import torch
 from kv_cases import TinyAttention, held, new_cache, pruned_read, random_ids, read, turn
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge import budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES, common, make_kv_policy
 from dpllm.kvzip_bridge.policies.expected_attention import ExpectedAttention, expected_logits

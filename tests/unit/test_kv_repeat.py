@@ -8,7 +8,7 @@ import pytest
 import torch
 from kv_cases import PROMPTS, TinyAttention, held, new_cache, pruned_read, random_ids, read
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge import repeat as repeat_module
 from dpllm.kvzip_bridge.policies.kvzip import KVzip
 from dpllm.kvzip_bridge.policies.kvzip_plus import KVzipPlus

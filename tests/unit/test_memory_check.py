@@ -6,7 +6,7 @@ import pytest
 from cpu_cases import needs_library
 
 from dpllm import memory
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.loading import LoadOptions, load_decoder
 from dpllm.memory import available_bytes, check_memory
 from dpllm.quant.overlay import Overlay

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 
+from dpllm.base.errors import InputError
 from dpllm.kernels import reference
-from dpllm.kernels.errors import InputError
 from dpllm.quant.overlay import LinearLayout, Overlay, manifest_sha256, tensor_sha256
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer

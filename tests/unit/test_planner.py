@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dpllm.base.errors import InputError
 from dpllm.cost import CostModel
-from dpllm.kernels.errors import InputError
 from dpllm.planner import Machine, Plan, Planner, Targets
 from dpllm.quality import QualityModel
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from synthetic_profiles import example_profile
 
+from dpllm.base.errors import InputError
 from dpllm.calib import profile as module
 from dpllm.calib.profile import CalibrationProfile, merge
-from dpllm.kernels.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 from dpllm.kernels.weight import derived_table
 from dpllm.quant import refine as module
 from dpllm.quant.kmeans import nested_codes

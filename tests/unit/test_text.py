@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from dpllm.kernels.errors import InputError
-from dpllm.quant.text import documents_sha256, encode, load_tokenizer, read_documents, sample_sequences
+from dpllm.base.errors import InputError
+from dpllm.base.text import documents_sha256, encode, load_tokenizer, read_documents, sample_sequences
 
 
 def refused(path) -> str:

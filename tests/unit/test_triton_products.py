@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from dpllm.base.errors import InputError
 from dpllm.kernels.backend import choose_backend
-from dpllm.kernels.errors import InputError
 from dpllm.kernels.triton import products, trial
 from dpllm.kernels.triton.pack import TritonWeight, pack_plane, table_offset
 from dpllm.kernels.weight import Int8Weight, unpack

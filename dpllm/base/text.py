@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 
 def read_documents(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dpllm.kernels.errors import InputError
+from dpllm.base.errors import InputError
 
 
 def write_tensors(

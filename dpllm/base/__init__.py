@@ -1,0 +1,1 @@
+"""What every part of dpllm uses: the error for bad input, atomic files, text. It imports no other part."""
