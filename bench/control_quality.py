@@ -35,7 +35,7 @@ from dpllm.cost import CostModel, measure
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.policy import make_policy
 
 SETTLED, STRETCH = 16, 20

@@ -18,14 +18,14 @@ import torch
 from cpu_vs_llama_cpp import Thresholds
 from report import report
 
-from dpllm.decoder import Decoder, Group
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.loading import LoadOptions
+from dpllm.model.decoder import Decoder, Group
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.policy import PrecisionPolicy, StaticPolicy
-from dpllm.shapes import random_decoder, shape
 
 
 def small_model() -> list[dict]:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from report import report
 
-from dpllm.decoder import Decoder
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.model.random_models import shape
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
-from dpllm.shapes import shape
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "overlays"
 

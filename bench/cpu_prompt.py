@@ -22,8 +22,8 @@ from report import report
 from dpllm.commands.bench import read_prompt
 from dpllm.kernels.backend import Backend, choose_backend
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions
-from dpllm.shapes import random_decoder, shape
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import random_decoder, shape
 
 NAME, WIDTHS, TOKENS, ROUNDS = "1.1B", (3, 4, 6), (1, 4, 16, 64, 512), 3
 OPTIONS = CpuOptions(threads=1)

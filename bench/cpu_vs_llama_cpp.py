@@ -35,13 +35,13 @@ from peers.worker import PeerError
 from report import report
 
 from dpllm.commands.bench import read_prompt
-from dpllm.decoder import Decoder, Group
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import empty_planes
-from dpllm.loading import LoadOptions
+from dpllm.model.decoder import Decoder, Group
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.policy import StaticPolicy
-from dpllm.shapes import random_decoder, shape
 
 RIVALS = {
     2: ("Q2_K",),

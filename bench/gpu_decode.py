@@ -29,16 +29,16 @@ import torch
 from dpllm.allowance import Allowance, Prices
 from dpllm.calib.curve import dense_curve
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.config import ModelConfig
-from dpllm.decoder import Decoder, Group, Layer
 from dpllm.dp_policy import DPLLMPolicy
 from dpllm.gpu_step import GpuStep
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.triton import step_operations
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.loading import LoadOptions
+from dpllm.model.config import ModelConfig
+from dpllm.model.decoder import Decoder, Group, Layer
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import SHAPES, random_decoder, shape
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy, observe
-from dpllm.shapes import SHAPES, random_decoder, shape
 
 CONTEXT, LONG = (5, 20) if DRY else (1024, 32768)
 KEPT = 0.3
@@ -53,7 +53,7 @@ CHOSEN, REPLAYED = "3.5 bits, our policy", "our policy's widths, replayed"
 
 
 def config_of(name: str) -> ModelConfig:
-    """A shape of dpllm/shapes.py; a small layer in a dry run."""
+    """A shape of dpllm/model/random_models.py; a small layer in a dry run."""
     c = shape("tiny" if DRY else name)
     small = {
         "hidden_size": 64, "num_layers": 1, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1,

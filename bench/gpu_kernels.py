@@ -31,7 +31,7 @@ from dpllm.kernels.triton.attention import decode_attention
 from dpllm.kernels.triton.pack import TritonWeight
 from dpllm.kernels.triton.products import chosen_gemv
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
-from dpllm.shapes import _random_int8, _random_weight
+from dpllm.model.random_models import _random_int8, _random_weight
 
 MATRICES = [(8, 128)] if DRY else [(4096, 4096), (6144, 4096), (28672, 4096), (14336, 4096), (4096, 14336)]
 HEAD = (16, 128) if DRY else (128256, 4096)

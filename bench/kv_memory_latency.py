@@ -28,15 +28,15 @@ from typing import Any
 import torch
 from report import report
 
-from dpllm.config import ModelConfig
 from dpllm.context import SINKS, KVContext
-from dpllm.decoder import Decoder
 from dpllm.kvzip_bridge.budget import Budget, over_all
 from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
-from dpllm.loading import LoadOptions
-from dpllm.memory import peak_bytes
+from dpllm.model.config import ModelConfig
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions
+from dpllm.model.memory import peak_bytes
+from dpllm.model.random_models import random_decoder, shape
 from dpllm.pruner import ContextOptions, Pruner
-from dpllm.shapes import random_decoder, shape
 
 KEEP, ROUNDS, BLOCK = 0.3, 9, 2048
 BLOCKED = 16384  # tokens of the longest context that is pruned block by block too

@@ -33,7 +33,7 @@ from dpllm import reference
 from dpllm.engine import Engine, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kv_heads import head_profile
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 
 # name: (documents, how one is made, its arguments, whether the weights' width is varied too)
 TASKS: dict[str, tuple[int, str, tuple[int, ...], bool]] = {

@@ -32,8 +32,8 @@ from quality_variants import calibration_sequences
 from report import RESULTS, report
 
 from dpllm import reference
-from dpllm.decoder import Decoder
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 
 GGUF = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

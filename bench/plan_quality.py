@@ -27,7 +27,7 @@ from dpllm.base.errors import InputError
 from dpllm.cost import TOKENS, Cell, cells_of, fit, measure, steps_at
 from dpllm.engine import Engine, Step, load
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.planner import Plan, Planner, Targets, machine_of
 from dpllm.quality import QualityModel, QualityOptions, quality_of
 from dpllm.quality import measure as measure_quality

@@ -25,11 +25,11 @@ from dpllm import reference
 from dpllm.base.text import load_tokenizer
 from dpllm.calib.controls import WeightGradients
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.decoder import Decoder
 from dpllm.engine import Engine, GenerateOptions
 from dpllm.evaluate import score
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 
 GENERATED = 256  # tokens after each prompt of text 'generated'

@@ -10,7 +10,7 @@ import torch
 from dpllm.calib.allocation import equal_loss_bits, static_bits
 from dpllm.calib.controls import WeightGradients, hawq_losses, llm_mq_losses
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.decoder import Decoder
+from dpllm.model.decoder import Decoder
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy, make_policy
 
 

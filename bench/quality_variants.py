@@ -18,9 +18,9 @@ from dpllm.calib.controls import WeightGradients, weight_gradients
 from dpllm.calib.dense import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.decoder import Decoder
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 
 TARGETS = (2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 4.75)

@@ -16,16 +16,16 @@ from dpllm import reference
 from dpllm.base.text import load_tokenizer
 from dpllm.calib.curve import dense_curve
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.decoder import Decoder, Group
 from dpllm.engine import Engine
-from dpllm.loading import LoadOptions
-from dpllm.shapes import random_decoder, shape
+from dpllm.model.decoder import Decoder, Group
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import random_decoder, shape
 
 BINS, TOKENS = 16, 48
 
 
 def random_engine(name: str, planes: int, options: LoadOptions) -> Engine:
-    """Of a shape of dpllm/shapes.py, with so many planes, calibrated on nothing."""
+    """Of a shape of dpllm/model/random_models.py, with so many planes, calibrated on nothing."""
     tokenizer = load_tokenizer(reference.overlay_path())
     decoder = random_decoder(replace(shape(name), vocab_size=len(tokenizer)), planes, options)
     engine = Engine(Path(f"random-{name}"), decoder, tokenizer, profile_of(decoder))

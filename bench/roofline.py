@@ -20,9 +20,9 @@ from typing import Any
 from gpu_devices import DEVICES, Device
 from report import report
 
-from dpllm.config import ModelConfig
 from dpllm.kernels.weight import MAX_TABLE_BITS
-from dpllm.shapes import SHAPES, shape
+from dpllm.model.config import ModelConfig
+from dpllm.model.random_models import SHAPES, shape
 
 CODE = (
     Path(__file__).resolve().parents[1] / "tests" / "gpu_code.json"

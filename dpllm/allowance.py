@@ -26,7 +26,7 @@ from dpllm.kernels.step_tables import NEVER
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dpllm.decoder import Group
+    from dpllm.model.decoder import Group
 
 STEP = 0.5  # of log m, up and down, over which the growth of cost is taken
 GAINS = (1.0, 8.0)

@@ -10,7 +10,7 @@ from dpllm.base.errors import InputError
 from dpllm.calib.averages import lower_width
 from dpllm.calib.dp_llm import PROJECTION
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.decoder import Decoder, Group
+from dpllm.model.decoder import Decoder, Group
 
 NEAR = (
     1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it

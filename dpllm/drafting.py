@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpllm.base.errors import InputError
-from dpllm.decoder import Decoder
 from dpllm.generate_options import GenerateOptions
+from dpllm.model.decoder import Decoder
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
 from dpllm.policy import PrecisionPolicy

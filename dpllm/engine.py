@@ -25,12 +25,12 @@ from dpllm.base.text import check_text, encode, load_tokenizer
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
-from dpllm.decoder import Decoder
 from dpllm.drafting import Drafting
 from dpllm.generate_options import GenerateOptions
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.loading import LoadOptions, is_overlay, load_decoder
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep
 from dpllm.policy import (
     PrecisionPolicy,

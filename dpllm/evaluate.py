@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dpllm.calib.dense import dense
-from dpllm.decoder import Decoder
 from dpllm.lockstep import steps
+from dpllm.model.decoder import Decoder
 from dpllm.native import NativeStep, own_inputs
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder
 

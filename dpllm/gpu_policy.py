@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dpllm.allowance import Pace
 from dpllm.calib.sensitivity import FEATURES
-from dpllm.decoder import Decoder
 from dpllm.dp_policy import DPLLMPolicy
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
+from dpllm.model.decoder import Decoder
 from dpllm.native import ThresholdRule, resident
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
 

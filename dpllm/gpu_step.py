@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.sensitivity import DECAY, LIMIT
-from dpllm.decoder import Decoder, Group
-from dpllm.decoder import Layer as DecoderLayer
 from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.backend import lacking_for_triton
 from dpllm.kernels.step_tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.model.decoder import Decoder, Group
+from dpllm.model.decoder import Layer as DecoderLayer
 from dpllm.native import NativeStep, decode_one
 from dpllm.policy import PrecisionPolicy
 

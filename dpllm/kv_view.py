@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpllm.decoder import Decoder, Group
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.kvzip_bridge.policy import Hidden, ModelView
+from dpllm.model.decoder import Decoder, Group
 
 
 def view_of(decoder: Decoder) -> ModelView:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.decoder import Decoder
+from dpllm.model.decoder import Decoder
 from dpllm.policy import PrecisionPolicy, Recorder, observe
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dpllm.decoder import Decoder
+from dpllm.model.decoder import Decoder
 from dpllm.report.data import Machine
 
 

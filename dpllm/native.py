@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.sensitivity import LIMIT
-from dpllm.decoder import Decoder, Group
-from dpllm.decoder import Layer as DecoderLayer
 from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.model.decoder import Decoder, Group
+from dpllm.model.decoder import Layer as DecoderLayer
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes

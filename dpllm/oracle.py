@@ -10,7 +10,7 @@ from dpllm.base.errors import InputError
 from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.calib.sensitivity import TokenProbe, step_context
-from dpllm.decoder import Decoder, Group
+from dpllm.model.decoder import Decoder, Group
 
 
 class OracleRateDistortion:

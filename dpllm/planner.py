@@ -17,7 +17,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.cost import CostModel
-from dpllm.memory import resident_bytes
+from dpllm.model.memory import resident_bytes
 from dpllm.quality import QualityModel, expected_loss
 from dpllm.quant.overlay import Overlay
 

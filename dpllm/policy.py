@@ -23,8 +23,8 @@ from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.calib.rule import RateDistortionRule
 from dpllm.calib.sensitivity import step_context
-from dpllm.decoder import Decoder, Group
 from dpllm.dp_policy import DPLLMPolicy
+from dpllm.model.decoder import Decoder, Group
 from dpllm.oracle import OracleRateDistortion
 
 POLICIES = (

@@ -27,7 +27,7 @@ from dpllm.base.files import write_tensors
 from dpllm.context import KVContext
 from dpllm.engine import Engine
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
-from dpllm.loading import is_overlay
+from dpllm.model.loading import is_overlay
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import read_json
 

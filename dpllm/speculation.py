@@ -26,10 +26,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpllm.decoder import Decoder
 from dpllm.gpu_step import GpuStep
 from dpllm.kernels.cpu.step import MAX_ROWS
 from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.model.decoder import Decoder
 from dpllm.native import NativeStep, decode_one, own_inputs
 from dpllm.pacing import Pacer
 from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy

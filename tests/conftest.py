@@ -20,7 +20,7 @@ from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer

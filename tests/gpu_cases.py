@@ -6,7 +6,7 @@ import torch
 
 from dpllm.gpu_step import GpuStep
 from dpllm.kernels import step_reference
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.native import decode_one
 from dpllm.policy import observe
 

@@ -27,11 +27,11 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
-from dpllm.decoder import Decoder
 from dpllm.engine import Engine
 from dpllm.kv_heads import head_profile
-from dpllm.loading import LoadOptions, load_decoder
-from dpllm.memory import peak_bytes
+from dpllm.model.decoder import Decoder
+from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.model.memory import peak_bytes
 from dpllm.pruner import HEADS
 from dpllm.quant.overlay import Overlay
 

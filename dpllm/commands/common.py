@@ -26,7 +26,7 @@ from rich.progress import (
 from dpllm.base.errors import InputError
 from dpllm.kernels.backend import Backend
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)

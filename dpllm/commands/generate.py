@@ -24,8 +24,8 @@ from dpllm.commands.common import (
 from dpllm.controller import LatencyController
 from dpllm.cost import cost_of
 from dpllm.engine import Engine, GenerateOptions, Step, load
-from dpllm.loading import is_overlay
-from dpllm.memory import resident_bits_within
+from dpllm.model.loading import is_overlay
+from dpllm.model.memory import resident_bits_within
 from dpllm.quality import quality_of
 from dpllm.saved_context import load_context
 

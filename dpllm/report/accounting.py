@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpllm.decoder import Decoder, Group
 from dpllm.kernels.cpu.functions import PreparedWeight
 from dpllm.kernels.weight import WORD, Int8Weight, QuantizedWeight
+from dpllm.model.decoder import Decoder, Group
 from dpllm.report.data import KindBytes
 
 

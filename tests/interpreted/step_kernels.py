@@ -219,7 +219,7 @@ def test_observe(known):
 def reference_decoder():
     from dpllm import reference as bundled
     from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
-    from dpllm.loading import LoadOptions, load_decoder
+    from dpllm.model.loading import LoadOptions, load_decoder
     from dpllm.quant.overlay import Overlay
 
     path = bundled.overlay_path()

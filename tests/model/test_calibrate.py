@@ -16,7 +16,7 @@ from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
 from dpllm.calib.measure import LABEL_STREAM, gradients
 from dpllm.calib.rule import stale_sources
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policy import RateDistortionPolicy, Recorder, make_policy
 
 TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)

@@ -18,7 +18,7 @@ from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.pruner import ContextOptions, Pruner, plain_ids
 from dpllm.saved_context import load_context, read_manifest, save_context
 

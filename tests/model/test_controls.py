@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpllm.calib.controls import hawq_losses, llm_mq_losses, weight_gradients
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 
 TOLERANCE = 1e-4
 

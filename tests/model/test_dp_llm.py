@@ -11,7 +11,7 @@ from dpllm.calib.averages import AveragesOptions, averages, interpolated, lower_
 from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
 from dpllm.dp_policy import DPLLMPolicy, threshold
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policy import Recorder, make_policy
 
 BRIEF = AveragesOptions(steps=4, length=48)

@@ -18,7 +18,7 @@ from dpllm import engine as engine_module
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.engine import GenerateOptions, load
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.policy import Recorder, make_policy, observe
 from dpllm.sampling import sample
 from dpllm.text_stream import TextStream

@@ -21,7 +21,7 @@ from dpllm.engine import load as engine_of
 from dpllm.evaluate import score
 from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.native import decode_one
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy, begin_text, make_policy, observe
 from dpllm.sampling import drawn

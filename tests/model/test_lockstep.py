@@ -12,8 +12,8 @@ from dpllm.calib.dense import dense
 from dpllm.engine import GenerateOptions, load
 from dpllm.evaluate import evaluate, score
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
 from dpllm.lockstep import steps
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policy import RateDistortionPolicy, Recorder, make_policy, observe
 
 
@@ -54,7 +54,7 @@ def test_side_by_side_equals_one_by_one(decoder, profiles, heldout_sequences, na
 def test_windows_of_attention_are_kept(tmp_path, calibration_documents):
     from tiny_models import build_model
 
-    from dpllm.decoder import Decoder
+    from dpllm.model.decoder import Decoder
 
     build_model("mistral-window").save_pretrained(tmp_path / "m")
     plain: Decoder = load_decoder(tmp_path / "m")

@@ -10,7 +10,7 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.engine import GenerateOptions, load
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.policy import make_policy
 
 pytestmark = needs_library

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, COMMON
 
 from dpllm.kernels.cpu.step import MAX_ROWS
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy
-from dpllm.shapes import random_decoder, shape
 
 pytestmark = needs_library
 

@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, COMMON
 from dpllm.base.errors import InputError
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import Int8Weight
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.native import NativeStep, ThresholdRule, decode_one
 from dpllm.policy import RandomPolicy, RateDistortionPolicy, Recorder, StaticPolicy, make_policy
 

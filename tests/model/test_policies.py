@@ -16,7 +16,7 @@ from dpllm.base.errors import InputError
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policy import POLICIES, RandomPolicy, RateDistortionPolicy, Recorder, make_policy
 from dpllm.quant.overlay import Overlay
 

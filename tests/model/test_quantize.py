@@ -24,7 +24,7 @@ from dpllm.base import files
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.kernels import reference
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant import fisher, quantize
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions

@@ -16,7 +16,7 @@ from dpllm.commands import demo
 from dpllm.commands.evaluate import token_documents
 from dpllm.engine import load
 from dpllm.evaluate import evaluate
-from dpllm.loading import load_decoder
+from dpllm.model.loading import load_decoder
 from dpllm.quant.overlay import Overlay
 
 TOKENS = 6000

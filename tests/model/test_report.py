@@ -16,7 +16,7 @@ from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
 from dpllm.engine import load
 from dpllm.evaluate import DocumentScore, evaluate
-from dpllm.loading import LoadOptions, load_decoder
+from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policy import make_policy
 from dpllm.report import frontier as frontiers
 from dpllm.report import service

@@ -15,7 +15,7 @@ from dpllm.base.errors import InputError
 from dpllm.context import build_context
 from dpllm.engine import GenerateOptions, load
 from dpllm.kvzip_bridge.budget import Budget
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.native import NativeStep, decode_one
 from dpllm.pacing import Pacer
 from dpllm.policy import begin_text, observe

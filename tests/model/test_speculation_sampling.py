@@ -11,12 +11,12 @@ import torch
 from cpu_cases import needs_library, options_of
 from scipy.stats import chi2
 
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
+from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
 from dpllm.policy import StaticPolicy
 from dpllm.sampling import Sampler
-from dpllm.shapes import random_decoder, shape
 from dpllm.speculation import Continuation, PromptLookup, SelfDraft
 
 pytestmark = needs_library

@@ -15,7 +15,7 @@ from dpllm.allowance import Allowance, Prices
 from dpllm.base.errors import InputError
 from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
 from dpllm.engine import GenerateOptions, load
-from dpllm.loading import LoadOptions
+from dpllm.model.loading import LoadOptions
 from dpllm.native import decode_one
 from dpllm.policy import begin_text, make_policy, observe
 from dpllm.quality import QualityModel, QualityOptions, estimated

@@ -8,7 +8,7 @@ from cpu_cases import Weights, needs_library
 from dpllm.kernels import reference
 from dpllm.kernels.cpu import functions
 from dpllm.kernels.weight import QuantizedWeight
-from dpllm.loading import LoadOptions, load_decoder, make_group
+from dpllm.model.loading import LoadOptions, load_decoder, make_group
 from dpllm.report.accounting import bytes_by_kind, held_bytes, read_bytes
 
 SHAPES = [(6, 130, 3), (9, 416, 1), (64, 128, 1)]  # N, K, rows that share a table

@@ -9,10 +9,10 @@ import pytest
 import torch
 from cpu_cases import needs_library
 
-from dpllm import memory
 from dpllm.cli import main
 from dpllm.commands import bench
 from dpllm.kernels.cpu.library import usable_cores
+from dpllm.model import memory
 
 SHORT = ("--prompt", "8", "--new-tokens", "3")
 CONTRACT = {"results", "stream_gb_per_s", "device", "threads", "backend"}

@@ -167,7 +167,7 @@ def test_each_device_runs_its_own_code(roofline):
 
 def test_bytes_are_those_of_the_decoder(roofline):
     """What the prediction counts is what the decoder of this shape reports that it reads."""
-    from dpllm.shapes import random_decoder
+    from dpllm.model.random_models import random_decoder
 
     decoder = random_decoder(roofline.shape("tiny"), 4)
     read = sum(g.bytes_at[3 - g.seed_bits] for g in decoder.groups)

@@ -80,7 +80,9 @@ def test_packages_listed_are_the_folders_with_python_files(setuptools_table):
 
 def test_packages_are_mapped_to_their_folders(setuptools_table):
     expected = {f if f == "dpllm" else f"dpllm.{f}": f for f in FOLDERS}
-    for name in sorted(p.name for p in (ROOT / "kernels").iterdir() if list(p.glob("*.py"))):  # a namespace folder does not lend its sub-packages a place
+    for name in sorted(
+        p.name for p in (ROOT / "kernels").iterdir() if list(p.glob("*.py"))
+    ):  # a namespace folder does not lend its sub-packages a place
         expected[f"dpllm.kernels.{name}"] = f"kernels/{name}"
     assert setuptools_table["package-dir"] == expected
     for package in setuptools_table["packages"]:

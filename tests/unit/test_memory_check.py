@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from cpu_cases import needs_library
 
-from dpllm import memory
 from dpllm.base.errors import InputError
-from dpllm.loading import LoadOptions, load_decoder
-from dpllm.memory import available_bytes, check_memory
+from dpllm.model import memory
+from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.model.memory import available_bytes, check_memory
+from dpllm.model.random_models import SHAPES, random_decoder, resident_bytes, shape
 from dpllm.quant.overlay import Overlay
-from dpllm.shapes import SHAPES, random_decoder, resident_bytes, shape
 
 SIZES = {2: 2_000_000_000, 3: 3_000_000_000, 4: 4_000_000_000}
 

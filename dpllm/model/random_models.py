@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.config import ModelConfig
-from dpllm.decoder import Decoder, Group, Layer
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.weight import MAX_TABLE_BITS, MIN_BITS, WORD, Int8Weight, QuantizedWeight, empty_planes
-from dpllm.loading import LoadOptions, make_group
+from dpllm.model.config import ModelConfig
+from dpllm.model.decoder import Decoder, Group, Layer
+from dpllm.model.loading import LoadOptions, make_group
 
 
 def _llama(

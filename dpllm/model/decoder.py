@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dpllm.config import ModelConfig
 from dpllm.kernels.backend import Backend
 from dpllm.kernels.reference import causal_attention
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.attention import rotate
 from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.model.config import ModelConfig
 
 
 @dataclass
@@ -66,7 +66,7 @@ Observe = Callable[[Group, Tensor, Tensor], None]  # (group, x [T, K], y [T, N])
 
 
 class Decoder:
-    """The model. Made by dpllm.loading.load_decoder."""
+    """The model. Made by dpllm.model.loading.load_decoder."""
 
     def __init__(
         self, config: ModelConfig, backend: Backend, layers: list[Layer], embedding: Tensor | Int8Weight,

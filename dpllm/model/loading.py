@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.config import ModelConfig
-from dpllm.decoder import Decoder, Group, Layer
 from dpllm.kernels.backend import Backend, choose_backend
 from dpllm.kernels.cpu.library import CpuOptions, usable_cores
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
-from dpllm.memory import check_memory, resident_bytes
+from dpllm.model.config import ModelConfig
+from dpllm.model.decoder import Decoder, Group, Layer
+from dpllm.model.memory import check_memory, resident_bytes
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 

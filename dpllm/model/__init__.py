@@ -1,0 +1,1 @@
+"""The model: configuration, decoder, loading into memory."""
