@@ -28,7 +28,6 @@ from random_engine import random_engine
 from report import report
 
 from dpllm import reference
-from dpllm.allowance import Allowance, Prices
 from dpllm.base.text import read_documents
 from dpllm.controller import ControlOptions
 from dpllm.cost import CostModel, measure
@@ -36,7 +35,8 @@ from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
+from dpllm.policies.token_limit import Allowance, Prices
 
 SETTLED, STRETCH = 16, 20
 SHAPE, PLANES = "1.1B", 6

@@ -25,7 +25,7 @@ from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS, QuantizedWeight, empty_planes
 from dpllm.model.loading import LoadOptions
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
 
 ROWS, COLUMNS = 256, 4096
 

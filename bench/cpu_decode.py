@@ -25,7 +25,8 @@ from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
-from dpllm.policy import PrecisionPolicy, StaticPolicy
+from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.fixed import StaticPolicy
 
 
 def small_model() -> list[dict]:
@@ -68,7 +69,7 @@ def pair(name: str, a: list[float], b: list[float]) -> dict:
 
 
 class Projections:
-    """DP-LLM's estimator with k = 64 as dpllm/dp_policy.py computes it, one for each matrix, each time choosing 3
+    """DP-LLM's estimator with k = 64 as dpllm/policies/dp_llm.py computes it, one for each matrix, each time choosing 3
     bits."""
 
     name = "projections"

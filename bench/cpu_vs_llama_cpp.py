@@ -41,7 +41,7 @@ from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
-from dpllm.policy import StaticPolicy
+from dpllm.policies.fixed import StaticPolicy
 
 RIVALS = {
     2: ("Q2_K",),

@@ -26,10 +26,8 @@ from gpu_common import percentile, read_gb_per_s, require_gpu  # isort: skip
 import numpy as np
 import torch
 
-from dpllm.allowance import Allowance, Prices
 from dpllm.calib.curve import dense_curve
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.dp_policy import DPLLMPolicy
 from dpllm.gpu_step import GpuStep
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.triton import step_operations
@@ -38,7 +36,11 @@ from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import SHAPES, random_decoder, shape
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy, observe
+from dpllm.policies.base import PrecisionPolicy, observe
+from dpllm.policies.dp_llm import DPLLMPolicy
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.token_limit import Allowance, Prices
 
 CONTEXT, LONG = (5, 20) if DRY else (1024, 32768)
 KEPT = 0.3

@@ -14,7 +14,7 @@ from dpllm.engine import Engine
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
 from dpllm.kvzip_bridge.recording import Queries, QueriesWanted
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
 from dpllm.pruner import ContextOptions, Pruner
 
 RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)

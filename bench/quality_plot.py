@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from dpllm.lockstep import steps
-from dpllm.policy import RateDistortionPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 STYLES = {
     "static": ("^", "--", "tab:orange"),

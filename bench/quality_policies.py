@@ -11,7 +11,10 @@ from dpllm.calib.allocation import equal_loss_bits, static_bits
 from dpllm.calib.controls import WeightGradients, hawq_losses, llm_mq_losses
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy, make_policy
+from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 
 class _WithoutContext(RateDistortionPolicy):

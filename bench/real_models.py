@@ -15,7 +15,7 @@ from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.calibrate import CalibrateArguments, run
 from dpllm.evaluate import score, summarize
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
 from dpllm.quant.overlay import Overlay
 
 TARGETS = "3.25,3.5,3.75,4,4.25,4.5,4.75"

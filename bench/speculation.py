@@ -30,7 +30,7 @@ from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer, expected_tokens
-from dpllm.policy import StaticPolicy
+from dpllm.policies.fixed import StaticPolicy
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource

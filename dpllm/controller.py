@@ -14,9 +14,9 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-from dpllm.allowance import Allowance, Prices
 from dpllm.base.errors import InputError
 from dpllm.cost import CostModel
+from dpllm.policies.token_limit import Allowance, Prices
 
 
 @dataclass(frozen=True)

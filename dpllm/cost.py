@@ -25,7 +25,9 @@ import torch
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
 from dpllm.machine import processor_name
-from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
+from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy, resident_mean
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine, Step

@@ -9,7 +9,7 @@ from dpllm.generate_options import GenerateOptions
 from dpllm.model.decoder import Decoder
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
-from dpllm.policy import PrecisionPolicy
+from dpllm.policies.base import PrecisionPolicy
 from dpllm.speculation import Draft, PromptLookup, SelfDraft, obstacle
 
 HIGH_QUALITY = 6.0  # bits, from which 'auto' tries to speculate

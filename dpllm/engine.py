@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from dpllm import reference
-from dpllm.allowance import Prices
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text, encode, load_tokenizer
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
@@ -32,15 +31,11 @@ from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.native import NativeStep
-from dpllm.policy import (
-    PrecisionPolicy,
-    RateDistortionPolicy,
-    StaticPolicy,
-    begin_text,
-    make_policy,
-    observe,
-    resident_mean,
-)
+from dpllm.policies.base import PrecisionPolicy, begin_text, observe
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy, resident_mean
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.token_limit import Prices
 from dpllm.quant.overlay import Overlay
 from dpllm.sampling import Sampler
 from dpllm.speculation import Continuation, Draft, Passed, Tally

@@ -18,8 +18,10 @@ import torch
 from dpllm.calib.dense import dense
 from dpllm.lockstep import steps
 from dpllm.model.decoder import Decoder
-from dpllm.native import NativeStep, own_inputs
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder
+from dpllm.native import NativeStep
+from dpllm.policies.base import PrecisionPolicy, Recorder
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.thresholds import own_inputs
 
 
 @dataclass(frozen=True)

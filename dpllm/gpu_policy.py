@@ -12,14 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpllm.allowance import Pace
 from dpllm.calib.sensitivity import FEATURES
-from dpllm.dp_policy import DPLLMPolicy
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
 from dpllm.model.decoder import Decoder
-from dpllm.native import ThresholdRule, resident
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, StaticPolicy
+from dpllm.native import resident
+from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.dp_llm import DPLLMPolicy
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.thresholds import ThresholdRule
+from dpllm.policies.token_limit import Pace
 
 NOBODY = object()
 

@@ -27,7 +27,7 @@ from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
 from dpllm.native import NativeStep, decode_one
-from dpllm.policy import PrecisionPolicy
+from dpllm.policies.base import PrecisionPolicy
 
 log = logging.getLogger("dpllm")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.model.decoder import Decoder
-from dpllm.policy import PrecisionPolicy, Recorder, observe
+from dpllm.policies.base import PrecisionPolicy, Recorder, observe
 
 
 class _Rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,23 +22,12 @@ from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
+from dpllm.policies.base import PrecisionPolicy, Recorder
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.thresholds import ThresholdRule, own_inputs
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
-
-
-@runtime_checkable
-class ThresholdRule(Protocol):
-    """A policy that reads the seed width plus one plane for each threshold [G, steps] that the weighted square of the
-    group's input, sum_k diagonals[g][k] x_k^2, exceeds. Rewriting the thresholds in place retargets it."""
-
-    diagonals: list[Tensor]
-    thresholds: Tensor
-
-
-def own_inputs(policy: ThresholdRule) -> bool:
-    """Whether every group decides by its own input: estimates from older ones are left to the policy itself."""
-    return all(source == g for g, source in enumerate(getattr(policy, "source", ())))
 
 
 class NativeStep:

@@ -24,7 +24,9 @@ from dpllm.base.text import encode, read_documents
 from dpllm.calib.profile import CalibrationProfile, Resident
 from dpllm.context import SINKS, KVContext
 from dpllm.native import decode_one
-from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, observe
+from dpllm.policies.base import PrecisionPolicy, observe
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy
 from dpllm.pruner import ContextOptions, Pruner
 
 if TYPE_CHECKING:

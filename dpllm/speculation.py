@@ -30,9 +30,12 @@ from dpllm.gpu_step import GpuStep
 from dpllm.kernels.cpu.step import MAX_ROWS
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
-from dpllm.native import NativeStep, decode_one, own_inputs
+from dpllm.native import NativeStep, decode_one
 from dpllm.pacing import Pacer
-from dpllm.policy import PrecisionPolicy, RateDistortionPolicy, Recorder, StaticPolicy
+from dpllm.policies.base import PrecisionPolicy, Recorder
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.thresholds import own_inputs
 from dpllm.sampling import Sampler
 
 Clock = Callable[[], float]

@@ -93,7 +93,7 @@ class PolicyTable:
     is line[g, 0] * s + line[g, 1], s = ||G x|| with G = estimators[g] float16 [k, K] (rows[g] = k) or, without one
     (rows[g] = 0), ||x||.
 
-    Where it is WEIGHTED, what a token may cost is limited (dpllm/allowance.py): each group in turn keeps m to
+    Where it is WEIGHTED, what a token may cost is limited: each group in turn keeps m to
     (left[g] / rest[g]) ** gain, then reads the widest width up to its own whose price extra[g] is left, and pays it:
     left[g + 1] is what remains.
 

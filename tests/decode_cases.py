@@ -6,7 +6,7 @@ import torch
 from tiny_models import COMMON
 
 from dpllm.native import decode_one
-from dpllm.policy import StaticPolicy
+from dpllm.policies.fixed import StaticPolicy
 
 IDS = torch.randint(0, COMMON["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).tolist()
 

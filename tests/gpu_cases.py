@@ -8,7 +8,7 @@ from dpllm.gpu_step import GpuStep
 from dpllm.kernels import step_reference
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.native import decode_one
-from dpllm.policy import observe
+from dpllm.policies.base import observe
 
 TOLERANCE = 1e-4
 

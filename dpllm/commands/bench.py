@@ -23,7 +23,7 @@ from dpllm.model.loading import is_overlay, load_decoder
 from dpllm.model.memory import check_memory
 from dpllm.model.random_models import random_decoder, resident_bytes, shape
 from dpllm.native import decode_one
-from dpllm.policy import StaticPolicy
+from dpllm.policies.fixed import StaticPolicy
 
 WARM_UP = 2
 STREAM_BYTES = 1 << 30  # as large as a model, so that no cache holds it

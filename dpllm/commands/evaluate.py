@@ -19,7 +19,7 @@ from dpllm.commands.common import (
 )
 from dpllm.engine import Engine, load
 from dpllm.evaluate import EvalResult, evaluate
-from dpllm.policy import POLICIES, make_policy
+from dpllm.policies.make import POLICIES, make_policy
 
 
 def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> list[list[int]]:

@@ -19,7 +19,7 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.machine import machine_of
-from dpllm.policy import POLICIES
+from dpllm.policies.make import POLICIES
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
 from dpllm.report.page import render

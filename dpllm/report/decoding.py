@@ -13,7 +13,7 @@ from torch import Tensor
 from dpllm.engine import PREFILL_CHUNK, Engine
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.native import decode_one
-from dpllm.policy import PrecisionPolicy, begin_text, observe
+from dpllm.policies.base import PrecisionPolicy, begin_text, observe
 from dpllm.sampling import sample
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)

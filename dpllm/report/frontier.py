@@ -10,7 +10,9 @@ from scipy.special import stdtrit
 from dpllm.engine import Engine
 from dpllm.evaluate import DocumentScore, score, summarize
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.policy import PrecisionPolicy, StaticPolicy, make_policy, resident_mean
+from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy, resident_mean
 from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
 from dpllm.report.decoding import Progress, interleaved_ms
 

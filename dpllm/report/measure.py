@@ -13,7 +13,9 @@ from dpllm.context import KVContext
 from dpllm.cost import CostModel, cost_of
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.policy import RateDistortionPolicy, StaticPolicy, make_policy, resident_mean
+from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.make import make_policy, resident_mean
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report import service
 from dpllm.report.accounting import bytes_by_kind
 from dpllm.report.data import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpllm.engine import Engine
-from dpllm.policy import RateDistortionPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report.data import Service, ServiceLevel
 from dpllm.report.decoding import Progress, forced_steps, read
 

@@ -234,7 +234,8 @@ def test_a_whole_step(reference_decoder, name):
     from dpllm.gpu_step import GpuStep
     from dpllm.kernels.triton import step_operations
     from dpllm.native import decode_one
-    from dpllm.policy import begin_text, make_policy, observe
+    from dpllm.policies.base import begin_text, observe
+    from dpllm.policies.make import make_policy
 
     decoder, profile = reference_decoder
     results = []

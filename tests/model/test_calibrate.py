@@ -17,7 +17,9 @@ from dpllm.calib.measure import LABEL_STREAM, gradients
 from dpllm.calib.rule import stale_sources
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import RateDistortionPolicy, Recorder, make_policy
+from dpllm.policies.base import Recorder
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 TARGETS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.5)
 

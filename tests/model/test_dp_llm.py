@@ -9,10 +9,11 @@ import torch
 from dpllm.base.errors import InputError
 from dpllm.calib.averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
 from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
-from dpllm.dp_policy import DPLLMPolicy, threshold
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import Recorder, make_policy
+from dpllm.policies.base import Recorder
+from dpllm.policies.dp_llm import DPLLMPolicy, threshold
+from dpllm.policies.make import make_policy
 
 BRIEF = AveragesOptions(steps=4, length=48)
 FAST = DPLLMOptions(averages=BRIEF, tokens=512, tune_steps=20)

@@ -19,7 +19,8 @@ from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
-from dpllm.policy import Recorder, make_policy, observe
+from dpllm.policies.base import Recorder, observe
+from dpllm.policies.make import make_policy
 from dpllm.sampling import sample
 from dpllm.text_stream import TextStream
 

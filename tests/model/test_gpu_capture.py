@@ -12,7 +12,9 @@ from gpu_cases import assert_same, decode_text, load, step_of
 
 from dpllm.gpu_step import GpuStep
 from dpllm.native import decode_one
-from dpllm.policy import RateDistortionPolicy, begin_text, make_policy, observe
+from dpllm.policies.base import begin_text, observe
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 
 class Replayed:

@@ -14,7 +14,6 @@ from gpu_cases import TOLERANCE, assert_same, decode_text, load, step_of
 from tiny_models import ARCHITECTURES
 
 from dpllm import gpu_step
-from dpllm.allowance import Allowance, Prices
 from dpllm.calib.rule import stale_sources
 from dpllm.engine import GenerateOptions
 from dpllm.engine import load as engine_of
@@ -23,7 +22,11 @@ from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
 from dpllm.model.loading import LoadOptions
 from dpllm.native import decode_one
-from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy, begin_text, make_policy, observe
+from dpllm.policies.base import begin_text, observe
+from dpllm.policies.fixed import RandomPolicy, StaticPolicy
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.token_limit import Allowance, Prices
 from dpllm.sampling import drawn
 
 

@@ -14,7 +14,9 @@ from dpllm.evaluate import evaluate, score
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.lockstep import steps
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import RateDistortionPolicy, Recorder, make_policy, observe
+from dpllm.policies.base import Recorder, observe
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dpllm.engine import GenerateOptions, load
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
 
 pytestmark = needs_library
 

@@ -15,7 +15,8 @@ from dpllm.kernels.cpu.step import MAX_ROWS
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
-from dpllm.policy import RandomPolicy, RateDistortionPolicy, StaticPolicy
+from dpllm.policies.fixed import RandomPolicy, StaticPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 pytestmark = needs_library
 

@@ -12,8 +12,12 @@ from dpllm.base.errors import InputError
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import Int8Weight
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.native import NativeStep, ThresholdRule, decode_one
-from dpllm.policy import RandomPolicy, RateDistortionPolicy, Recorder, StaticPolicy, make_policy
+from dpllm.native import NativeStep, decode_one
+from dpllm.policies.base import Recorder
+from dpllm.policies.fixed import RandomPolicy, StaticPolicy
+from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.thresholds import ThresholdRule
 
 pytestmark = needs_library
 

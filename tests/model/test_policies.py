@@ -17,7 +17,10 @@ from dpllm.calib.profile import CalibrationProfile
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import POLICIES, RandomPolicy, RateDistortionPolicy, Recorder, make_policy
+from dpllm.policies.base import Recorder
+from dpllm.policies.fixed import RandomPolicy
+from dpllm.policies.make import POLICIES, make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.quant.overlay import Overlay
 
 GRANULARITIES = ["fused", "linear"]

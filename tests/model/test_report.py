@@ -17,7 +17,7 @@ from dpllm.base.files import write_text
 from dpllm.engine import load
 from dpllm.evaluate import DocumentScore, evaluate
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policy import make_policy
+from dpllm.policies.make import make_policy
 from dpllm.report import frontier as frontiers
 from dpllm.report import service
 from dpllm.report.accounting import held_bytes, read_bytes

@@ -18,7 +18,7 @@ from dpllm.kvzip_bridge.budget import Budget
 from dpllm.model.loading import LoadOptions
 from dpllm.native import NativeStep, decode_one
 from dpllm.pacing import Pacer
-from dpllm.policy import begin_text, observe
+from dpllm.policies.base import begin_text, observe
 from dpllm.pruner import ContextOptions
 from dpllm.sampling import Sampler, sample
 from dpllm.speculation import LAG, Continuation, SelfDraft

@@ -15,7 +15,7 @@ from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.native import NativeStep
 from dpllm.pacing import Pacer
-from dpllm.policy import StaticPolicy
+from dpllm.policies.fixed import StaticPolicy
 from dpllm.sampling import Sampler
 from dpllm.speculation import Continuation, PromptLookup, SelfDraft
 

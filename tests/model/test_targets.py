@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from dpllm import quality, reference
-from dpllm.allowance import Allowance, Prices
 from dpllm.base.errors import InputError
 from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
 from dpllm.native import decode_one
-from dpllm.policy import begin_text, make_policy, observe
+from dpllm.policies.base import begin_text, observe
+from dpllm.policies.make import make_policy
+from dpllm.policies.token_limit import Allowance, Prices
 from dpllm.quality import QualityModel, QualityOptions, estimated
 
 PROMPT = "def main(argv):\n    for name in"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_profiles import example_profile, random_profiles
 
-from dpllm.allowance import GAINS, NEVER, Allowance, Pace, Prices
+from dpllm.policies.token_limit import GAINS, NEVER, Allowance, Pace, Prices
 
 GROUPS = [
     SimpleNamespace(seed_bits=2, weights=3000, bytes_at=(750, 1125, 1500, 1875)),

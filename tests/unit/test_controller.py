@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.allowance import Prices
 from dpllm.base.errors import InputError
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel, Timed, plane_times
+from dpllm.policies.token_limit import Prices
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),

@@ -7,103 +7,22 @@ learns from each finished step (`observe`), and only decoding step by step is th
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from itertools import islice
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.allowance import Allowance, Pace, Prices
-from dpllm.base.errors import InputError
-from dpllm.calib.allocation import static_bits
 from dpllm.calib.correction import Correction
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.calib.rule import RateDistortionRule
 from dpllm.calib.sensitivity import step_context
-from dpllm.dp_policy import DPLLMPolicy
 from dpllm.model.decoder import Decoder, Group
-from dpllm.oracle import OracleRateDistortion
-
-POLICIES = (
-    "uniform", "static", "random", "dp-llm", "rate-distortion", "oracle-dp-llm", "oracle-rate-distortion",
-)  # fmt: skip
-
+from dpllm.policies.base import Learner
+from dpllm.policies.token_limit import Allowance, Pace, Prices
 
 STEER = 0.05  # bits between the targets whose thresholds are kept; the correction does the rest
-
-
-class PrecisionPolicy(Protocol):
-    """Chooses widths. `extra_bytes` is what choosing itself reads per token."""
-
-    name: str
-    extra_bytes: int
-
-    def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """Bits of each token at this group. x: [T, K], the group's input. Returns int32 [T]."""
-        ...
-
-
-def begin_text(policy: PrecisionPolicy) -> PrecisionPolicy:
-    """The policy to decode one text with: its tables are shared, what it learns from finished steps is not."""
-    if not getattr(policy, "stepwise", False):
-        return policy
-    own = copy.copy(policy)
-    own.reset()  # type: ignore[attr-defined]
-    return own
-
-
-def observe(policy: object, logits: Tensor, tokens: Tensor) -> None:
-    """Tells a policy that learns from finished steps: logits [R, V] of the step, tokens int64 [R] that follow."""
-    if getattr(policy, "stepwise", False):
-        policy.observe(logits, tokens)  # type: ignore[attr-defined]
-
-
-class StaticPolicy:
-    """One width per group, the same for every token. The uniform policy is the case of equal widths."""
-
-    extra_bytes = 0
-
-    def __init__(self, bits: list[int], name: str = "static"):
-        self.bits, self.name = bits, name
-
-    def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """The group's width, T times."""
-        return torch.full((len(x),), self.bits[group.index], dtype=torch.int32, device=x.device)
-
-
-class Learner(Protocol):
-    """Who learns from finished steps in a policy's stead while it decodes with the policy's rule elsewhere."""
-
-    def observe(self, logits: Tensor, tokens: Tensor) -> bool:
-        """What the policy would take in; False where it is to do so itself."""
-        ...
-
-    def release(self) -> None:
-        """Gives what has been learnt back to the policy."""
-        ...
-
-
-class RandomPolicy:
-    """Each token and group draws one of the two widths around the target: the control that spends the
-    same bits without looking."""
-
-    extra_bytes = 0
-    name = "random"
-
-    def __init__(self, target_bits: float, groups: int, seed: int = 0):
-        self.low = int(np.floor(target_bits))
-        self.share = target_bits - self.low
-        # One stream per group: the n-th draw belongs to the n-th position, however positions are batched.
-        self.streams = [np.random.default_rng([seed, g]) for g in range(groups)]
-
-    def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """floor(target) or one more, with the odds that give the target on average."""
-        upper = self.streams[group.index].random(len(x)) < self.share
-        drawn = np.minimum(self.low + upper, group.resident_bits)
-        return torch.as_tensor(drawn, dtype=torch.int32, device=x.device)
 
 
 class RateDistortionPolicy(RateDistortionRule):
@@ -153,7 +72,7 @@ class RateDistortionPolicy(RateDistortionRule):
     def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
         """Moves the target between two tokens of a text; the correction goes on from where it is.
 
-        allowance: what no token may exceed, whatever it is worth (dpllm/allowance.py); None: no limit.
+        allowance: what no token may exceed, whatever it is worth (dpllm/policies/token_limit.py); None: no limit.
         """
         self.controller.target_bits, self.allowance = target_bits, allowance
         if self.planes.max() == self.profile.bits[0]:  # nothing to choose
@@ -242,95 +161,3 @@ class RateDistortionPolicy(RateDistortionRule):
                 self._coming.append(float(self.correction))
                 self._coming.popleft()
                 self.correction = self._coming[0]
-
-
-class Recorder:
-    """Wraps a policy and keeps what it chose: `bits()` is int32 [T, G] of the last forward pass."""
-
-    def __init__(self, policy: PrecisionPolicy, groups: list[Group]):
-        self.policy, self.groups = policy, groups
-        self._chosen: list[Tensor] = []
-        self._weights = torch.tensor([float(g.weights) for g in groups], dtype=torch.float64)
-        width = max((len(g.bytes_at) for g in groups), default=0)
-        rows = [list(g.bytes_at) + [0] * (width - len(g.bytes_at)) for g in groups]
-        self._bytes = torch.tensor(rows, dtype=torch.float64)
-
-    def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """The policy's choice, remembered."""
-        bits = self.policy(group, x)
-        if group.index == 0:
-            self._chosen.clear()
-        self._chosen.append(bits)
-        return bits
-
-    def take(self, bits: Tensor) -> None:
-        """What a native step chose: int32 [T, G]."""
-        self._chosen = list(bits.unbind(1))
-
-    def bits(self) -> Tensor:
-        """int32 [T, G] on the CPU."""
-        return torch.stack(self._chosen, dim=1).cpu()
-
-    def effective_bits(self) -> Tensor:
-        """float64 [T]: mean width per token, weighted by matrix size."""
-        return (self.bits().double() @ self._weights) / self._weights.sum()
-
-    def weight_bytes(self) -> Tensor:
-        """float64 [T]: planes, tables and scales read per token, the selector's own bytes included."""
-        index = (self.bits() - self.groups[0].seed_bits).long().T  # [G, T]
-        return self._bytes.gather(1, index).sum(0) + self.policy.extra_bytes
-
-
-def make_policy(
-    name: str, target_bits: float, decoder: Decoder, profile: CalibrationProfile | None, seed: int = 0
-) -> PrecisionPolicy:
-    """A policy by name at a target. Raises InputError for a target or a need that cannot be met."""
-    if name not in POLICIES:
-        raise InputError(f"unknown policy '{name}'. Choose one of: {', '.join(POLICIES)}.")
-    first = decoder.groups[0]
-    if first.dense:
-        raise InputError(
-            "this model is not quantised, so there are no bits to choose. Run dpllm quantize first."
-        )
-    high = resident_mean(decoder)
-    if not first.seed_bits <= target_bits <= high + 1e-9:
-        raise InputError(
-            f"target {target_bits:g} bits is impossible: {first.seed_bits} (seed) to {high:g} "
-            "(resident) can be read. Choose a target in between."
-        )
-    if name == "uniform":
-        if target_bits != int(target_bits):
-            raise InputError(
-                f"policy 'uniform' reads whole bits, not {target_bits:g}. "
-                f"Choose {int(target_bits)} or {int(target_bits) + 1}."
-            )
-        return StaticPolicy([min(int(target_bits), g.resident_bits) for g in decoder.groups], name="uniform")
-    if name == "random":
-        return RandomPolicy(target_bits, len(decoder.groups), seed)
-    if profile is None:
-        raise InputError(f"policy '{name}' needs a calibration profile. Run: dpllm calibrate OVERLAY")
-    if name == "static":
-        chosen = static_bits(capped_loss(profile, decoder), profile.weights, first.seed_bits, target_bits)
-        # Beyond what is resident nothing is better, but where the budget is ample nothing is worse either.
-        return StaticPolicy(
-            [min(int(b), g.resident_bits) for b, g in zip(chosen, decoder.groups, strict=True)]
-        )
-    if name in ("dp-llm", "oracle-dp-llm"):
-        return DPLLMPolicy(profile, decoder, target_bits, exact=name.startswith("oracle"))
-    if name == "oracle-rate-distortion":
-        return OracleRateDistortion(profile, decoder, target_bits)
-    return RateDistortionPolicy(profile, decoder, target_bits)
-
-
-def resident_mean(decoder: Decoder) -> float:
-    """Mean width when every resident plane is read."""
-    total = sum(g.weights for g in decoder.groups)
-    return sum(g.resident_bits * g.weights for g in decoder.groups) / total
-
-
-def capped_loss(profile: CalibrationProfile, decoder: Decoder) -> np.ndarray:
-    """mean_loss float64 [G, B] with widths that are not resident made no better than the widest that is."""
-    loss = profile.mean_loss[:, : max(g.resident_bits for g in decoder.groups) - profile.bits[0] + 1].copy()
-    for row, g in zip(loss, decoder.groups, strict=True):
-        row[g.resident_bits - g.seed_bits :] = row[g.resident_bits - g.seed_bits]
-    return loss
