@@ -18,13 +18,13 @@ import torch
 from cpu_vs_llama_cpp import Thresholds
 from report import report
 
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.native import NativeStep
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 

@@ -35,12 +35,12 @@ from peers.worker import PeerError
 from report import report
 
 from dpllm.commands.bench import read_prompt
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import empty_planes
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.native import NativeStep
 from dpllm.policies.fixed import StaticPolicy
 
 RIVALS = {

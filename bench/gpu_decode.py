@@ -28,7 +28,7 @@ import torch
 
 from dpllm.calib.curve import dense_curve
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.gpu_step import GpuStep
+from dpllm.decode.gpu_step import GpuStep
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.triton import step_operations
 from dpllm.kvzip_bridge.cache import KVCache

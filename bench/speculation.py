@@ -23,18 +23,18 @@ from quality_texts import heldout_windows
 from report import report
 
 from dpllm import reference
+from dpllm.decode.continuation import Tally
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.speculation.draft_length import Pacer, expected_tokens
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.native import NativeStep
-from dpllm.pacing import Pacer, expected_tokens
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.source import ModelSource
-from dpllm.speculation import Tally
 
 TARGETS, DRAFTS = (6, 8), (2, 3, 4)
 PROMPT = 200  # tokens

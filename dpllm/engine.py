@@ -24,22 +24,24 @@ from dpllm.base.text import check_text, encode, load_tokenizer
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.controller import LatencyController, QueryBudget
 from dpllm.cost import CostModel
-from dpllm.drafting import Drafting
-from dpllm.generate_options import GenerateOptions
-from dpllm.gpu_step import GpuStep, fast_step
+from dpllm.decode.choose_step import fast_step
+from dpllm.decode.continuation import Continuation, Passed, Tally
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.gpu_step import GpuStep
+from dpllm.decode.options import GenerateOptions
+from dpllm.decode.sampling import Sampler
+from dpllm.decode.speculation.draft_choice import Drafting
+from dpllm.decode.speculation.drafts import Draft
+from dpllm.decode.text_stream import TextStream
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.native import NativeStep
 from dpllm.policies.base import PrecisionPolicy, begin_text, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.token_limit import Prices
 from dpllm.quant.overlay import Overlay
-from dpllm.sampling import Sampler
-from dpllm.speculation import Continuation, Draft, Passed, Tally
-from dpllm.text_stream import TextStream
 
 if TYPE_CHECKING:
     from dpllm.context import KVContext

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dpllm.calib.dense import dense
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.lockstep import steps
 from dpllm.model.decoder import Decoder
-from dpllm.native import NativeStep
 from dpllm.policies.base import PrecisionPolicy, Recorder
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.thresholds import own_inputs

@@ -23,7 +23,7 @@ from dpllm.base.files import write_text
 from dpllm.base.text import encode, read_documents
 from dpllm.calib.profile import CalibrationProfile, Resident
 from dpllm.context import SINKS, KVContext
-from dpllm.native import decode_one
+from dpllm.decode.step import decode_one
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy

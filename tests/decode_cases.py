@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import COMMON
 
-from dpllm.native import decode_one
+from dpllm.decode.step import decode_one
 from dpllm.policies.fixed import StaticPolicy
 
 IDS = torch.randint(0, COMMON["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).tolist()

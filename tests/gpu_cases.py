@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dpllm.gpu_step import GpuStep
+from dpllm.decode.gpu_step import GpuStep
+from dpllm.decode.step import decode_one
 from dpllm.kernels import step_reference
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.native import decode_one
 from dpllm.policies.base import observe
 
 TOLERANCE = 1e-4

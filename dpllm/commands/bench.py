@@ -15,14 +15,14 @@ from rich.table import Table
 
 from dpllm.base.errors import InputError
 from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout
-from dpllm.gpu_step import fast_step
+from dpllm.decode.choose_step import fast_step
+from dpllm.decode.step import decode_one
 from dpllm.kernels.weight import empty_planes
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay, load_decoder
 from dpllm.model.memory import check_memory
 from dpllm.model.random_models import random_decoder, resident_bytes, shape
-from dpllm.native import decode_one
 from dpllm.policies.fixed import StaticPolicy
 
 WARM_UP = 2

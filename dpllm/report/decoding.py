@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dpllm.decode.sampling import sample
+from dpllm.decode.step import decode_one
 from dpllm.engine import PREFILL_CHUNK, Engine
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.native import decode_one
 from dpllm.policies.base import PrecisionPolicy, begin_text, observe
-from dpllm.sampling import sample
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Key = TypeVar("Key")

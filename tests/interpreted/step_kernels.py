@@ -231,9 +231,9 @@ def reference_decoder():
 @pytest.mark.parametrize("name", ["rate-distortion"])
 def test_a_whole_step(reference_decoder, name):
     """The bundled model, products by the definitions, everything else by the kernels."""
-    from dpllm.gpu_step import GpuStep
+    from dpllm.decode.gpu_step import GpuStep
+    from dpllm.decode.step import decode_one
     from dpllm.kernels.triton import step_operations
-    from dpllm.native import decode_one
     from dpllm.policies.base import begin_text, observe
     from dpllm.policies.make import make_policy
 

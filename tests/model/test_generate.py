@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dpllm import engine as engine_module
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
+from dpllm.decode.sampling import sample
+from dpllm.decode.text_stream import TextStream
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
 from dpllm.policies.base import Recorder, observe
 from dpllm.policies.make import make_policy
-from dpllm.sampling import sample
-from dpllm.text_stream import TextStream
 
 PROMPT = "def main(argv):\n    return "
 
@@ -187,7 +187,7 @@ def test_a_long_text_is_decoded_in_stretches(byte_fallback, tokenizer, text, lea
     for made in (byte_fallback, tokenizer):
         ids = made(text, add_special_tokens=False)["input_ids"]
         pending, most = TextStream(made, ("bb€",)), 0
-        with patch.multiple("dpllm.text_stream", LEAD=lead, WINDOW=window):
+        with patch.multiple("dpllm.decode.text_stream", LEAD=lead, WINDOW=window):
             sent = ""
             for n, token in enumerate(ids, 1):
                 sent += pending.push(token, last=n == len(ids))

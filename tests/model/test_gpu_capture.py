@@ -10,8 +10,8 @@ import pytest
 import torch
 from gpu_cases import assert_same, decode_text, load, step_of
 
-from dpllm.gpu_step import GpuStep
-from dpllm.native import decode_one
+from dpllm.decode.gpu_step import GpuStep
+from dpllm.decode.step import decode_one
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy

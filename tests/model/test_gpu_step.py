@@ -13,21 +13,22 @@ from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from gpu_cases import TOLERANCE, assert_same, decode_text, load, step_of
 from tiny_models import ARCHITECTURES
 
-from dpllm import gpu_step
 from dpllm.calib.rule import stale_sources
+from dpllm.decode import gpu_step
+from dpllm.decode.choose_step import fast_step
+from dpllm.decode.gpu_step import GpuStep
+from dpllm.decode.sampling import drawn
+from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions
 from dpllm.engine import load as engine_of
 from dpllm.evaluate import score
-from dpllm.gpu_step import GpuStep, fast_step
 from dpllm.kernels import step_reference
 from dpllm.model.loading import LoadOptions
-from dpllm.native import decode_one
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.token_limit import Allowance, Prices
-from dpllm.sampling import drawn
 
 
 def steps(decoder, policy, ids, cache=None, step=None):

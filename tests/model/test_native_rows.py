@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, COMMON
 
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.kernels.cpu.step import MAX_ROWS
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.native import NativeStep
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 

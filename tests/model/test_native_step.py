@@ -9,10 +9,11 @@ from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from tiny_models import ARCHITECTURES, COMMON
 
 from dpllm.base.errors import InputError
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.step import decode_one
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import Int8Weight
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.native import NativeStep, decode_one
 from dpllm.policies.base import Recorder
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.make import make_policy

@@ -13,15 +13,17 @@ from cpu_cases import needs_library, options_of
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.context import build_context
+from dpllm.decode.continuation import Continuation
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.sampling import Sampler, sample
+from dpllm.decode.speculation.draft_length import Pacer
+from dpllm.decode.speculation.drafts import LAG, SelfDraft
+from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions, load
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.model.loading import LoadOptions
-from dpllm.native import NativeStep, decode_one
-from dpllm.pacing import Pacer
 from dpllm.policies.base import begin_text, observe
 from dpllm.pruner import ContextOptions
-from dpllm.sampling import Sampler, sample
-from dpllm.speculation import LAG, Continuation, SelfDraft
 
 pytestmark = needs_library
 

@@ -11,13 +11,14 @@ import torch
 from cpu_cases import needs_library, options_of
 from scipy.stats import chi2
 
+from dpllm.decode.continuation import Continuation
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.sampling import Sampler
+from dpllm.decode.speculation.draft_length import Pacer
+from dpllm.decode.speculation.drafts import PromptLookup, SelfDraft
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.native import NativeStep
-from dpllm.pacing import Pacer
 from dpllm.policies.fixed import StaticPolicy
-from dpllm.sampling import Sampler
-from dpllm.speculation import Continuation, PromptLookup, SelfDraft
 
 pytestmark = needs_library
 

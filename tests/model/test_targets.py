@@ -13,9 +13,9 @@ import torch
 from dpllm import quality, reference
 from dpllm.base.errors import InputError
 from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
+from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
-from dpllm.native import decode_one
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.pacing import REFRESH, Pacer, Source, expected_tokens
+from dpllm.decode.speculation.draft_length import REFRESH, Pacer, Source, expected_tokens
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
-from dpllm.policies.base import PrecisionPolicy, Recorder
+from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.thresholds import ThresholdRule, own_inputs
@@ -261,23 +261,3 @@ def resident(group: Group, bits: int) -> int:
             f"bits {bits} are not resident at {group.name}: {group.seed_bits}..{group.resident_bits} are."
         )
     return bits
-
-
-class TokenStep(Protocol):
-    """What decodes whole tokens faster than the decoder does: NativeStep, GpuStep."""
-
-    def __call__(self, token: int, cache: KVCache, policy: PrecisionPolicy) -> tuple[Tensor, Tensor]:
-        """(logits [1, vocab], bits int32 [1, G]) behind one more token; both may be overwritten by the next call."""
-        ...
-
-
-def decode_one(
-    decoder: Decoder, step: TokenStep | None, token: int, cache: KVCache, policy: PrecisionPolicy
-) -> tuple[Tensor, Tensor]:
-    """(logits [1, vocab], bits int32 [1, G]) behind one more token, by the step where there is one."""
-    if step is not None:
-        return step(token, cache, policy)
-    recorder = Recorder(policy, decoder.groups)
-    with torch.no_grad():
-        logits = decoder.forward(torch.tensor([token], device=decoder.device), cache, recorder)
-    return logits, recorder.bits()

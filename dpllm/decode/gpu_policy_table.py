@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.sensitivity import FEATURES
+from dpllm.decode.cpu_step import resident
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site
 from dpllm.model.decoder import Decoder
-from dpllm.native import resident
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.dp_llm import DPLLMPolicy
 from dpllm.policies.fixed import StaticPolicy

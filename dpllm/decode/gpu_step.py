@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.sensitivity import DECAY, LIMIT
-from dpllm.gpu_policy import DevicePolicy, LayerSites, Structure
+from dpllm.decode.gpu_policy_table import DevicePolicy, LayerSites, Structure
+from dpllm.decode.step import decode_one
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.backend import lacking_for_triton
 from dpllm.kernels.step_tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
-from dpllm.native import NativeStep, decode_one
 from dpllm.policies.base import PrecisionPolicy
 
 log = logging.getLogger("dpllm")
@@ -273,8 +273,3 @@ class GpuStep:
         if self._table.kind == tables.WEIGHTED:
             return self.operations.chosen_gemv(x, group.weight, group.bias, g, self._table, gemv)
         return gemv(x, group.weight, self._table.bits[g : g + 1], bias=group.bias)
-
-
-def fast_step(decoder: Decoder) -> NativeStep | GpuStep | None:
-    """The quickest way this decoder has to decode one token; None: operation by operation."""
-    return NativeStep.of(decoder) or GpuStep.of(decoder)

@@ -13,7 +13,7 @@ SPECULATE = ("auto", "off", "self", "lookup")
 class GenerateOptions:
     """temperature 0 is greedy. stop: strings that end the text (not part of it).
 
-    speculate: where drafts come from that are checked several tokens a pass (dpllm/speculation.py). 'self': the
+    speculate: where drafts come from that are checked several tokens a pass (dpllm/decode/continuation.py). 'self': the
     overlay itself at draft_bits (None: 3, or what is resident); 'lookup': earlier occurrences in prompt and output;
     'auto': both for targets of 6 bits or more on the native kernels, else off. Where no draft is worth its time, there
     is none. ignore_eos: go on behind the end-of-text token, for measurements.

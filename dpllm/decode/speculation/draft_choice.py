@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpllm.base.errors import InputError
-from dpllm.generate_options import GenerateOptions
+from dpllm.decode.continuation import obstacle
+from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.options import GenerateOptions
+from dpllm.decode.speculation.draft_length import Pacer
+from dpllm.decode.speculation.drafts import Draft, PromptLookup, SelfDraft
 from dpllm.model.decoder import Decoder
-from dpllm.native import NativeStep
-from dpllm.pacing import Pacer
 from dpllm.policies.base import PrecisionPolicy
-from dpllm.speculation import Draft, PromptLookup, SelfDraft, obstacle
 
 HIGH_QUALITY = 6.0  # bits, from which 'auto' tries to speculate
 DRAFT_BITS = 3

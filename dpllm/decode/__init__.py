@@ -1,0 +1,1 @@
+"""One text, token after token: the decode steps, sampling, and the loop over tokens."""
