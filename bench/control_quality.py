@@ -29,12 +29,13 @@ from report import report
 
 from dpllm import reference
 from dpllm.base.text import read_documents
-from dpllm.controller import ControlOptions
-from dpllm.cost import CostModel, measure
+from dpllm.control.controller import ControlOptions
+from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
+from dpllm.planning.cost_measurement import measure
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
 

@@ -24,13 +24,14 @@ from rich.progress import track
 
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.cost import TOKENS, Cell, cells_of, fit, measure, steps_at
 from dpllm.engine import Engine, Step, load
 from dpllm.kvzip_bridge.ragged import RaggedKVCache
 from dpllm.model.loading import LoadOptions
-from dpllm.planner import Plan, Planner, Targets, machine_of
-from dpllm.quality import QualityModel, QualityOptions, quality_of
-from dpllm.quality import measure as measure_quality
+from dpllm.planning.cost_measurement import TOKENS, Cell, cells_of, fit, measure, steps_at
+from dpllm.planning.planner import Plan, Planner, Targets, machine_of
+from dpllm.planning.quality_measurement import QualityOptions
+from dpllm.planning.quality_measurement import measure as measure_quality
+from dpllm.planning.quality_model import QualityModel, quality_of
 
 BITS, CONTEXTS, KEEP = (2.4, 3.1, 3.9, 5.2), (0, 300, 2500), 0.3
 SHAPE, PLANES = "1.1B", 6

@@ -22,8 +22,8 @@ from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text, encode, load_tokenizer
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
-from dpllm.controller import LatencyController, QueryBudget
-from dpllm.cost import CostModel
+from dpllm.control.controller import LatencyController, QueryBudget
+from dpllm.control.cost_model import CostModel
 from dpllm.decode.choose_step import fast_step
 from dpllm.decode.continuation import Continuation, Passed, Tally
 from dpllm.decode.cpu_step import NativeStep
@@ -104,7 +104,7 @@ class Engine:
 
     def hold_latency(self, target_ms: float, cost: CostModel, least_bits: float = 0.0) -> None:
         """From the next token on every token is to take this long, as well as can be. Called again, it moves the target
-        and keeps what it knows of the machine. cost: of this engine (dpllm/cost.py). least_bits: to read whatever it
+        and keeps what it knows of the machine. cost: of this engine. least_bits: to read whatever it
         takes."""
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
             self.controller.retarget(target_ms, least_bits)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dpllm.engine import GenerateOptions, load
-from dpllm.machine import machine_of
+from dpllm.planning.machine import machine_of
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
 

@@ -20,11 +20,12 @@ from dpllm.commands.common import (
     stage_bars,
     stdout,
 )
-from dpllm.cost import CostModel, cost_of, cost_path, measure
+from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine, load
-from dpllm.planner import Plan, Planned, Planner, Targets, machine_of
-from dpllm.quality import NAME, QualityModel, quality_of
-from dpllm.quality import measure as measure_quality
+from dpllm.planning.cost_measurement import cost_of, cost_path, measure
+from dpllm.planning.planner import Plan, Planned, Planner, Targets, machine_of
+from dpllm.planning.quality_measurement import measure as measure_quality
+from dpllm.planning.quality_model import NAME, QualityModel, quality_of
 
 
 @dataclass(frozen=True)

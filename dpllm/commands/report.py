@@ -18,7 +18,7 @@ from dpllm.commands.demo import PROMPT
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.engine import Engine, GenerateOptions, load
-from dpllm.machine import machine_of
+from dpllm.planning.machine import machine_of
 from dpllm.policies.make import POLICIES
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dpllm.planning.machine import Machine
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -177,17 +179,6 @@ class Service:
     levels: tuple[ServiceLevel, ...]
     prompt_tokens: int
     new_tokens: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it was measured."""
-
-    processor: str
-    cores: int
-    backend: str
-    threads: int
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)

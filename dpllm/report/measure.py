@@ -10,9 +10,10 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.context import KVContext
-from dpllm.cost import CostModel, cost_of
+from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.planning.cost_measurement import cost_of
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.rate_distortion import RateDistortionPolicy

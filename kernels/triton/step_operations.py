@@ -1,4 +1,4 @@
-"""The operations of a decode step, together: what dpllm/decode/gpu_step.py runs. Definitions: kernels/step_reference.py."""
+"""All operations of the GPU decode step (dpllm/decode/gpu_step.py), which kernels/step_reference.py defines."""
 
 from dpllm.kernels.triton.attention import attend
 from dpllm.kernels.triton.products import chosen_gemv

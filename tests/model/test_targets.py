@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm import quality, reference
+from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.cost import CostModel, cost_of, cost_path, device_name, measure
+from dpllm.control.cost_model import CostModel
 from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
+from dpllm.planning import quality_model as quality
+from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, measure
+from dpllm.planning.quality_measurement import QualityOptions
+from dpllm.planning.quality_model import QualityModel, estimated
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
-from dpllm.quality import QualityModel, QualityOptions, estimated
 
 PROMPT = "def main(argv):\n    for name in"
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
-from dpllm.controller import LatencyController, QueryBudget
-from dpllm.cost import CostModel, Timed, plane_times
+from dpllm.control.controller import LatencyController, QueryBudget
+from dpllm.control.cost_model import CostModel
+from dpllm.planning.cost_measurement import Timed, plane_times
 from dpllm.policies.token_limit import Prices
 
 COST = CostModel(

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
-from dpllm.cost import CostModel
-from dpllm.planner import Machine, Plan, Planner, Targets
-from dpllm.quality import QualityModel
+from dpllm.control.cost_model import CostModel
+from dpllm.planning.planner import Machine, Plan, Planner, Targets
+from dpllm.planning.quality_model import QualityModel
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.0, 26.0),

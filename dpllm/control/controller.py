@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from dpllm.base.errors import InputError
-from dpllm.cost import CostModel
+from dpllm.control.cost_model import CostModel
 from dpllm.policies.token_limit import Allowance, Prices
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from dpllm.model.decoder import Decoder
-from dpllm.report.data import Machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where it was measured."""
+
+    processor: str
+    cores: int
+    backend: str
+    threads: int
+    versions: dict[str, str]
 
 
 def processor_name() -> str:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpllm.base.errors import InputError
-from dpllm.cost import CostModel
+from dpllm.control.cost_model import CostModel
 from dpllm.model.memory import resident_bytes
-from dpllm.quality import QualityModel, expected_loss
+from dpllm.planning.quality_model import QualityModel, expected_loss
 from dpllm.quant.overlay import Overlay
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Holding a target while text is generated."""
