@@ -32,7 +32,7 @@ from dpllm.base.text import read_documents
 from dpllm.control.controller import ControlOptions
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine, GenerateOptions, load
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
 from dpllm.planning.cost_measurement import measure

@@ -19,7 +19,7 @@ from report import report
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
 from dpllm.engine import load
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels import reference as exact
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions

@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dpllm import gpu_info
 from dpllm.base.errors import InputError
+from dpllm.diagnostics import gpu as gpu_info
 from dpllm.kernels.backend import Backend, choose_backend
 
 DEVICE = torch.device("cpu" if DRY else "cuda")

@@ -9,13 +9,14 @@ import torch
 from kv_documents import Document
 from torch import Tensor
 
-from dpllm.context import SINKS, KVContext
+from dpllm.context.build.kv_context import SINKS, KVContext
+from dpllm.context.build.options import ContextOptions
+from dpllm.context.build.pruner import Pruner
 from dpllm.engine import Engine
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
 from dpllm.kvzip_bridge.recording import Queries, QueriesWanted
 from dpllm.policies.make import make_policy
-from dpllm.pruner import ContextOptions, Pruner
 
 RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)
 CHUNK = (

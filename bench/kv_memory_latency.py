@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from report import report
 
-from dpllm.context import SINKS, KVContext
+from dpllm.context.build.kv_context import SINKS, KVContext
+from dpllm.context.build.options import ContextOptions
+from dpllm.context.build.pruner import Pruner
 from dpllm.kvzip_bridge.budget import Budget, over_all
 from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
 from dpllm.model.config import ModelConfig
@@ -36,7 +38,6 @@ from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions
 from dpllm.model.memory import peak_bytes
 from dpllm.model.random_models import random_decoder, shape
-from dpllm.pruner import ContextOptions, Pruner
 
 KEEP, ROUNDS, BLOCK = 0.3, 9, 2048
 BLOCKED = 16384  # tokens of the longest context that is pruned block by block too

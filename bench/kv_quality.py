@@ -30,9 +30,9 @@ from kv_plot import plot
 from report import report
 
 from dpllm import reference
+from dpllm.context.build.head_profile import head_profile
 from dpllm.engine import Engine, load
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.kv_heads import head_profile
 from dpllm.model.loading import LoadOptions
 
 # name: (documents, how one is made, its arguments, whether the weights' width is varied too)

@@ -26,7 +26,7 @@ from dpllm.base.text import load_tokenizer
 from dpllm.calib.controls import WeightGradients
 from dpllm.calib.profile import CalibrationProfile
 from dpllm.engine import Engine, GenerateOptions
-from dpllm.evaluate import score
+from dpllm.evaluation.evaluate import score
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder

@@ -15,7 +15,7 @@ from quality_texts import windows_of
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dpllm.lockstep import steps
+from dpllm.evaluation.side_by_side import steps
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 
 STYLES = {

@@ -13,7 +13,7 @@ from report import report
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.calibrate import CalibrateArguments, run
-from dpllm.evaluate import score, summarize
+from dpllm.evaluation.evaluate import score, summarize
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
 from dpllm.quant.overlay import Overlay

@@ -25,25 +25,26 @@ if (_root / "pyproject.toml").is_file():
 
 if TYPE_CHECKING:
     from dpllm.base.errors import InputError
-    from dpllm.context import KVContext, build_context, prune_tail
+    from dpllm.context.build.build import build_context, prune_tail
+    from dpllm.context.build.kv_context import KVContext
+    from dpllm.context.build.options import ContextOptions
+    from dpllm.context.build.saved import load_context, save_context
     from dpllm.engine import Engine, GenerateOptions, Step, load
     from dpllm.kvzip_bridge.budget import Budget
-    from dpllm.pruner import ContextOptions
-    from dpllm.saved_context import load_context, save_context
 
 _EXPORTS = {
     "Budget": "dpllm.kvzip_bridge.budget",
-    "ContextOptions": "dpllm.pruner",
+    "ContextOptions": "dpllm.context.build.options",
     "Engine": "dpllm.engine",
     "GenerateOptions": "dpllm.engine",
     "InputError": "dpllm.base.errors",
-    "KVContext": "dpllm.context",
+    "KVContext": "dpllm.context.build.kv_context",
     "Step": "dpllm.engine",
-    "build_context": "dpllm.context",
+    "build_context": "dpllm.context.build",
     "load": "dpllm.engine",
-    "load_context": "dpllm.saved_context",
-    "prune_tail": "dpllm.context",
-    "save_context": "dpllm.saved_context",
+    "load_context": "dpllm.context.build.saved",
+    "prune_tail": "dpllm.context.build",
+    "save_context": "dpllm.context.build.saved",
 }
 
 __all__ = [

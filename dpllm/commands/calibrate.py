@@ -27,12 +27,12 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
+from dpllm.context.build.head_profile import head_profile
+from dpllm.context.build.pruner import HEADS
 from dpllm.engine import Engine
-from dpllm.kv_heads import head_profile
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.memory import peak_bytes
-from dpllm.pruner import HEADS
 from dpllm.quant.overlay import Overlay
 
 LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices

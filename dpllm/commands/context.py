@@ -19,12 +19,13 @@ from dpllm.commands.common import (
     stage_bars,
     stdout,
 )
-from dpllm.context import KVContext, build_context
+from dpllm.context.build.build import build_context
+from dpllm.context.build.kv_context import KVContext
+from dpllm.context.build.options import DEFAULT_KEEP, ContextOptions
+from dpllm.context.build.saved import check_free, save_context
 from dpllm.engine import Engine, load
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES
-from dpllm.pruner import DEFAULT_KEEP, ContextOptions
-from dpllm.saved_context import check_free, save_context
 
 
 @dataclass(frozen=True)

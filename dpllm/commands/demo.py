@@ -13,7 +13,7 @@ from dpllm.commands.common import Hardware, print_json, stage_bars, stdout
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import summarize
 from dpllm.engine import GenerateOptions, load
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 
 TARGETS = (2.5, 3.25, 4.0)
 PROMPT = 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n        self.items = []\n'

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpllm import __version__, gpu_info
+from dpllm import __version__
 from dpllm.commands.common import print_json, stdout
+from dpllm.diagnostics import gpu as gpu_info
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import CpuOptions, instruction_sets
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS, QuantizedWeight, pack

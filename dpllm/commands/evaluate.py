@@ -18,7 +18,7 @@ from dpllm.commands.common import (
     stdout,
 )
 from dpllm.engine import Engine, load
-from dpllm.evaluate import EvalResult, evaluate
+from dpllm.evaluation.evaluate import EvalResult, evaluate
 from dpllm.policies.make import POLICIES, make_policy
 
 

@@ -21,13 +21,13 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
+from dpllm.context.build.saved import load_context
 from dpllm.control.controller import LatencyController
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.model.loading import is_overlay
 from dpllm.model.memory import resident_bits_within
 from dpllm.planning.cost_measurement import cost_of
 from dpllm.planning.quality_model import quality_of
-from dpllm.saved_context import load_context
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from rich.text import Text
 from dpllm.base.errors import InputError
 from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.common import print_json, stage_bars, stdout
+from dpllm.context.build.saved import is_context, read_manifest
 from dpllm.model.loading import is_overlay
 from dpllm.model.memory import resident_bytes
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import ModelSource
-from dpllm.saved_context import is_context, read_manifest
 
 
 def run(directory: str, verify: bool, as_json: bool) -> None:

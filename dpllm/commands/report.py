@@ -17,13 +17,13 @@ from dpllm.commands.common import Hardware, note, print_json, stage_bars
 from dpllm.commands.demo import PROMPT
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
+from dpllm.context.build.saved import load_context
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.planning.machine import machine_of
 from dpllm.policies.make import POLICIES
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
 from dpllm.report.page import render
-from dpllm.saved_context import load_context
 
 OPENING = 24  # tokens of the text that are the prompt where none is given
 

@@ -13,12 +13,13 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import encode, read_documents
-from dpllm.context import SINKS, KVContext
+from dpllm.context.build.kv_context import SINKS, KVContext
+from dpllm.context.build.options import ContextOptions
+from dpllm.context.build.pruner import Pruner
 from dpllm.decode.step import decode_one
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
-from dpllm.pruner import ContextOptions, Pruner
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

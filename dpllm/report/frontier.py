@@ -1,4 +1,4 @@
-"""Curves of policies over targets: quality by dpllm/evaluate.py, latency by real steps."""
+"""Curves of policies over targets: quality by dpllm/evaluation/evaluate.py, latency by real steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from dpllm.engine import Engine
-from dpllm.evaluate import DocumentScore, score, summarize
+from dpllm.evaluation.evaluate import DocumentScore, score, summarize
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy

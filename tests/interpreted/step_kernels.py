@@ -258,7 +258,7 @@ def test_what_doctor_checks(monkeypatch):
     """On a GPU it runs these on the device; here the same through the interpreter, and it notices a wrong kernel."""
     from unittest.mock import MagicMock
 
-    from dpllm import gpu_info
+    from dpllm.diagnostics import gpu as gpu_info
     from dpllm.kernels.triton import activations, products
 
     cpu, launched = torch.device("cpu"), {}
@@ -294,7 +294,7 @@ def test_what_doctor_checks(monkeypatch):
 
 
 def test_operators_are_what_torch_expects():
-    from dpllm import gpu_info
+    from dpllm.diagnostics import gpu as gpu_info
 
     with Checked() as checked:
         gpu_info.check_step_kernels(torch.device("cpu"))

@@ -12,15 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
-from dpllm.context import KVContext, build_context, prune_tail
+from dpllm.context.build.build import build_context, prune_tail
+from dpllm.context.build.kv_context import KVContext
+from dpllm.context.build.options import ContextOptions
+from dpllm.context.build.pruner import Pruner, plain_ids
+from dpllm.context.build.saved import load_context, read_manifest, save_context
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.model.loading import LoadOptions
-from dpllm.pruner import ContextOptions, Pruner, plain_ids
-from dpllm.saved_context import load_context, read_manifest, save_context
 
 QUESTION, LENGTH = "\n    return self", 12
 PRUNING = [name for name in KV_POLICIES if name not in ("keep-all", "heads")]
@@ -324,7 +326,7 @@ def test_tensors_that_do_not_match_the_manifest_are_refused(engine, text, tmp_pa
     (path / "context.json").write_text(json.dumps(manifest))
     tensors = load_file(path / "pairs.safetensors")
     save_file(tensors | {"k.0": tensors["k.0"][:-1]}, path / "pairs.safetensors")
-    monkeypatch.setattr("dpllm.saved_context._sha256", lambda p: read_manifest(path)["sha256"])
+    monkeypatch.setattr("dpllm.context.build.saved._sha256", lambda p: read_manifest(path)["sha256"])
     with pytest.raises(InputError, match="do not fit together"):
         load_context(path, engine)
 

@@ -10,9 +10,9 @@ import torch
 
 from dpllm.calib.dense import dense
 from dpllm.engine import GenerateOptions, load
-from dpllm.evaluate import evaluate, score
+from dpllm.evaluation.evaluate import evaluate, score
+from dpllm.evaluation.side_by_side import steps
 from dpllm.kernels.cpu.library import CpuOptions
-from dpllm.lockstep import steps
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import Recorder, observe
 from dpllm.policies.make import make_policy

@@ -8,7 +8,7 @@ from cpu_cases import needs_library
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
 from dpllm.engine import GenerateOptions, load
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
 from dpllm.policies.make import make_policy

@@ -14,7 +14,7 @@ from synthetic_profiles import random_profiles
 
 from dpllm.base.errors import InputError
 from dpllm.calib.profile import CalibrationProfile
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import Recorder

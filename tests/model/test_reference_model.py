@@ -15,7 +15,7 @@ from dpllm.cli import main
 from dpllm.commands import demo
 from dpllm.commands.evaluate import token_documents
 from dpllm.engine import load
-from dpllm.evaluate import evaluate
+from dpllm.evaluation.evaluate import evaluate
 from dpllm.model.loading import load_decoder
 from dpllm.quant.overlay import Overlay
 

@@ -15,7 +15,7 @@ from scipy import stats
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
 from dpllm.engine import load
-from dpllm.evaluate import DocumentScore, evaluate
+from dpllm.evaluation.evaluate import DocumentScore, evaluate
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
 from dpllm.report import frontier as frontiers

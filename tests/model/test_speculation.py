@@ -12,7 +12,8 @@ from cpu_cases import needs_library, options_of
 
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.context import build_context
+from dpllm.context.build.build import build_context
+from dpllm.context.build.options import ContextOptions
 from dpllm.decode.continuation import Continuation
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.sampling import Sampler, sample
@@ -23,7 +24,6 @@ from dpllm.engine import GenerateOptions, load
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.model.loading import LoadOptions
 from dpllm.policies.base import begin_text, observe
-from dpllm.pruner import ContextOptions
 
 pytestmark = needs_library
 

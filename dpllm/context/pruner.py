@@ -4,15 +4,15 @@ of."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.kv_view import view_of
-from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
+from dpllm.context.build.model_view import view_of
+from dpllm.context.build.options import SMALLEST_BLOCK, ContextOptions
+from dpllm.kvzip_bridge.budget import ALLOCATIONS
 from dpllm.kvzip_bridge.policies import make_kv_policy
 from dpllm.kvzip_bridge.policy import Context, KVPolicy, RepeatPrompts
 from dpllm.kvzip_bridge.ragged import SLACK
@@ -20,45 +20,15 @@ from dpllm.kvzip_bridge.recording import Queries, WatchedCache
 from dpllm.kvzip_bridge.repeat import check_room, largest_chunk
 
 if TYPE_CHECKING:
-    from dpllm.context import KVContext
+    from dpllm.context.build.kv_context import KVContext
     from dpllm.engine import Engine
 
 REPEAT_ALL = "\n\nRepeat the previous context exactly."
 REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
-SMALLEST_BLOCK = 32
 CHUNK = 2048  # tokens repeated at a time where the model has the positions
 REQUEST = 256  # tokens of room for what asks for a repetition
 PIECE = 512  # tokens of the text in one forward pass
-DEFAULT_KEEP = 0.3  # what the paper finds near-lossless
 HEADS = "kv.heads"  # of a calibration profile's extra arrays: float32 [P, KVH], the most a head's pairs were ever worth
-
-
-@dataclass(frozen=True)
-class ContextOptions:
-    """How a context is read and pruned.
-
-    policy: a KV policy's name. allocation: how the budget is spread, by a name of ALLOCATIONS; None: as the policy's
-    paper does. block: prune after every so many tokens, so that the whole cache never exists; None: once, at the end.
-    chunk: tokens that the model is asked to repeat at a time, by policies that ask it; None: 2048, or what its
-    positions leave. chat: the text is part of a chat message.
-    """
-
-    budget: Budget = field(default_factory=lambda: Budget(keep_ratio=DEFAULT_KEEP))
-    policy: str = "kvzip"
-    allocation: str | None = None
-    block: int | None = None
-    chunk: int | None = None
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            known = ", ".join(ALLOCATIONS)
-            raise InputError(f"allocation '{self.allocation}' is unknown. Choose one of: {known}.")
-        for name, size in (("block", self.block), ("chunk", self.chunk)):
-            if size is not None and size < SMALLEST_BLOCK:
-                raise InputError(
-                    f"a {name} of {size} tokens is too small; at least {SMALLEST_BLOCK} are needed."
-                )
 
 
 class Pruner:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dpllm.context import KVContext
+from dpllm.context.build.kv_context import KVContext
+from dpllm.context.build.options import ContextOptions
+from dpllm.context.build.pruner import Pruner
 from dpllm.engine import Engine
-from dpllm.pruner import ContextOptions, Pruner
 
 
 @torch.no_grad()

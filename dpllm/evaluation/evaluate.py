@@ -4,7 +4,7 @@ Every scored token takes the decode path: its own widths, from its own signal, o
 that such decoding produced. Where a width depends on nothing but its token's input, the pass is batched over
 a document's tokens, which equals step-by-step decoding (tests/model/test_policies.py shows it). A policy that
 also learns from finished steps decodes step by step: one document after the other where a native step can do it,
-else many documents side by side (dpllm/lockstep.py).
+else many documents side by side (dpllm/evaluation/side_by_side.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from dpllm.calib.dense import dense
 from dpllm.decode.cpu_step import NativeStep
-from dpllm.lockstep import steps
+from dpllm.evaluation.side_by_side import steps
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy, Recorder
 from dpllm.policies.rate_distortion import RateDistortionPolicy

@@ -1,0 +1,1 @@
+"""Diagnostics: whether the kernels compute correctly on this machine."""

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity of policies, every token at its own widths."""
