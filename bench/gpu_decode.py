@@ -26,8 +26,8 @@ from gpu_common import percentile, read_gb_per_s, require_gpu  # isort: skip
 import numpy as np
 import torch
 
-from dpllm.calib.curve import dense_curve
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.lambda_curve import dense_curve
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.triton import step_operations

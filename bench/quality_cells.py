@@ -24,7 +24,7 @@ from quality_texts import CONTEXT, windows_of
 from dpllm import reference
 from dpllm.base.text import load_tokenizer
 from dpllm.calib.controls import WeightGradients
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.engine import Engine, GenerateOptions
 from dpllm.evaluation.evaluate import score
 from dpllm.kernels.cpu.library import CpuOptions

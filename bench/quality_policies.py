@@ -9,7 +9,7 @@ import torch
 
 from dpllm.calib.allocation import equal_loss_bits, static_bits
 from dpllm.calib.controls import WeightGradients, hawq_losses, llm_mq_losses
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy

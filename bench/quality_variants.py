@@ -12,12 +12,12 @@ from torch import Tensor
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
-from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.controls import WeightGradients, weight_gradients
-from dpllm.calib.dense import dense
+from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.dp_llm_averages import AveragesOptions
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder

@@ -14,8 +14,8 @@ import torch
 
 from dpllm import reference
 from dpllm.base.text import load_tokenizer
-from dpllm.calib.curve import dense_curve
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.lambda_curve import dense_curve
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.engine import Engine
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions

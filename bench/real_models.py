@@ -11,7 +11,7 @@ from pathlib import Path
 from report import report
 
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
-from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.calibrate import CalibrateArguments, run
 from dpllm.evaluation.evaluate import score, summarize
 from dpllm.model.loading import LoadOptions, load_decoder

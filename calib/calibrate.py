@@ -2,10 +2,10 @@
 
 Passes over calibration text through the very decoder that will run:
 
-1. saliency: the mean squared gradient at every output of every group (calib/measure.py);
+1. saliency: the mean squared gradient at every output of every group (calib/gradient_passes.py);
 2. gains: at random widths, each token's own expected loss of every width, beside the signal the runtime will
    compute, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2, of the input it will be computed
-   from. A probe learns to foretell how much a token cares (calib/sensitivity.py) and multiplies the signal;
+   from. A probe learns to foretell how much a token cares (calib/runtime/token_sensitivity.py) and multiplies the signal;
    averages per bin of the product, made monotone, are E[gain | signal]: bias, staleness and cross terms of
    the estimate are absorbed;
 3. curve: decoding with the policy itself at a range of lambdas; the effective bits it really used are
@@ -26,13 +26,13 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from dpllm.calib.allocation import memory_allocation
-from dpllm.calib.curve import dense_curve, oracle_curve, solve, stored_bits
-from dpllm.calib.dense import dense
-from dpllm.calib.measure import LABEL_STREAM, Measurements, Meter, Progress, output_saliency
-from dpllm.calib.profile import CalibrationProfile, Resident
-from dpllm.calib.resume import Partial
-from dpllm.calib.rule import RateDistortionRule, stale_sources
-from dpllm.calib.sensitivity import TokenProbe, fit_probe, sequence_context
+from dpllm.calib.dequantised import dense
+from dpllm.calib.gradient_passes import LABEL_STREAM, Measurements, Meter, Progress, output_saliency
+from dpllm.calib.lambda_curve import dense_curve, oracle_curve, solve, stored_bits
+from dpllm.calib.partial_results import Partial
+from dpllm.calib.runtime.profile import CalibrationProfile, Resident
+from dpllm.calib.runtime.threshold_rule import RateDistortionRule, stale_sources
+from dpllm.calib.runtime.token_sensitivity import TokenProbe, fit_probe, sequence_context
 
 TILT = 0.1  # relative slope over the bins of a flat gain
 NEAR = 1e-4  # values this close to each other (relative) are one value

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.measure import LABEL_STREAM, Progress, backward_from_samples, gradients
+from dpllm.calib.gradient_passes import LABEL_STREAM, Progress, backward_from_samples, gradients
 
 
 @dataclass(frozen=True)

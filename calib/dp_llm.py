@@ -3,7 +3,7 @@
 Stages, each on the calibration text:
 
 1. maximum widths B_i under the memory budget (calib/allocation.py);
-2. average precision p_i per target by gradient descent (calib/averages.py);
+2. average precision p_i per target by gradient descent (calib/dp_llm_averages.py);
 3. for each group and pair (l, l+1) an estimator of e = ||(W_{l+1} - W_l) x||: a line in ||x|| where that
    explains 90% of e, else ||G x|| with G = A (W_{l+1} - W_l), A ~ N(0, 1/k), k = 64, tuned on the text;
 4. the threshold is the quantile of the estimate at which the wider width is taken with probability frac(p).
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.averages import AveragesOptions, lower_width, tune_averages
-from dpllm.calib.dense import dense
-from dpllm.calib.measure import LABEL_STREAM, Progress
-from dpllm.calib.rule import stale_sources
+from dpllm.calib.dequantised import dense
+from dpllm.calib.dp_llm_averages import AveragesOptions, lower_width, tune_averages
+from dpllm.calib.gradient_passes import LABEL_STREAM, Progress
+from dpllm.calib.runtime.threshold_rule import stale_sources
 
 QUANTILES = 257  # stored points of an estimate's distribution
 LINE, PROJECTION = 0, 1

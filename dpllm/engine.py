@@ -21,7 +21,7 @@ import torch
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text, encode, load_tokenizer
-from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.control.controller import LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.decode.choose_step import fast_step

@@ -13,7 +13,7 @@ from torch import Tensor
 TOKEN, POSITION, SINCE, OBSERVE, SPARE = range(5)
 ALL, CONTEXT_ONLY = 1, 2  # values of OBSERVE: what is to be learnt from the step before; 0: nothing
 
-# Places in PolicyTable.state. CONTEXT, WEIGHTS and MEANS are three numbers each (calib/sensitivity.py).
+# Places in PolicyTable.state. CONTEXT, WEIGHTS and MEANS are three numbers each (calib/runtime/token_sensitivity.py).
 MULTIPLIER, OFFSET, CONTEXT, CORRECTION, TARGET, RATE, LIMIT, LOG_TOTAL, ENTROPY, BIAS, WEIGHTS, MEANS, GAIN = (
     0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 15, 18,
 )  # fmt: skip

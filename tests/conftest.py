@@ -16,10 +16,10 @@ from tiny_text import train_tokenizer
 
 from dpllm import reference
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
-from dpllm.calib.averages import AveragesOptions
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
-from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.calib.dp_llm_averages import AveragesOptions
+from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.plan import QuantizeOptions

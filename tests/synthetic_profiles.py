@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 
 
 def make_profile(gain: np.ndarray, cost: np.ndarray, seed_bits: int = 2, **fields) -> CalibrationProfile:

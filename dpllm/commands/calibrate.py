@@ -15,9 +15,9 @@ from dpllm import __version__
 from dpllm.base.errors import InputError
 from dpllm.base.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
-from dpllm.calib.dense import dense
+from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
-from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile, merge
+from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.commands.common import (
     check_device,
     cpu_options,

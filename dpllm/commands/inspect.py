@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpllm.base.errors import InputError
-from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.common import print_json, stage_bars, stdout
 from dpllm.context.build.saved import is_context, read_manifest
 from dpllm.model.loading import is_overlay

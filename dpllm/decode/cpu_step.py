@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpllm.calib.sensitivity import LIMIT
+from dpllm.calib.runtime.token_sensitivity import LIMIT
 from dpllm.kernels.cpu import step as native
 from dpllm.kernels.cpu.library import STORAGE
 from dpllm.kernels.weight import Int8Weight

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpllm.calib.sensitivity import FEATURES
+from dpllm.calib.runtime.token_sensitivity import FEATURES
 from dpllm.decode.cpu_step import resident
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import PolicyTable, Site

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpllm.calib.sensitivity import DECAY, LIMIT
+from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
 from dpllm.decode.gpu_policy_table import DevicePolicy, LayerSites, Structure
 from dpllm.decode.step import decode_one
 from dpllm.kernels import step_tables as tables

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpllm.calib.sensitivity import DECAY, LIMIT
+from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
 from dpllm.kernels import reference, step_reference
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CacheTable, Heads, PolicyTable, Site

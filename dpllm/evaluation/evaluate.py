@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dpllm.calib.dense import dense
+from dpllm.calib.dequantised import dense
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.evaluation.side_by_side import steps
 from dpllm.model.decoder import Decoder

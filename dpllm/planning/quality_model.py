@@ -18,7 +18,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
-from dpllm.calib.profile import CalibrationProfile, Resident
+from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

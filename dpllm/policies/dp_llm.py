@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.calib.averages import lower_width
 from dpllm.calib.dp_llm import PROJECTION
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.dp_llm_averages import lower_width
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder, Group
 
 NEAR = (

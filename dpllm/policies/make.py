@@ -6,7 +6,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.calib.allocation import static_bits
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.dp_llm import DPLLMPolicy

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.calib.correction import Correction
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.calib.sensitivity import TokenProbe, step_context
+from dpllm.calib.runtime.bits_correction import Correction
+from dpllm.calib.runtime.profile import CalibrationProfile
+from dpllm.calib.runtime.token_sensitivity import TokenProbe, step_context
 from dpllm.model.decoder import Decoder, Group
 
 
@@ -31,7 +31,7 @@ class OracleRateDistortion:
                 "this profile holds nothing for policy 'oracle-rate-distortion'. Run: dpllm calibrate OVERLAY"
             )
         device = decoder.device
-        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dense.py)
+        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dequantised.py)
         self.seed_bits = profile.bits[0]
         self.probe = TokenProbe.of(profile.probe, profile.context, device)
         names = [f"oracle.saliency.{g}" for g in range(len(decoder.groups))]

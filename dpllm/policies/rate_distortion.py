@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.correction import Correction
-from dpllm.calib.profile import CalibrationProfile
-from dpllm.calib.rule import RateDistortionRule
-from dpllm.calib.sensitivity import step_context
+from dpllm.calib.runtime.bits_correction import Correction
+from dpllm.calib.runtime.profile import CalibrationProfile
+from dpllm.calib.runtime.threshold_rule import RateDistortionRule
+from dpllm.calib.runtime.token_sensitivity import step_context
 from dpllm.model.decoder import Decoder, Group
 from dpllm.policies.base import Learner
 from dpllm.policies.token_limit import Allowance, Pace, Prices
@@ -29,9 +29,9 @@ class RateDistortionPolicy(RateDistortionRule):
     """Reads one more plane wherever the expected loss it saves is worth lambda times its bytes.
 
     The expected saving is calibrated per group as a function of one cheap number, m_t * sum_k d_k x_k^2, and
-    grows with it; so at a given lambda the rule is a few thresholds per group (calib/rule.py). m_t foretells
+    grows with it; so at a given lambda the rule is a few thresholds per group (calib/runtime/threshold_rule.py). m_t foretells
     how much this token cares, from its embedding and the previous step (`observe`); it also carries the
-    correction that keeps effective bits on target (calib/correction.py).
+    correction that keeps effective bits on target (calib/runtime/bits_correction.py).
     Retargeting rewrites the thresholds in place, between any two tokens.
     """
 

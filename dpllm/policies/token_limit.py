@@ -2,7 +2,7 @@
 
 Prices say what each width of each group costs beyond the seed width: bytes, or nanoseconds of this machine. A token
 whose allowance is used up reads seed widths from there on; so that it does not come to that, what is left paces the
-rest of the token: its multiplier m (calib/sensitivity.py) is kept to
+rest of the token: its multiplier m (calib/runtime/token_sensitivity.py) is kept to
 
     m <= (left / rest) ** gain
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.kernels.step_tables import NEVER
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from operator_checks import Checked
 from step_cases import HALF, assert_signals, cache_of, limit, policy_table, rng, site_of, table_with_state
 
-from dpllm.calib.sensitivity import DECAY, step_context
+from dpllm.calib.runtime.token_sensitivity import DECAY, step_context
 from dpllm.kernels import reference, step_reference
 from dpllm.kernels import step_tables as tables
 from dpllm.kernels.step_tables import CORRECTION, ENTROPY, LOG_TOTAL, MULTIPLIER, OFFSET
@@ -218,7 +218,7 @@ def test_observe(known):
 @pytest.fixture(scope="module")
 def reference_decoder():
     from dpllm import reference as bundled
-    from dpllm.calib.profile import PROFILE_NAME, CalibrationProfile
+    from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
     from dpllm.model.loading import LoadOptions, load_decoder
     from dpllm.quant.overlay import Overlay
 

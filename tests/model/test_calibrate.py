@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
-from dpllm.calib.measure import LABEL_STREAM, gradients
-from dpllm.calib.rule import stale_sources
+from dpllm.calib.gradient_passes import LABEL_STREAM, gradients
+from dpllm.calib.runtime.threshold_rule import stale_sources
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import Recorder

@@ -24,7 +24,7 @@ from tiny_models import build_model
 
 from dpllm import __version__, cli
 from dpllm.base.errors import InputError
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.commands.common import parse_size
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import INDEX

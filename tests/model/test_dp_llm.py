@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dpllm.base.errors import InputError
-from dpllm.calib.averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
 from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
+from dpllm.calib.dp_llm_averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import Recorder

@@ -13,7 +13,7 @@ from decode_cases import IDS, Thresholds, by_operations, step_by_step, varied
 from gpu_cases import TOLERANCE, assert_same, decode_text, load, step_of
 from tiny_models import ARCHITECTURES
 
-from dpllm.calib.rule import stale_sources
+from dpllm.calib.runtime.threshold_rule import stale_sources
 from dpllm.decode import gpu_step
 from dpllm.decode.choose_step import fast_step
 from dpllm.decode.gpu_step import GpuStep

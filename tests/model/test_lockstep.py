@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm.calib.dense import dense
+from dpllm.calib.dequantised import dense
 from dpllm.engine import GenerateOptions, load
 from dpllm.evaluation.evaluate import evaluate, score
 from dpllm.evaluation.side_by_side import steps

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic_profiles import random_profiles
 
 from dpllm.base.errors import InputError
-from dpllm.calib.profile import CalibrationProfile
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.calib.correction import Correction
+from dpllm.calib.runtime.bits_correction import Correction
 
 
 @settings(max_examples=50, deadline=None)

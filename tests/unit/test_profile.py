@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from synthetic_profiles import example_profile
 
 from dpllm.base.errors import InputError
-from dpllm.calib import profile as module
-from dpllm.calib.profile import CalibrationProfile, merge
+from dpllm.calib.runtime import profile as module
+from dpllm.calib.runtime.profile import CalibrationProfile, merge
 
 
 @pytest.fixture(scope="module")

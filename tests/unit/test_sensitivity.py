@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm.calib.sensitivity import DECAY, LIMIT, POWER, TokenProbe, fit_probe, sequence_context, step_context
+from dpllm.calib.runtime.token_sensitivity import (
+    DECAY,
+    LIMIT,
+    POWER,
+    TokenProbe,
+    fit_probe,
+    sequence_context,
+    step_context,
+)
 
 
 def test_step_features_by_hand():

@@ -93,7 +93,7 @@ class TokenProbe:
     def multiplier(self, x: Tensor, context: Tensor | None, correction: float | Tensor = 0.0) -> Tensor:
         """float32 [R]. x: [R, K], input of group 0. context: [R, 3], NaN where unknown, or None.
 
-        correction: added to the exponent (calib/correction.py), one number or [R].
+        correction: added to the exponent (calib/runtime/bits_correction.py), one number or [R].
         """
         exponent = x.float() @ self.probe + self.offset(context)
         return (exponent.clamp(-LIMIT, LIMIT) + correction).exp().float()

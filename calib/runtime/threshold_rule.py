@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpllm.calib.profile import CalibrationProfile, Resident
-from dpllm.calib.sensitivity import TokenProbe
+from dpllm.calib.runtime.profile import CalibrationProfile, Resident
+from dpllm.calib.runtime.token_sensitivity import TokenProbe
 
 
 class RateDistortionRule:

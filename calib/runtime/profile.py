@@ -34,7 +34,7 @@ class CalibrationProfile:
     """One calibration. G groups, B widths, M bins of the signal, R residencies, C points of a lambda curve.
 
     A group's signal is m_t * sum_k d_k x_k^2, with x the input of group `source` and m_t the token's
-    multiplier (calib/sensitivity.py), one number a token.
+    multiplier (calib/runtime/token_sensitivity.py), one number a token.
 
     diagonals: per group float16 [K], expected loss per squared input. source: int64 [G], the group whose
     input is read; an earlier one where the estimate is asynchronous. probe: float16 [K] over group 0's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dpllm.calib.profile import CalibrationProfile, Resident
+from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 
 GRID = 192  # points of the stored lambda curve
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.measure import Progress
+from dpllm.calib.gradient_passes import Progress
 
 
 @dataclass(frozen=True)
