@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dpllm.engine import load
 from dpllm.kvzip_bridge.budget import over_all
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import protect
 from dpllm.kvzip_bridge.policies.kvzip import KVzip
-from dpllm.kvzip_bridge.policy import Context
-from dpllm.kvzip_bridge.recording import QueriesWanted
-from dpllm.kvzip_bridge.repeat import Repetition, repetitions
+from dpllm.kvzip_bridge.query_recording import QueriesWanted
+from dpllm.kvzip_bridge.repetition import Repetition, repetitions
 
 SPAN, ASKING, RATIOS, TOKENS, FACTS = 64, 24, (0.5, 0.3, 0.2, 0.1), 1024, 10
 

@@ -15,7 +15,7 @@ from dpllm.context.build.pruner import Pruner
 from dpllm.engine import Engine
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
-from dpllm.kvzip_bridge.recording import Queries, QueriesWanted
+from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted
 from dpllm.policies.make import make_policy
 
 RATIOS = (0.7, 0.5, 0.3, 0.2, 0.1)

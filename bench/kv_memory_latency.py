@@ -32,7 +32,7 @@ from dpllm.context.build.kv_context import SINKS, KVContext
 from dpllm.context.build.options import ContextOptions
 from dpllm.context.build.pruner import Pruner
 from dpllm.kvzip_bridge.budget import Budget, over_all
-from dpllm.kvzip_bridge.ragged import SLACK, RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import SLACK, RaggedKVCache
 from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions

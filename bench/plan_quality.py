@@ -25,7 +25,7 @@ from rich.progress import track
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.engine import Engine, Step, load
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.loading import LoadOptions
 from dpllm.planning.cost_measurement import TOKENS, Cell, cells_of, fit, measure, steps_at
 from dpllm.planning.planner import Plan, Planner, Targets, machine_of

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dpllm.kernels import reference
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.kvzip_bridge.policy import Context, ModelView, RepeatPrompts
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
-from dpllm.kvzip_bridge.recording import Queries, QueriesWanted, watched
+from dpllm.kvzip_bridge.interfaces import Context, RepeatPrompts
+from dpllm.kvzip_bridge.model_view import ModelView
+from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted, watched
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 
 PROMPTS = RepeatPrompts(first=(1, 2, 3), later=(4, 5), after=(6,))
 VOCABULARY = 50

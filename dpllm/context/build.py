@@ -19,8 +19,8 @@ from dpllm.base.text import check_text, encode
 from dpllm.context.build.kv_context import SINKS, KVContext
 from dpllm.context.build.options import ContextOptions
 from dpllm.context.build.pruner import Pruner, plain_ids
-from dpllm.kvzip_bridge.ragged import SLACK
-from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.kvzip_bridge.query_recording import QueriesWanted
+from dpllm.kvzip_bridge.ragged_cache import SLACK
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

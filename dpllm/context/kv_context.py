@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text
 from dpllm.context.build.pruner import plain_ids
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.kvzip_bridge.policy import Hidden, ModelView
+from dpllm.kvzip_bridge.model_view import Hidden, ModelView
 from dpllm.model.decoder import Decoder, Group
 
 

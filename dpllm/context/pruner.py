@@ -13,11 +13,11 @@ from dpllm.base.errors import InputError
 from dpllm.context.build.model_view import view_of
 from dpllm.context.build.options import SMALLEST_BLOCK, ContextOptions
 from dpllm.kvzip_bridge.budget import ALLOCATIONS
+from dpllm.kvzip_bridge.interfaces import Context, KVPolicy, RepeatPrompts
 from dpllm.kvzip_bridge.policies import make_kv_policy
-from dpllm.kvzip_bridge.policy import Context, KVPolicy, RepeatPrompts
-from dpllm.kvzip_bridge.ragged import SLACK
-from dpllm.kvzip_bridge.recording import Queries, WatchedCache
-from dpllm.kvzip_bridge.repeat import check_room, largest_chunk
+from dpllm.kvzip_bridge.query_recording import Queries, WatchedCache
+from dpllm.kvzip_bridge.ragged_cache import SLACK
+from dpllm.kvzip_bridge.repetition import check_room, largest_chunk
 
 if TYPE_CHECKING:
     from dpllm.context.build.kv_context import KVContext

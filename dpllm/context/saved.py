@@ -26,7 +26,7 @@ from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
 from dpllm.context.build.kv_context import KVContext
 from dpllm.engine import Engine
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.loading import is_overlay
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import read_json

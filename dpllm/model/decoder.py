@@ -23,7 +23,7 @@ from dpllm.kernels.reference import causal_attention
 from dpllm.kernels.weight import Int8Weight
 from dpllm.kvzip_bridge.attention import rotate
 from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.config import ModelConfig
 
 

@@ -1,10 +1,11 @@
-"""The KV policies by name. Each stands in a file of its own and implements dpllm.kvzip_bridge.policy.KVPolicy."""
+"""The KV policies by name. Each stands in a file of its own and implements dpllm.kvzip_bridge.interfaces.KVPolicy."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dpllm.base.errors import InputError
+from dpllm.kvzip_bridge.interfaces import KVPolicy
 from dpllm.kvzip_bridge.policies.adakv import AdaKV
 from dpllm.kvzip_bridge.policies.expected_attention import ExpectedAttention
 from dpllm.kvzip_bridge.policies.heads import Heads
@@ -16,7 +17,6 @@ from dpllm.kvzip_bridge.policies.pyramidkv import PyramidKV
 from dpllm.kvzip_bridge.policies.random import Random
 from dpllm.kvzip_bridge.policies.recent import Recent
 from dpllm.kvzip_bridge.policies.snapkv import SnapKV
-from dpllm.kvzip_bridge.policy import KVPolicy
 
 KV_POLICIES: dict[str, type[KVPolicy]] = {
     "keep-all": KeepAll,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dpllm.kvzip_bridge.policy import Context
-from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.query_recording import QueriesWanted
 
 COLUMNS = 2048  # keys looked at together: bounds the memory that scoring takes
 

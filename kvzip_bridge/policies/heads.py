@@ -6,8 +6,8 @@ from torch import Tensor
 
 from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge.budget import head_level, over_all
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, protect
-from dpllm.kvzip_bridge.policy import Context
 
 
 class Heads(Policy):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, protect
-from dpllm.kvzip_bridge.policy import Context
 
 
 class KeepAll(Policy):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dpllm.kvzip_bridge.budget import over_all
+from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.model_view import Hidden
 from dpllm.kvzip_bridge.policies.common import Policy, protect
-from dpllm.kvzip_bridge.policy import Context, Hidden
-from dpllm.kvzip_bridge.repeat import Repetition, repeat, repetitions
+from dpllm.kvzip_bridge.repetition import Repetition, repeat, repetitions
 
 
 class KVzip(Policy):

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.kvzip import ChunkScorer, KVzip
-from dpllm.kvzip_bridge.policy import Context
-from dpllm.kvzip_bridge.repeat import Repetition
+from dpllm.kvzip_bridge.repetition import Repetition
 
 
 class KVzipPlus(KVzip):

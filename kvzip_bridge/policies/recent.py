@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dpllm.kvzip_bridge.budget import per_head
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, protect
-from dpllm.kvzip_bridge.policy import Context
-from dpllm.kvzip_bridge.recording import SINKS
+from dpllm.kvzip_bridge.query_recording import SINKS
 
 
 class Recent(Policy):

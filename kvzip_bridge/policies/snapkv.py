@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kvzip_bridge.budget import per_head
+from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, blocks, by_layer
-from dpllm.kvzip_bridge.policy import Context
-from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.kvzip_bridge.query_recording import QueriesWanted
 
 
 class SnapKV(Policy):

@@ -15,7 +15,7 @@ from dpllm.kvzip_bridge.policies.expected_attention import ExpectedAttention, ex
 from dpllm.kvzip_bridge.policies.heads import Heads
 from dpllm.kvzip_bridge.policies.random import Random
 from dpllm.kvzip_bridge.policies.snapkv import SnapKV
-from dpllm.kvzip_bridge.recording import QueriesWanted
+from dpllm.kvzip_bridge.query_recording import QueriesWanted
 
 GROUPS = [(1, 1), (4, 2), (4, 1), (8, 1), (6, 6)]  # query heads, KV heads
 # tokens, first scored position, protected positions

@@ -12,7 +12,7 @@ from kv_cases import turn
 
 from dpllm.kernels import reference
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.kvzip_bridge.recording import Queries, QueriesWanted, WatchedCache
+from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted, WatchedCache
 
 HEADS, DIM = 3, 8
 INV_FREQ = 1 / 100 ** (torch.arange(0, DIM, 2) / DIM)

@@ -9,11 +9,11 @@ import torch
 from kv_cases import PROMPTS, TinyAttention, held, new_cache, pruned_read, random_ids, read
 
 from dpllm.base.errors import InputError
-from dpllm.kvzip_bridge import repeat as repeat_module
+from dpllm.kvzip_bridge import repetition as repeat_module
+from dpllm.kvzip_bridge.interfaces import RepeatPrompts
 from dpllm.kvzip_bridge.policies.kvzip import KVzip
 from dpllm.kvzip_bridge.policies.kvzip_plus import KVzipPlus
-from dpllm.kvzip_bridge.policy import RepeatPrompts
-from dpllm.kvzip_bridge.repeat import repetitions
+from dpllm.kvzip_bridge.repetition import repetitions
 
 CHUNK = 16
 GROUPS = [(2, 2), (4, 2), (4, 1), (8, 1)]  # groups of 1, 2, 4, 8

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels import reference
-from dpllm.kvzip_bridge.ragged import RaggedKVCache
+from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 
 DIM, SCALE = 8, 8**-0.5
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.kvzip_bridge.policy import Context, Hidden, ModelView, RepeatPrompts
-from dpllm.kvzip_bridge.recording import Watch, watched
+from dpllm.kvzip_bridge.interfaces import Context, RepeatPrompts
+from dpllm.kvzip_bridge.model_view import Hidden, ModelView
+from dpllm.kvzip_bridge.query_recording import Watch, watched
 
 PIECE = 512  # tokens in one forward pass, about
 CUE = 8  # tokens of the chunk before, which say where to go on

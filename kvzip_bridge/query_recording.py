@@ -13,7 +13,7 @@ from dpllm.kvzip_bridge.attention import AttentionKernels, rotate
 from dpllm.kvzip_bridge.cache import KVCache
 
 if TYPE_CHECKING:
-    from dpllm.kvzip_bridge.policy import ModelView
+    from dpllm.kvzip_bridge.model_view import ModelView
 
 SINKS = (
     4  # first tokens of any text: attention rests on them and their queries are outliers (arXiv:2309.17453)
