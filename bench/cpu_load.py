@@ -22,8 +22,8 @@ from report import report
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.random_models import shape
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "overlays"

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels import step_tables
-from dpllm.kernels.step_tables import PolicyTable
+from dpllm.kernels.gpu_step import tables as step_tables
+from dpllm.kernels.gpu_step.tables import PolicyTable
 from dpllm.kernels.triton.attention import decode_attention
 from dpllm.kernels.triton.pack import TritonWeight
 from dpllm.kernels.triton.products import chosen_gemv

@@ -31,8 +31,8 @@ from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.kmeans import nested_codes
 from dpllm.quant.layerwise import LayerwiseModel
-from dpllm.quant.plan import QuantizeOptions, default_rows_per_table
 from dpllm.quant.quantize import normalise_rows, quantize_int8
+from dpllm.quant.quantize_plan import QuantizeOptions, default_rows_per_table
 from dpllm.quant.refine import NestedMatrix, RefineOptions, output_error, refine
 from dpllm.quant.source import ModelSource
 

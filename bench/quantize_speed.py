@@ -59,7 +59,7 @@ CHILD = """
 import sys, json, threading, time
 from pathlib import Path
 from dpllm.quant.quantize import Quantizer
-from dpllm.quant.plan import QuantizeOptions
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 from dpllm.base.text import load_tokenizer, read_documents
 from dpllm import reference

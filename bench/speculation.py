@@ -32,8 +32,8 @@ from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.policies.fixed import StaticPolicy
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 TARGETS, DRAFTS = (6, 8), (2, 3, 4)

@@ -10,7 +10,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.kernels import reference
-from dpllm.kernels.cpu.functions import CpuKernels, prepare
+from dpllm.kernels.cpu.kernels import CpuKernels, prepare
 from dpllm.kernels.cpu.library import CpuOptions, Handle
 
 NAMES = ("cpu", "triton", "reference")
@@ -106,7 +106,7 @@ def lacking_for_triton(device: torch.device) -> str | None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
         oldest = ".".join(map(str, TRITON))
         return f"triton is {triton.__version__}: pip install --upgrade 'triton>={oldest}'"
-    from dpllm.kernels.triton import trial
+    from dpllm.kernels.triton import self_test as trial
 
     failed = trial.lacking(device)
     return failed and f"{failed} with triton {triton.__version__}; a C compiler and the driver must be there"

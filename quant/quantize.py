@@ -36,7 +36,7 @@ from dpllm.quant.overlay import (
     manifest_sha256,
     tensor_sha256,
 )
-from dpllm.quant.plan import QuantizeOptions, default_rows_per_table, plan_quantize
+from dpllm.quant.quantize_plan import QuantizeOptions, default_rows_per_table, plan_quantize
 from dpllm.quant.refine import NestedMatrix, RefineOptions, refine
 from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
 

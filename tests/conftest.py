@@ -22,8 +22,8 @@ from dpllm.calib.dp_llm_averages import AveragesOptions
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 SEQUENCE = 128

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm.kernels.cpu.functions import CpuKernels, PreparedWeight, prepare
+from dpllm.kernels.cpu.kernels import CpuKernels, PreparedWeight, prepare
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions, Handle, instruction_sets
 from dpllm.kernels.weight import MAX_TABLE_BITS, Int8Weight, QuantizedWeight, pack
 

@@ -6,7 +6,7 @@ import torch
 
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.step import decode_one
-from dpllm.kernels import step_reference
+from dpllm.kernels.gpu_step import definition as step_reference
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import observe
 

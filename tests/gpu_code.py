@@ -26,7 +26,7 @@ import torch
 import triton
 from ahead_of_time import TARGETS, Binary, Launches
 
-from dpllm.kernels.step_tables import PARTS, PolicyTable
+from dpllm.kernels.gpu_step.tables import PARTS, PolicyTable
 from dpllm.kernels.triton import activations, products
 from dpllm.kernels.triton.pack import TritonWeight, table_offset
 from dpllm.kernels.weight import Int8Weight

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import PARTS, STATE, CacheTable, PolicyTable, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import PARTS, STATE, CacheTable, PolicyTable, Site
 
 CPU = torch.device("cpu")
 HALF = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}  # rounding of a type, and a little

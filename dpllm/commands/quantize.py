@@ -11,8 +11,8 @@ from dpllm.base.text import load_tokenizer, read_documents
 from dpllm.commands.common import check_device, default_text, note, parse_bits, print_json, stage_bars
 from dpllm.model.loading import check_checkpoint
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.plan import QuantizeOptions, llama_3_8b, multiply_adds_per_second
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions, llama_3_8b, multiply_adds_per_second
 from dpllm.quant.source import ModelSource, resolve_model
 
 

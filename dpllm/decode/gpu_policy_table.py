@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dpllm.calib.runtime.token_sensitivity import FEATURES
 from dpllm.decode.cpu_step import resident
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import PolicyTable, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import PolicyTable, Site
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.dp_llm import DPLLMPolicy

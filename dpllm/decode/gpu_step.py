@@ -1,7 +1,7 @@
 """A whole decode step as one CUDA graph: the counterpart of native.py for GPUs.
 
 `GpuStep` computes what `Decoder.forward` computes for one token. Everything that changes from token to token stands
-in device memory at fixed addresses (kernels/step_tables.py): the token, its position, where the cache's pairs lie,
+in device memory at fixed addresses (kernels/gpu_step/tables.py): the token, its position, where the cache's pairs lie,
 and what the policy compares with. So one captured graph serves every cache, length and target, and is captured anew
 only for a policy of another structure. Where capturing fails, and without a GPU, the same operations run one by one.
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
 from dpllm.decode.gpu_policy_table import DevicePolicy, LayerSites, Structure
 from dpllm.decode.step import decode_one
-from dpllm.kernels import step_tables as tables
 from dpllm.kernels.backend import lacking_for_triton
-from dpllm.kernels.step_tables import CacheTable, Heads, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer

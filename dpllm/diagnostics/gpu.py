@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
-from dpllm.kernels import reference, step_reference
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import CacheTable, Heads, PolicyTable, Site
+from dpllm.kernels import reference
+from dpllm.kernels.gpu_step import definition as step_reference
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import CacheTable, Heads, PolicyTable, Site
 from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, Int8Weight, QuantizedWeight, pack
 
 QUERIED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dpllm.calib.runtime.profile import CalibrationProfile
-from dpllm.kernels.step_tables import NEVER
+from dpllm.kernels.gpu_step.tables import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

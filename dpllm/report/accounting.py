@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dpllm.kernels.cpu.functions import PreparedWeight
+from dpllm.kernels.cpu.kernels import PreparedWeight
 from dpllm.kernels.weight import WORD, Int8Weight, QuantizedWeight
 from dpllm.model.decoder import Decoder, Group
 from dpllm.report.data import KindBytes

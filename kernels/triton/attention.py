@@ -20,8 +20,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import CacheTable, Heads, PolicyTable, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import CacheTable, Heads, PolicyTable, Site
 
 SINCE = tl.constexpr(tables.SINCE)
 TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from dpllm.kernels.triton.codes import load_planes, load_table, pairs_of, table_offset, words_of
+from dpllm.kernels.triton.bitplane_codes import load_planes, load_table, pairs_of, table_offset, words_of
 
 
 @triton.jit

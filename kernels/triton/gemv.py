@@ -13,7 +13,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from dpllm.kernels.triton.codes import load_planes, load_table, load_words, pairs_of, table_offset, words_of
+from dpllm.kernels.triton.bitplane_codes import (
+    load_planes,
+    load_table,
+    load_words,
+    pairs_of,
+    table_offset,
+    words_of,
+)
 from dpllm.kernels.triton.select import chosen, record
 
 

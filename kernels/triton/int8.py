@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from dpllm.kernels.triton.codes import load_words
+from dpllm.kernels.triton.bitplane_codes import load_words
 from dpllm.kernels.triton.gemv import finish, multiply, own_sums
 
 

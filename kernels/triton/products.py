@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import triton
-from dpllm.kernels.step_tables import PolicyTable
+from dpllm.kernels.gpu_step.tables import PolicyTable
 from dpllm.kernels.triton.activations import halve, halves_of
 from dpllm.kernels.triton.gemm import dequantize_kernel, gemm_kernel
 from dpllm.kernels.triton.gemv import gemv_kernel

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import PolicyTable, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import PolicyTable, Site
 
 MULTIPLIER, GAIN = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.GAIN)
 MAX_STEPS, WARP = tl.constexpr(tables.MAX_STEPS), tl.constexpr(tables.PARTS)

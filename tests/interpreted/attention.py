@@ -9,9 +9,10 @@ import pytest
 import torch
 from step_cases import HALF, assert_signals, attention_exact, cache_of, fill, policy_table, rng, site_of
 
-from dpllm.kernels import reference, step_reference
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import Heads
+from dpllm.kernels import reference
+from dpllm.kernels.gpu_step import definition as step_reference
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import Heads
 from dpllm.kernels.triton import attention
 
 LENGTHS = [

@@ -15,9 +15,10 @@ from cpu_cases import Weights
 from operator_checks import Checked
 from step_cases import limit, policy_table
 
-from dpllm.kernels import step_reference
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.triton import pack, products, trial
+from dpllm.kernels.gpu_step import definition as step_reference
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.triton import pack, products
+from dpllm.kernels.triton import self_test as trial
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32

@@ -14,10 +14,12 @@ from operator_checks import Checked
 from step_cases import HALF, assert_signals, cache_of, limit, policy_table, rng, site_of, table_with_state
 
 from dpllm.calib.runtime.token_sensitivity import DECAY, step_context
-from dpllm.kernels import reference, step_reference
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import CORRECTION, ENTROPY, LOG_TOTAL, MULTIPLIER, OFFSET
-from dpllm.kernels.triton import attention, select, small_ops
+from dpllm.kernels import reference
+from dpllm.kernels.gpu_step import definition as step_reference
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import CORRECTION, ENTROPY, LOG_TOTAL, MULTIPLIER, OFFSET
+from dpllm.kernels.triton import attention, select
+from dpllm.kernels.triton import norm_silu_finish as small_ops
 
 SCRATCH = 4096
 

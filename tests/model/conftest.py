@@ -13,8 +13,8 @@ from report_cases import tiny_report
 
 from dpllm.base.text import encode
 from dpllm.cli import main
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 

@@ -22,7 +22,7 @@ from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions
 from dpllm.engine import load as engine_of
 from dpllm.evaluation.evaluate import score
-from dpllm.kernels import step_reference
+from dpllm.kernels.gpu_step import definition as step_reference
 from dpllm.model.loading import LoadOptions
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy

@@ -27,8 +27,8 @@ from dpllm.kernels import reference
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant import fisher, quantize
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 DOCUMENTS = ["def add(a, b):\n    return a + b\n" * 12, "for i in range(10):\n    print(i)\n" * 12]

@@ -6,7 +6,7 @@ import pytest
 from cpu_cases import Weights, needs_library
 
 from dpllm.kernels import reference
-from dpllm.kernels.cpu import functions
+from dpllm.kernels.cpu import kernels as functions
 from dpllm.kernels.weight import QuantizedWeight
 from dpllm.model.loading import LoadOptions, load_decoder, make_group
 from dpllm.report.accounting import bytes_by_kind, held_bytes, read_bytes

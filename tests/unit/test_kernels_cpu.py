@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.kernels.cpu import library, step
-from dpllm.kernels.cpu.functions import prepare
+from dpllm.kernels.cpu.kernels import prepare
 
 pytestmark = needs_library
 

@@ -22,8 +22,8 @@ from cpu_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.kernels.cpu import functions
-from dpllm.kernels.cpu.functions import digits_of, prepare
+from dpllm.kernels.cpu import kernels as functions
+from dpllm.kernels.cpu.kernels import digits_of, prepare
 
 pytestmark = needs_library
 

@@ -133,7 +133,7 @@ def test_nothing_is_unpickled(file):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import dpllm.quant.plan", {"quant"}),
+        ("import dpllm.quant.quantize_plan", {"quant"}),
         ("from dpllm import kernels", {"kernels"}),
         ("from dpllm.engine import load", {"dpllm"}),
         ("from ..calib import profile", {"calib"}),

@@ -16,8 +16,8 @@ from tiny_models import build_model
 from dpllm.base.errors import InputError
 from dpllm.kernels import reference
 from dpllm.quant.overlay import LinearLayout, Overlay, manifest_sha256, tensor_sha256
-from dpllm.quant.plan import QuantizeOptions
 from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource, read_json
 
 MANIFEST = "model.safetensors.index.json"

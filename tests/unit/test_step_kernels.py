@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 from ahead_of_time import TARGETS, Launches
 from step_cases import cache_of, policy_table, site_of
 
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import Heads
-from dpllm.kernels.triton import attention, select, small_ops
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import Heads
+from dpllm.kernels.triton import attention, select
+from dpllm.kernels.triton import norm_silu_finish as small_ops
 
 TESTS = Path(__file__).resolve().parents[1]
 HALF, FLOAT = torch.float16, torch.float32

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 import ptx
 
-from dpllm.kernels.triton import codes, gemv, int8
+from dpllm.kernels.triton import bitplane_codes as codes
+from dpllm.kernels.triton import gemv, int8
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kernels import reference
-from dpllm.kernels.step_tables import (
+from dpllm.kernels.gpu_step.tables import (
     ALL,
     BIAS,
     CONTEXT,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from dpllm.kernels import step_tables as tables
-from dpllm.kernels.step_tables import CacheTable, PolicyTable, Site
+from dpllm.kernels.gpu_step import tables
+from dpllm.kernels.gpu_step.tables import CacheTable, PolicyTable, Site
 from dpllm.kernels.triton.select import arrived_last
 
 TOKEN, OBSERVE, SPARE = (tl.constexpr(place) for place in (tables.TOKEN, tables.OBSERVE, tables.SPARE))
