@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from report import report
 
-from dpllm.context.build.kv_context import SINKS, KVContext
-from dpllm.context.build.options import ContextOptions
-from dpllm.context.build.pruner import Pruner
+from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.context.pruner import Pruner
 from dpllm.kvzip_bridge.budget import Budget, over_all
 from dpllm.kvzip_bridge.ragged_cache import SLACK, RaggedKVCache
 from dpllm.model.config import ModelConfig

@@ -30,7 +30,7 @@ from kv_plot import plot
 from report import report
 
 from dpllm import reference
-from dpllm.context.build.head_profile import head_profile
+from dpllm.context.head_profile import head_profile
 from dpllm.engine import Engine, load
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions

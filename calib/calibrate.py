@@ -5,7 +5,8 @@ Passes over calibration text through the very decoder that will run:
 1. saliency: the mean squared gradient at every output of every group (calib/gradient_passes.py);
 2. gains: at random widths, each token's own expected loss of every width, beside the signal the runtime will
    compute, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2, of the input it will be computed
-   from. A probe learns to foretell how much a token cares (calib/runtime/token_sensitivity.py) and multiplies the signal;
+   from. A probe learns to predict how much a token cares
+   (calib/runtime/token_sensitivity.py) and multiplies the signal;
    averages per bin of the product, made monotone, are E[gain | signal]: bias, staleness and cross terms of
    the estimate are absorbed;
 3. curve: decoding with the policy itself at a range of lambdas; the effective bits it really used are

@@ -27,7 +27,7 @@ class Measurements:
 
     signal: float32 [G, T], sum_k d_k x_k^2. loss: float32 [G, T, B], expected loss of reading each width
     instead of the widest, by the token's own squared gradients; exact: the same by mean squared gradients.
-    inputs: float32 [T, K] of group 0. context: float32 [T, 3] (calib/runtime/token_sensitivity.py). sensitivity: float32
+    inputs: float32 [T, K] of group 0. context: float32 [T, 3] (see token_sensitivity). sensitivity: float32
     [T], squared output gradients relative to their means, averaged over the model.
     """
 

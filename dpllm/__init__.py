@@ -25,26 +25,26 @@ if (_root / "pyproject.toml").is_file():
 
 if TYPE_CHECKING:
     from dpllm.base.errors import InputError
-    from dpllm.context.build.build import build_context, prune_tail
-    from dpllm.context.build.kv_context import KVContext
-    from dpllm.context.build.options import ContextOptions
-    from dpllm.context.build.saved import load_context, save_context
+    from dpllm.context.build import build_context, prune_tail
+    from dpllm.context.kv_context import KVContext
+    from dpllm.context.options import ContextOptions
+    from dpllm.context.saved import load_context, save_context
     from dpllm.engine import Engine, GenerateOptions, Step, load
     from dpllm.kvzip_bridge.budget import Budget
 
 _EXPORTS = {
     "Budget": "dpllm.kvzip_bridge.budget",
-    "ContextOptions": "dpllm.context.build.options",
+    "ContextOptions": "dpllm.context.options",
     "Engine": "dpllm.engine",
     "GenerateOptions": "dpllm.engine",
     "InputError": "dpllm.base.errors",
-    "KVContext": "dpllm.context.build.kv_context",
+    "KVContext": "dpllm.context.kv_context",
     "Step": "dpllm.engine",
     "build_context": "dpllm.context.build",
     "load": "dpllm.engine",
-    "load_context": "dpllm.context.build.saved",
+    "load_context": "dpllm.context.saved",
     "prune_tail": "dpllm.context.build",
-    "save_context": "dpllm.context.build.saved",
+    "save_context": "dpllm.context.saved",
 }
 
 __all__ = [

@@ -44,7 +44,7 @@ from dpllm.policies.token_limit import Prices
 from dpllm.quant.overlay import Overlay
 
 if TYPE_CHECKING:
-    from dpllm.context.build.kv_context import KVContext
+    from dpllm.context.kv_context import KVContext
 
 PREFILL_CHUNK = 512
 DEFAULT_TARGET_BITS = 3.5

@@ -27,8 +27,8 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
-from dpllm.context.build.head_profile import head_profile
-from dpllm.context.build.pruner import HEADS
+from dpllm.context.head_profile import head_profile
+from dpllm.context.pruner import HEADS
 from dpllm.engine import Engine
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder

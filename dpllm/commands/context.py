@@ -19,10 +19,10 @@ from dpllm.commands.common import (
     stage_bars,
     stdout,
 )
-from dpllm.context.build.build import build_context
-from dpllm.context.build.kv_context import KVContext
-from dpllm.context.build.options import DEFAULT_KEEP, ContextOptions
-from dpllm.context.build.saved import check_free, save_context
+from dpllm.context.build import build_context
+from dpllm.context.kv_context import KVContext
+from dpllm.context.options import DEFAULT_KEEP, ContextOptions
+from dpllm.context.saved import check_free, save_context
 from dpllm.engine import Engine, load
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES

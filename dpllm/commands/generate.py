@@ -21,7 +21,7 @@ from dpllm.commands.common import (
     print_json,
     stage_bars,
 )
-from dpllm.context.build.saved import load_context
+from dpllm.context.saved import load_context
 from dpllm.control.controller import LatencyController
 from dpllm.engine import Engine, GenerateOptions, Step, load
 from dpllm.model.loading import is_overlay

@@ -12,7 +12,7 @@ from rich.text import Text
 from dpllm.base.errors import InputError
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.commands.common import print_json, stage_bars, stdout
-from dpllm.context.build.saved import is_context, read_manifest
+from dpllm.context.saved import is_context, read_manifest
 from dpllm.model.loading import is_overlay
 from dpllm.model.memory import resident_bytes
 from dpllm.quant.overlay import Overlay

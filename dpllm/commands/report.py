@@ -17,7 +17,7 @@ from dpllm.commands.common import Hardware, note, print_json, stage_bars
 from dpllm.commands.demo import PROMPT
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
-from dpllm.context.build.saved import load_context
+from dpllm.context.saved import load_context
 from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.planning.machine import machine_of
 from dpllm.policies.make import POLICIES

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text, encode
-from dpllm.context.build.kv_context import SINKS, KVContext
-from dpllm.context.build.options import ContextOptions
-from dpllm.context.build.pruner import Pruner, plain_ids
+from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.context.pruner import Pruner, plain_ids
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 from dpllm.kvzip_bridge.ragged_cache import SLACK
 

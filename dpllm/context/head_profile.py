@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dpllm.context.build.kv_context import KVContext
-from dpllm.context.build.options import ContextOptions
-from dpllm.context.build.pruner import Pruner
+from dpllm.context.kv_context import KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.context.pruner import Pruner
 from dpllm.engine import Engine
 
 

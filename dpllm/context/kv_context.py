@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text
-from dpllm.context.build.pruner import plain_ids
+from dpllm.context.pruner import plain_ids
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.context.build.model_view import view_of
-from dpllm.context.build.options import SMALLEST_BLOCK, ContextOptions
+from dpllm.context.model_view import view_of
+from dpllm.context.options import SMALLEST_BLOCK, ContextOptions
 from dpllm.kvzip_bridge.budget import ALLOCATIONS
 from dpllm.kvzip_bridge.interfaces import Context, KVPolicy, RepeatPrompts
 from dpllm.kvzip_bridge.policies import make_kv_policy
@@ -20,7 +20,7 @@ from dpllm.kvzip_bridge.ragged_cache import SLACK
 from dpllm.kvzip_bridge.repetition import check_room, largest_chunk
 
 if TYPE_CHECKING:
-    from dpllm.context.build.kv_context import KVContext
+    from dpllm.context.kv_context import KVContext
     from dpllm.engine import Engine
 
 REPEAT_ALL = "\n\nRepeat the previous context exactly."

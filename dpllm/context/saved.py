@@ -24,7 +24,7 @@ from torch import Tensor
 from dpllm import __version__
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
-from dpllm.context.build.kv_context import KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.engine import Engine
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.loading import is_overlay

@@ -13,9 +13,9 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import encode, read_documents
-from dpllm.context.build.kv_context import SINKS, KVContext
-from dpllm.context.build.options import ContextOptions
-from dpllm.context.build.pruner import Pruner
+from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.context.pruner import Pruner
 from dpllm.decode.step import decode_one
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy

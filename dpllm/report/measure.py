@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpllm.base.errors import InputError
-from dpllm.context.build.kv_context import KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kvzip_bridge.cache import KVCache

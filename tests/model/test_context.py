@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
-from dpllm.context.build.build import build_context, prune_tail
-from dpllm.context.build.kv_context import KVContext
-from dpllm.context.build.options import ContextOptions
-from dpllm.context.build.pruner import Pruner, plain_ids
-from dpllm.context.build.saved import load_context, read_manifest, save_context
+from dpllm.context.build import build_context, prune_tail
+from dpllm.context.kv_context import KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.context.pruner import Pruner, plain_ids
+from dpllm.context.saved import load_context, read_manifest, save_context
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
@@ -326,7 +326,7 @@ def test_tensors_that_do_not_match_the_manifest_are_refused(engine, text, tmp_pa
     (path / "context.json").write_text(json.dumps(manifest))
     tensors = load_file(path / "pairs.safetensors")
     save_file(tensors | {"k.0": tensors["k.0"][:-1]}, path / "pairs.safetensors")
-    monkeypatch.setattr("dpllm.context.build.saved._sha256", lambda p: read_manifest(path)["sha256"])
+    monkeypatch.setattr("dpllm.context.saved._sha256", lambda p: read_manifest(path)["sha256"])
     with pytest.raises(InputError, match="do not fit together"):
         load_context(path, engine)
 

@@ -12,8 +12,8 @@ from cpu_cases import needs_library, options_of
 
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.context.build.build import build_context
-from dpllm.context.build.options import ContextOptions
+from dpllm.context.build import build_context
+from dpllm.context.options import ContextOptions
 from dpllm.decode.continuation import Continuation
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.sampling import Sampler, sample
