@@ -29,7 +29,8 @@ class RateDistortionPolicy(RateDistortionRule):
     """Reads one more plane wherever the expected loss it saves is worth lambda times its bytes.
 
     The expected saving is calibrated per group as a function of one cheap number, m_t * sum_k d_k x_k^2, and
-    grows with it; so at a given lambda the rule is a few thresholds per group (calib/runtime/threshold_rule.py). m_t predicts
+    grows with it; so at a given lambda the rule is a few thresholds per group (calib/runtime/threshold_rule.py). m_t
+    predicts
     how much this token cares, from its embedding and the previous step (`observe`); it also carries the
     correction that keeps effective bits on target (calib/runtime/bits_correction.py).
     Retargeting rewrites the thresholds in place, between any two tokens.

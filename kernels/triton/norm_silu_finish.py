@@ -226,7 +226,8 @@ def _finish(logits: Tensor, token: Tensor, state: Tensor, partial: Tensor, count
 def observe_kernel(
     logits_ptr, request_ptr, state_ptr, bits_ptr, share_ptr, left_ptr, decay, G, B: tl.constexpr
 ):  # fmt: skip
-    """What the step before tells about this token: its context and the correction (calib/runtime), then the offset of the exponent of this token's multiplier. And what the token may cost."""
+    """What the step before tells about this token: its context and the correction (calib/runtime), then the
+    offset of the exponent of this token's multiplier. And what the token may cost."""
     tl.store(left_ptr, tl.load(request_ptr + SPARE))
     asked = tl.load(request_ptr + OBSERVE)
     if asked != 0:
