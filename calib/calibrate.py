@@ -32,7 +32,7 @@ from dpllm.calib.gradient_passes import LABEL_STREAM, Measurements, Meter, Progr
 from dpllm.calib.lambda_curve import dense_curve, oracle_curve, solve, stored_bits
 from dpllm.calib.partial_results import Partial
 from dpllm.calib.runtime.profile import CalibrationProfile, Resident
-from dpllm.calib.runtime.threshold_rule import RateDistortionRule, stale_sources
+from dpllm.calib.runtime.threshold_rule import RateDistortionRule, ThresholdText, stale_sources
 from dpllm.calib.runtime.token_sensitivity import TokenProbe, fit_probe, sequence_context
 
 TILT = 0.1  # relative slope over the bins of a flat gain
@@ -240,7 +240,7 @@ class Calibrator:
         a first pass makes them.
         """
         rule = RateDistortionRule(profile, self.decoder.backend.select, self.decoder.device, resident)
-        rule.set_lambda(lam)
+        text = ThresholdText(rule, rule.thresholds_at(lam))
         passes = 1 if contexts is not None or not profile.context.any() else 2
         contexts = (
             [torch.full((sequences.shape[1], 3), float("nan"))] * len(sequences)
@@ -251,7 +251,7 @@ class Calibrator:
 
         def select(group: Any, x: Tensor) -> Tensor:
             nonlocal used
-            bits = rule(group, x)
+            bits = text(group, x)
             used += bits.sum().item() * group.weights
             return bits
 
@@ -259,7 +259,7 @@ class Calibrator:
             for _ in range(passes):
                 used = 0.0
                 for i, ids in enumerate(sequences):
-                    rule.context = contexts[i]
+                    text.previous = contexts[i]
                     logits = self.decoder.forward(ids, select=select)
                     contexts[i] = sequence_context(logits, ids)
         return float(used / (profile.weights.sum() * sequences.numel()))

@@ -1,7 +1,7 @@
 """Text in, text out, a token at a time, at a chosen precision.
 
-engine = load(target_bits=3.25)
-for step in engine.generate("def main():", GenerateOptions(max_new_tokens=64)):
+engine = dpllm.load(target_bits=3.25)
+for step in engine.generate("def main():", max_new_tokens=64):
     print(step.text, end="", flush=True)
 """
 
@@ -9,87 +9,103 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.base.text import check_text, encode, load_tokenizer
-from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
-from dpllm.control.controller import LatencyController, QueryBudget
+from dpllm.base.text import check_text, encode
+from dpllm.calib.runtime.profile import CalibrationProfile
+from dpllm.context.build import build_context
+from dpllm.context.kv_context import KVContext
+from dpllm.context.options import ContextOptions
+from dpllm.control.controller import ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
-from dpllm.decode.choose_step import fast_step
-from dpllm.decode.continuation import Continuation, Passed, Tally
-from dpllm.decode.cpu_step import NativeStep
+from dpllm.control.pilot import Pilot
+from dpllm.decode.choose_step import StepMaker
+from dpllm.decode.continuation import Continuation
+from dpllm.decode.generation import Generation, Step
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions
 from dpllm.decode.sampling import Sampler
-from dpllm.decode.speculation.draft_choice import Drafting
+from dpllm.decode.speculation.continuation import SpeculativeContinuation, Tally
+from dpllm.decode.speculation.draft_choice import DraftChoice
 from dpllm.decode.speculation.drafts import Draft
+from dpllm.decode.step import TokenStep
 from dpllm.decode.text_stream import TextStream
+from dpllm.evaluation.forced_steps import forced_nats
+from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
-from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
-from dpllm.policies.base import PrecisionPolicy, begin_text, observe
-from dpllm.policies.fixed import StaticPolicy
+from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.make import make_policy, resident_mean
-from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.token_limit import Prices
-from dpllm.quant.overlay import Overlay
-
-if TYPE_CHECKING:
-    from dpllm.context.kv_context import KVContext
-
-PREFILL_CHUNK = 512
-DEFAULT_TARGET_BITS = 3.5
 
 
 @dataclass(frozen=True)
-class Step:
-    """One generated token. `text` is what became final with it (it may lag behind a stop string or a
-    character that spans tokens); `tpot_ms` the time this token took, for the first one that of reading the
-    prompt (at the resident maximum); `bits` the width of each group. Tokens that one pass has checked share its time
-    and its `weight_bytes`, those of drafting included, evenly; `bits` are those of the check."""
+class TextScore:
+    """Log probabilities (nats) of a text's tokens. log_probs[i] is that of tokens[i + 1] after tokens[: i + 1]."""
 
-    token: int
-    text: str
+    tokens: list[int]
+    log_probs: list[float]
     effective_bits: float
-    tpot_ms: float
-    weight_bytes: int
-    kv_bytes: int
-    bits: Sequence[int] = field(default=(), repr=False)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log probability; infinite beyond what a float holds."""
+        mean = -sum(self.log_probs) / max(1, len(self.log_probs))
+        return math.exp(mean) if mean < 700 else math.inf
 
 
 class Engine:
-    """A loaded model, its tokenizer, and the policy that answers to the target."""
+    """A loaded model, its tokenizer, and the policy that answers to the target.
 
-    def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
+    Several texts may be generated at once, in one thread or in several: what belongs to a text is not shared. Made by
+    `dpllm.load`.
+    """
+
+    def __init__(
+        self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None,
+        measure_cost: Callable[[Engine], CostModel] | None = None,
+    ):  # fmt: skip
+        """measure_cost: gives the cost model of an engine, stored or measured, for targets in milliseconds."""
         self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
         self.quantized = not decoder.groups[0].dense
-        self.step = fast_step(decoder)
-        self.native = self.step if isinstance(self.step, NativeStep) else None
-        self._weights = sum(g.weights for g in decoder.groups)
-        read = (g.bytes_at[-1] for g in decoder.groups) if self.quantized else ()
-        self._resident_bytes = sum(read) + decoder.head_bytes()  # what a prompt reads
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
-        self.tally = Tally()  # of the drafts of the last generation
         self.controller: LatencyController | QueryBudget | None = None
-        self.drafting = Drafting(decoder)
+        self._measure_cost = measure_cost
+        self._steps = StepMaker(decoder)
+        self._draft_choice = DraftChoice(decoder, self._steps.new, fast=self._steps.native is not None)
+        self._weights = sum(g.weights for g in decoder.groups)
+
+    def __repr__(self) -> str:
+        policy = "no policy" if self.policy is None else f"policy {self.policy.name}"
+        target = "" if self.target_bits is None else f" at {self.target_bits:g} bits"
+        return f"<Engine {self.path}: {policy}{target}, backend {self.decoder.backend.name}>"
 
     @property
     def planes(self) -> np.ndarray:
         """int64 [G]: planes held of each group."""
         return np.asarray([g.resident_bits for g in self.decoder.groups])
 
+    def new_step(self) -> TokenStep:
+        """A decode step for one text: the fastest that this model and machine have."""
+        return self._steps.new()
+
+    def prepare(self, progress: Callable[[str], None]) -> None:
+        """Compiles and captures the decode step where the model lies on a GPU; elsewhere there is nothing to do."""
+        if isinstance(step := self._steps.new(), GpuStep):
+            step.prepare(None if self.policy is None else self.policy.begin_text(), progress)
+
     def calibration(self) -> CalibrationProfile:
-        """The profile. Raises InputError where there is none, so that there are no bits to choose or plan with."""
+        """The calibration profile. Raises InputError where there is none, so that there are no bits to choose."""
         if self.profile is None or not self.quantized:
             raise InputError(
                 f"{self.path} has no calibration profile, so there is nothing to choose or plan with. "
@@ -97,26 +113,65 @@ class Engine:
             )
         return self.profile
 
+    # -- targets -----------------------------------------------------------------------------------------
+
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
-        """Changes policy or target; takes effect with the next token."""
+        """Changes policy or target; takes effect with the next token. Raises InputError for what cannot be met."""
         self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
         self.target_bits, self.controller = target_bits, None
 
-    def hold_latency(self, target_ms: float, cost: CostModel, least_bits: float = 0.0) -> None:
-        """From the next token on every token is to take this long, as well as can be. Called again, it moves the target
-        and keeps what it knows of the machine. cost: of this engine. least_bits: to read whatever it
-        takes."""
+    def set_target(
+        self,
+        *,
+        bits: int | None = None,
+        target_bits: float | None = None,
+        tpot_ms: float | None = None,
+        least_bits: float = 0.0,
+        headroom: float | None = None,
+    ) -> None:
+        """Changes the target from the next token on. Give one of bits, target_bits, tpot_ms.
+
+        bits: read exactly this width everywhere. target_bits: mean bits per weight, chosen per layer and token.
+        tpot_ms: milliseconds per token to hold; least_bits: to read at least, whatever time they take; headroom: the
+        most that one token may take over the mean, e.g. 1.1 for a tenth (see ControlOptions). Raises InputError for a
+        target that cannot be met.
+        """
+        if sum(x is not None for x in (bits, target_bits, tpot_ms)) != 1:
+            raise InputError("a target is one of bits, target_bits and tpot_ms. Give exactly one of them.")
+        if bits is not None:
+            self.set_policy("uniform", float(bits))
+        elif target_bits is not None:
+            self.set_policy("rate-distortion", target_bits)
+        elif tpot_ms is not None:
+            self.calibration()
+            if self._measure_cost is None:
+                raise InputError(
+                    "this engine has no cost model. Load it with dpllm.load, or call hold_latency."
+                )
+            cost = self._measure_cost(self)
+            cost.check(tpot_ms, least_bits=least_bits)
+            self.hold_latency(tpot_ms, cost, least_bits, headroom)
+
+    def hold_latency(
+        self, target_ms: float, cost: CostModel, least_bits: float = 0.0, headroom: float | None = None
+    ) -> None:
+        """Holds the time per token at target_ms milliseconds from the next token on, as well as can be.
+
+        Called again with the same cost model, it moves the target and keeps what it knows of the machine. cost: of this
+        engine. least_bits: to read at least, whatever time they take. headroom: see ControlOptions.
+        """
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
             self.controller.retarget(target_ms, least_bits)
             return
         prices = Prices.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
-        controller = LatencyController(cost, target_ms, prices, least_bits=least_bits)
+        options = ControlOptions() if headroom is None else ControlOptions(headroom=headroom)
+        controller = LatencyController(cost, target_ms, prices, options, least_bits)
         self.set_policy("rate-distortion", controller.order(0).bits)
         self.controller, self.target_bits = controller, None
 
     def hold_budget(self, target_bits: float, burst: float = 1.0) -> None:
-        """No text reads more than this many bits a weight on average, each by itself, beyond a start of `burst` tokens'
-        worth."""
+        """Bounds what each text reads: no more than target_bits per weight on average, beyond a start worth `burst`
+        tokens."""
         self.set_policy("rate-distortion", target_bits)
         rate = self.bytes_for(target_bits)
         prices = Prices.in_bytes(self.decoder.groups)
@@ -133,6 +188,184 @@ class Engine:
             for b in (low, low + 1)
         )
         return math.floor(below + (bits - low) * (above - below))
+
+    # -- generating --------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+        context: KVContext | None = None,
+        keep: bool = False,
+        speculate: str = "auto",
+        draft_bits: int | None = None,
+    ) -> Generation:
+        """Continues a prompt. Returns a Generation: iterate over its steps, or ask for its `text`.
+
+        temperature 0 takes the likeliest token. top_k, top_p, min_p, repetition_penalty, seed: see SamplingOptions. stop:
+        strings that end the text and are not part of it. chat: puts the prompt into the model's chat template.
+        context: a text read before (`read`), which the prompt is about; the context is as before when the generation
+        ends. keep: the prompt and the generated text stay in the context, for another turn. speculate, draft_bits: see
+        GenerateOptions.
+
+        The text ends with an end token, a stop string, max_new_tokens, or the model's positions. Raises InputError for
+        arguments that are not possible, before anything is generated.
+        """
+        options = GenerateOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop if isinstance(stop, str) else tuple(stop),
+            chat=chat, speculate=speculate, draft_bits=draft_bits,
+        )  # fmt: skip
+        return self.generate_with(prompt, options, context=context, keep=keep)
+
+    def generate_with(
+        self,
+        prompt: str,
+        options: GenerateOptions,
+        *,
+        context: KVContext | None = None,
+        keep: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Generation:
+        """`generate` with its options as one object. clock: gives the time in seconds."""
+        if context is None:
+            ids = self.prompt_ids(prompt, options.chat)
+        else:
+            ids = context.question(self, prompt, options.chat)
+        return self._generation(_Text(ids, options, context, keep, clock))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
+        """Answers a conversation. messages: dicts with "role" and "content", as transformers' chat templates take.
+
+        options: those of `generate`. Raises InputError where the model has no chat template.
+        """
+        chosen = options_of(options)
+        ids = list(self.chat_template([dict(m) for m in messages], tokenize=True))
+        return self._generation(_Text(ids, chosen))
+
+    def read(self, text: str, keep: float | None = None, **options: Any) -> KVContext:
+        """Reads a text once, prunes its KV cache, and returns it to be asked often: `generate(..., context=...)`.
+
+        keep: share of the cache's pairs to keep, 0.3 where neither it nor a budget is given. options: the fields of
+        ContextOptions. Raises InputError for an empty text, a text too long for the model, or a budget that cannot be
+        met.
+        """
+        if keep is not None:
+            options["budget"] = Budget(keep_ratio=keep)
+        return build_context(self, text, ContextOptions(**options))
+
+    def score(self, text: str) -> TextScore:
+        """Log probabilities of a text's tokens, every token decoded as `generate` would: at its own widths.
+
+        Raises InputError for a text of fewer than two tokens, or of more than the model's positions.
+        """
+        ids = self.prompt_ids(text)
+        self.check_prompt(ids[:-1] or ids)
+        if len(ids) < 2:
+            raise InputError("a text of one token has no token to predict. Give a longer text.")
+        cache = self.decoder.new_cache(len(ids))
+        nats, steps = forced_nats(self.new_step(), self.policy, cache, ids)
+        return TextScore(ids, [-n for n in nats], sum(s.effective_bits for s in steps) / len(steps))
+
+    def _generation(self, text: _Text) -> Generation:
+        """Checks the rest of what can be checked, and prepares the loop."""
+        context, ids = text.context, text.ids
+        read = 0 if context is None else context.cache.length
+        self.check_prompt(ids, read)
+        limit = min(text.options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
+        cache: KVCache = self.decoder.new_cache(len(ids) + limit) if context is None else context.cache
+        before = [] if context is None else context.ids
+        continuation = self._continuation(text, cache, before)
+        tally = continuation.tally if isinstance(continuation, SpeculativeContinuation) else Tally()
+        generation = Generation(quantized=self.quantized, speculation=tally.summary)
+        generation.begin(self._run(text, continuation, limit, generation))
+        return generation
+
+    def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
+        """The loop of a text, with drafts where they were asked for or pay."""
+        sampler = Sampler(text.options.sampling())
+        sampler.read(before)
+        sampler.read(text.ids)
+        drafts = self._drafts(text.options, [*before, *text.ids])
+        if not drafts:
+            return Continuation(self.decoder, self.new_step(), cache, sampler)
+        lengths = self._draft_choice.lengths(text.options, self.policy, self.target_bits, drafts)
+        return SpeculativeContinuation(
+            self.decoder, self.new_step(), cache, sampler,
+            drafts=drafts, lengths=lengths, clock=text.clock, before=before,
+        )  # fmt: skip
+
+    def _drafts(self, options: GenerateOptions, text: Sequence[int]) -> list[Draft]:
+        """No drafts under a budget: what a token may read depends on what the one before has read."""
+        if not isinstance(self.controller, QueryBudget):
+            return self._draft_choice.sources(options, self.policy, self.target_bits, text)
+        if options.speculate in ("self", "lookup"):
+            raise InputError(
+                "a budget is kept token by token, so drafts cannot be checked together. Leave out --speculate."
+            )
+        return []
+
+    def _run(
+        self, text: _Text, continuation: Continuation, limit: int, generation: Generation
+    ) -> Iterator[Step]:
+        """The steps of a text; a context is as before in the end, unless it is to keep them."""
+        context, generated = text.context, []
+        read = continuation.cache.length
+        if context is not None:
+            context.begin_turn()
+        try:
+            for step in self._steps_of(text, continuation, limit, generation):
+                generated.append(step.token)
+                yield step
+        finally:
+            continuation.drop()
+            if context is not None:
+                context.end_turn(text.ids, generated, read, text.keep)
+
+    def _steps_of(
+        self, text: _Text, continuation: Continuation, limit: int, generation: Generation
+    ) -> Iterator[Step]:
+        """Account for each token: its text, its time, what it read; then tell the controller."""
+        options, clock, cache = text.options, text.clock, continuation.cache
+        ends = () if options.ignore_eos else self.decoder.config.eos_ids
+        stream = TextStream(self.tokenizer, options.stop_strings)
+        pilot = Pilot(self, partial(self.pairs, cache), text.policy)
+        widest = resident_mean(self.decoder) if self.quantized else 0.0
+        began, left = clock(), limit
+        for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
+            left -= 1
+            ended = token in ends
+            last = ended or left == 0
+            final = stream.push(None if ended else token, last)
+            weight_bytes: float = stepped.weight_bytes
+            if last or stream.stopped:
+                unused_ms, unused_bytes = continuation.unused()
+                shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes
+            ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
+            first = left == limit - 1
+            step = Step(
+                token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
+                round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(), ms if first else None,
+            )  # fmt: skip
+            if last or stream.stopped:
+                generation.stopped_by = _reason(ended, stream.stopped, limit < options.max_new_tokens)
+            yield step
+            if pilot.controller is not None:
+                pilot.record(ms, step.bits)
+            if last or stream.stopped:
+                return
+            began = clock()
+
+    # -- prompts -----------------------------------------------------------------------------------------
 
     def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
@@ -167,111 +400,7 @@ class Engine:
                 f"the prompt has {len(ids)} tokens{behind}; the model has {c.max_positions} positions. Shorten it."
             )
 
-    def generate(
-        self,
-        prompt: str,
-        options: GenerateOptions = GenerateOptions(),
-        clock: Callable[[], float] = time.perf_counter,
-        *,
-        context: KVContext | None = None,
-        keep: bool = False,
-    ) -> Iterator[Step]:
-        """Yields a Step per token until the end-of-text token, a stop string or max_new_tokens.
-
-        context: what the prompt is about; it is as before when the generator ends. keep: the prompt and what was
-        generated stay in it, for another turn.
-        """
-        began = clock()
-        ids = (
-            self.prompt_ids(prompt, options.chat)
-            if context is None
-            else context.question(self, prompt, options.chat)
-        )
-        read = 0 if context is None else context.cache.length
-        self.check_prompt(ids, read)
-        budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
-        cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
-        ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)
-        text = ids if context is None else [*context.ids, *ids]
-        if drafts := self._drafts(options, text):
-            pacer = self.drafting.pacer(options, self.policy, self.target_bits, drafts)
-            ahead.speculate(text, drafts, pacer)
-        self.tally = ahead.tally
-        said: list[int] = []
-        if isinstance(self.controller, QueryBudget):
-            self.controller.reset()
-        if context is not None:
-            context.begin_turn()
-        try:
-            yield from self._generate(ids, ahead, replace(options, max_new_tokens=budget), began, said)
-        finally:
-            ahead.drop()
-            if context is not None:
-                context.end_turn(ids, said, read, keep)
-
-    def _generate(
-        self, ids: list[int], ahead: Continuation, options: GenerateOptions, began: float, said: list[int]
-    ) -> Iterator[Step]:
-        """The steps behind ids; the tokens go to `said`."""
-        budget, clock, eos = options.max_new_tokens, ahead.clock, self._eos(options)
-        ahead.cache.runs(len(ids) + budget)  # room for all of it at once
-        pending = TextStream(self.tokenizer, options.stop)
-        chosen = self.policy
-        deciding = None if chosen is None else begin_text(chosen)
-        ahead.follow(deciding)
-
-        logits = self._prefill(torch.tensor(ids, device=self.decoder.device), ahead.cache)
-        passed = Passed(ahead.draw(logits[-1]), logits, nbytes=self._resident_bytes)
-        for count in range(budget):
-            token = passed.token
-            said.append(token)
-            last = token in eos or count == budget - 1
-            text = pending.push(None if token in eos else token, last=last)
-            ms, nbytes = ahead.rest() if last or pending.stopped else (0.0, 0.0)
-            ms += (clock() - began) * 1e3 + passed.ms
-            step = self._step(replace(passed, ms=ms, nbytes=passed.nbytes + nbytes), text, ahead.cache)
-            yield step
-            self._record(step, ahead.cache)
-            if last or pending.stopped:
-                return
-            began = clock()
-            if self.policy is not chosen:  # set_policy has been called since the last token
-                chosen = self.policy
-                deciding = None if chosen is None else begin_text(chosen)
-                ahead.follow(deciding)
-            observe(deciding, passed.logits, torch.tensor([token]))
-            self._steer(deciding, ahead.cache)
-            passed = ahead.next(token, budget - count - 1)
-
-    def _drafts(self, options: GenerateOptions, text: Sequence[int]) -> list[Draft]:
-        """None under a budget: what a token may read depends on what the one before has read."""
-        if not isinstance(self.controller, QueryBudget):
-            return self.drafting.sources(options, self.policy, self.native, self.target_bits, text)
-        if options.speculate in ("self", "lookup"):
-            raise InputError(
-                "a budget is kept token by token, so drafts cannot be checked together. Leave out --speculate."
-            )
-        return []
-
-    def _eos(self, options: GenerateOptions) -> tuple[int, ...]:
-        return () if options.ignore_eos else self.decoder.config.eos_ids
-
-    def _steer(self, policy: PrecisionPolicy | None, cache: KVCache) -> None:
-        """The controller's order for the next token."""
-        if self.controller is None or not isinstance(policy, RateDistortionPolicy):
-            return
-        order = self.controller.order(self.pairs(cache))
-        policy.steer(order.bits, order.allowance)
-
-    def _record(self, step: Step, cache: KVCache) -> None:
-        """Tells the controller what a token took; the first one is the prompt's."""
-        if self.controller is None or not step.bits:
-            return
-        spent = self.controller.prices.of(step.bits)
-        if isinstance(self.controller, QueryBudget):
-            self.controller.record(spent)
-        else:
-            self.controller.record(step.tpot_ms, spent, self.pairs(cache))
+    # -- measuring ---------------------------------------------------------------------------------------
 
     def pairs(self, cache: KVCache) -> float:
         """Pairs the cache holds, over all layers and heads."""
@@ -281,8 +410,11 @@ class Engine:
     def decode_after(
         self, context: int, tokens: int, policy: PrecisionPolicy, behind: KVCache | None = None
     ) -> Iterator[Step]:
-        """Steps of so many tokens behind a cache of `context` ones that were never read, or a given cache, which is as
-        before in the end: for measuring time alone."""
+        """Steps of `tokens` tokens under a policy, to measure their time alone.
+
+        context: tokens in the cache, whose pairs were never written; or `behind`: a cache to decode after, which is as
+        before in the end.
+        """
         cache: KVCache
         if behind is None:
             cache = self.decoder.new_cache(context + tokens + 2)
@@ -290,98 +422,38 @@ class Engine:
         else:
             cache = behind
         start = cache.length
-        ahead = Continuation(self.decoder, self.step, cache, Sampler(), time.perf_counter)
-        before, self.policy, controller = self.policy, policy, self.controller
-        self.controller = None
         options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
+        text = _Text([0], options, policy=policy)
+        continuation = Continuation(self.decoder, self.new_step(), cache, Sampler())
+        generation = Generation(quantized=self.quantized, speculation=Tally().summary)
         try:
-            yield from islice(self._generate([0], ahead, options, time.perf_counter(), []), 1, None)
+            yield from islice(self._steps_of(text, continuation, tokens + 1, generation), 1, None)
         finally:
-            self.policy, self.controller = before, controller
             cache.rewind(start)
 
-    @torch.no_grad()
-    def _prefill(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Logits after the prompt, read at the resident maximum, chunk by chunk."""
-        for chunk in ids.split(PREFILL_CHUNK):
-            logits = self.decoder.forward(chunk, cache, last_only=True)
-        return logits
 
-    def _step(self, passed: Passed, text: str, cache: KVCache) -> Step:
-        """Of a token; without bits it was read at the resident maximum, as a prompt is, or never quantised."""
-        if not self.quantized:
-            return Step(passed.token, text, 0.0, passed.ms, round(passed.nbytes), cache.nbytes)
-        read = None if passed.bits is None else passed.bits[0].tolist()
-        widths = [g.resident_bits for g in self.decoder.groups] if read is None else read
-        used = sum(b * g.weights for b, g in zip(widths, self.decoder.groups, strict=True))
-        return Step(
-            token=passed.token,
-            text=text,
-            effective_bits=used / self._weights,
-            tpot_ms=passed.ms,
-            weight_bytes=round(passed.nbytes),
-            kv_bytes=cache.nbytes,
-            bits=read or (),
-        )
+@dataclass(frozen=True)
+class _Text:
+    """A text to generate. policy: instead of the engine's policy and controller, for measurements."""
+
+    ids: list[int]
+    options: GenerateOptions
+    context: KVContext | None = None
+    keep: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    policy: PrecisionPolicy | None = None
 
 
-def _sampler(options: GenerateOptions) -> Sampler:
-    if options.seed is None:
-        return Sampler(options.temperature, options.top_p)
-    return Sampler(options.temperature, options.top_p, torch.Generator().manual_seed(options.seed))
+def options_of(fields: Mapping[str, Any]) -> GenerateOptions:
+    """Options from keyword arguments. Raises InputError for a name or a value that is not one."""
+    known = [f.name for f in dataclass_fields(GenerateOptions)]
+    if unknown := [name for name in fields if name not in known]:
+        raise InputError(f"generate has no option '{unknown[0]}'. Choose from: {', '.join(known)}.")
+    return GenerateOptions(**fields)
 
 
-def load(
-    path: str | Path | None = None,
-    *,
-    target_bits: float | None = None,
-    policy: str | None = None,
-    profile: str | Path | None = None,
-    options: LoadOptions | None = None,
-    progress: Callable[[str], None] = lambda line: None,
-) -> Engine:
-    """Loads an overlay or a plain checkpoint (None: the bundled reference model's overlay).
-
-    target_bits, policy: default rate-distortion at 3.5 bits where a profile lies beside the overlay, else
-    every resident plane. progress: told what takes a while on a GPU, where the decode step is compiled and captured.
-    Raises InputError for anything that cannot be loaded or met.
-    """
-    engine = _loaded(path, target_bits, policy, profile, options)
-    if isinstance(engine.step, GpuStep):
-        engine.step.prepare(engine.policy, progress)
-    return engine
-
-
-def _loaded(
-    path: str | Path | None, target_bits: float | None, policy: str | None, profile: str | Path | None,
-    options: LoadOptions | None,
-) -> Engine:  # fmt: skip
-    where = reference.overlay_path() if path is None else Path(path)
-    if not where.is_dir():
-        raise InputError(
-            f"{where} is no directory. Give an overlay (dpllm quantize MODEL OUT) or a model directory."
-        )
-    quantized = is_overlay(where)
-    beside = where / PROFILE_NAME if profile is None else Path(profile)
-    found = None
-    if quantized and (profile is not None or beside.exists()):
-        found = CalibrationProfile.load(beside, Overlay.open(where).hash)
-    options = options or LoadOptions()
-    if found is not None:
-        options = LoadOptions(**options.__dict__ | {"granularity": found.granularity})
-    engine = Engine(where, load_decoder(where, options), load_tokenizer(where), found)
-    if not quantized:
-        if target_bits is not None or policy is not None:
-            raise InputError(
-                f"{where} is not quantised, so it has one precision. Run: dpllm quantize {where} OUT"
-            )
-        return engine
-    held = resident_mean(engine.decoder)
-    if policy is None and target_bits is None and found is None:
-        engine.policy = StaticPolicy([g.resident_bits for g in engine.decoder.groups], name="uniform")
-        engine.target_bits = held
-        return engine
-    if target_bits is None:
-        target_bits = min(DEFAULT_TARGET_BITS, held)
-    engine.set_policy(policy or ("rate-distortion" if found else "uniform"), target_bits)
-    return engine
+def _reason(ended: bool, stopped: bool, cut: bool) -> str:
+    """Why a text ended. cut: the model has fewer positions than tokens were asked for."""
+    if ended:
+        return "end token"
+    return "stop string" if stopped else "positions" if cut else "max_new_tokens"

@@ -23,8 +23,8 @@ LIMIT = 4.0
 
 @dataclass
 class Correction:
-    """The controller's state: `value` is what to add to the log multiplier of the next token; a tensor [R] where R
-    texts are decoded side by side, each with a correction of its own."""
+    """The state of the integral control. value: what to add to the log multiplier of the next token; a tensor [R] where R
+    texts are decoded side by side, each with a correction of its own. rate 0: effective bits are not corrected."""
 
     target_bits: float
     rate: float = RATE
@@ -32,15 +32,8 @@ class Correction:
     value: float | Tensor = 0.0
 
     def update(self, bits: float | Tensor) -> None:
-        """Takes in the effective bits a token has read; [R] of texts side by side, of which the last may have
-        ended since the step before."""
-        if (
-            isinstance(bits, Tensor)
-            and bits.shape == (1,)
-            and not bits.is_cuda
-            and not isinstance(self.value, Tensor)
-        ):
-            bits = float(bits)  # one text: a number takes less time than the operations of a tensor
+        """Takes in the effective bits that a token has read; [R] of texts side by side, of which the last may have ended
+        since the step before."""
         if isinstance(bits, Tensor):
             before = self.value[: len(bits)] if isinstance(self.value, Tensor) else self.value
             self.value = (before + self.rate * (self.target_bits - bits)).clamp(-self.limit, self.limit)

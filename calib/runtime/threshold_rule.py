@@ -1,4 +1,8 @@
-"""The rate-distortion rule at one lambda: thresholds on a signal. Shared by calibration and the policy."""
+"""The rate-distortion rule: at one lambda, a few thresholds per group. Calibration and the policy share the rule.
+
+A rule is immutable and serves any number of texts. Everything that changes from token to token is kept by a
+`ThresholdText`, one for each text.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,27 @@ from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 from dpllm.calib.runtime.token_sensitivity import TokenProbe
 
 
-class RateDistortionRule:
-    """Bits = seed + number of thresholds exceeded by m_t * sum_k d_k x_k^2, x the input of group `source`.
+class ThresholdRule:
+    """Bits = seed width + number of thresholds that m_t * sum_k d_k x_k^2 exceeds.
 
-    `multiplier` (float32 [R], of the last token) is computed once a token from group 0's input and `context`.
-    `diagonals[g]` float16 [K], `source[g]`, `thresholds` float32 [G, steps] are what a kernel needs.
+    diagonals: for each group g, d float16 [K]. source: for each group, the number of the group whose input x its signal
+    is computed from. probe: computes m_t of each token from the input of group 0; None means m_t = 1.
+    """
+
+    def __init__(self, diagonals: list[Tensor], source: list[int], probe: TokenProbe | None = None):
+        self.diagonals, self.source, self.probe = diagonals, source, probe
+        self.kept = frozenset(s for g, s in enumerate(source) if s != g)  # inputs that later groups need
+
+    @property
+    def own_inputs(self) -> bool:
+        """Whether every group decides by its own input, as a native decode step requires."""
+        return not self.kept
+
+
+class RateDistortionRule(ThresholdRule):
+    """The rule of a calibration profile, for the planes that are resident.
+
+    select: the kernel that counts exceeded thresholds (kernels/reference.py: select).
     """
 
     def __init__(
@@ -26,38 +46,50 @@ class RateDistortionRule:
         device: Any,
         resident: Resident = None,
     ):
-        self.profile, self.select = profile, select
+        super().__init__(
+            [torch.from_numpy(d).to(device) for d in profile.diagonals],
+            profile.source.tolist(),
+            TokenProbe.of(profile.probe, profile.context, device),
+        )
+        self.profile, self.select, self.device = profile, select, device
         self.planes = profile.planes(resident)
-        self.diagonals = [torch.from_numpy(d).to(device) for d in profile.diagonals]
-        self.probe = TokenProbe.of(profile.probe, profile.context, device)
-        self.source = profile.source.tolist()
-        steps = int(self.planes.max()) - profile.bits[0]
-        self.thresholds = torch.empty(len(self.diagonals), steps, device=device)
-        self.context: Tensor | None = None  # float32 [R, 3] of the tokens about to be decoded
-        self.correction: float | Tensor = 0.0
-        self.multiplier = torch.ones(1, device=device)
-        self._inputs: dict[int, Tensor] = {}  # inputs that a later group's signal is computed from
-        self._kept = {s for g, s in enumerate(self.source) if s != g}
 
-    def set_lambda(self, lam: float) -> None:
-        """Rewrites the thresholds, in place, for this price of a byte."""
-        self.thresholds.copy_(torch.from_numpy(self.profile.thresholds(lam, self.planes)))
+    def thresholds_at(self, lam: float) -> Tensor:
+        """Thresholds float32 [G, steps] at which a plane is worth lambda times its bytes."""
+        return torch.from_numpy(self.profile.thresholds(lam, self.planes)).to(self.device)
+
+
+class ThresholdText:
+    """The state of one text whose widths a rule chooses.
+
+    thresholds: float32 [G, steps], never written to. previous: features of the step before, float32 [R, 3] for R tokens
+    that are decoded together, or None at the beginning of a text. correction: added to the exponent of m_t, a number or
+    [R]. multiplier: m_t of the tokens of the last pass, float32 [R].
+    """
+
+    def __init__(self, rule: RateDistortionRule, thresholds: Tensor):
+        self.rule, self.thresholds = rule, thresholds
+        self.previous: Tensor | None = None
+        self.correction: float | Tensor = 0.0
+        self.multiplier = torch.ones(1, device=rule.device)
+        self._inputs: dict[int, Tensor] = {}  # inputs that a later group's signal is computed from
 
     def __call__(self, group: Any, x: Tensor) -> Tensor:
-        """Bits int32 [R] of each row of x [R, K], the group's input."""
-        g = group.index
+        """Bits int32 [R] of each row of x [R, K], the input of a group. Groups must be asked in their order."""
+        g, rule = group.index, self.rule
         if g == 0:
+            assert rule.probe is not None
             self._inputs.clear()
-            self.multiplier = self.probe.multiplier(x, self.context, self.correction)
-        if g in self._kept:
+            self.multiplier = rule.probe.multiplier(x, self.previous, self.correction)
+        if g in rule.kept:
             self._inputs[g] = x
-        read = x if self.source[g] == g else self._inputs[self.source[g]]
+        read = x if rule.source[g] == g else self._inputs[rule.source[g]]
         # The kernel squares its input, so the multiplier enters by its root.
         root = self.multiplier_at(g).sqrt()[:, None]
-        return self.select(read.float() * root, self.diagonals[g], self.thresholds[g], group.seed_bits)
+        return rule.select(read.float() * root, rule.diagonals[g], self.thresholds[g], group.seed_bits)
 
     def multiplier_at(self, group: int) -> Tensor:
-        """float32 [R]: the multiplier of the tokens under way, as it counts at a group."""
+        """The multiplier float32 [R] that a group uses."""
         return self.multiplier
 
 

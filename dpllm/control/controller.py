@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class LatencyController:
         self.trim = 0.0  # log of what is added to the target's time to make the median right
         self._bits: float | None = None
         self._saturated = 0  # -1 at the fewest bits, +1 at the most
+        self._lock = threading.Lock()  # texts in several threads share what is known of the machine
         self.retarget(target_ms, least_bits)
 
     def retarget(self, target_ms: float, least_bits: float = 0.0) -> None:
@@ -70,8 +72,16 @@ class LatencyController:
         self.target_ms, self._bits = target_ms, None
         self._low = max(least_bits, self.cost.bits[0])
 
+    def begin_text(self) -> LatencyController:
+        """The controller of a new text: all texts of an engine share one."""
+        return self
+
     def order(self, pairs: float) -> Order:
         """For the next token, with so many pairs in the cache."""
+        with self._lock:
+            return self._order(pairs)
+
+    def _order(self, pairs: float) -> Order:
         budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in the model's own milliseconds
         bits, high = max(self.cost.bits_for(budget, pairs), self._low), self.cost.bits[-1]
         self._saturated = -1 if bits <= self._low else 1 if bits >= high else 0
@@ -86,6 +96,10 @@ class LatencyController:
         """What the token took, the price of what it read, and the pairs that were in the cache."""
         if not (math.isfinite(ms) and ms > 0):
             return  # a clock that stood still says nothing
+        with self._lock:
+            self._record(ms, spent, pairs)
+
+    def _record(self, ms: float, spent: int, pairs: float) -> None:
         self._ratios.append(math.log(ms / (spent * 1e-6 + self.cost.kv_ms(pairs))))
         gain = max(self.options.gain, 1 / len(self._ratios))  # the first one is all there is to go by
         self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
@@ -115,14 +129,14 @@ class QueryBudget:
         self.bits, self.rate, self.burst, self.prices = bits, rate, burst, prices
         self.level = burst
 
-    def reset(self) -> None:
-        """A new query."""
-        self.level = self.burst
+    def begin_text(self) -> QueryBudget:
+        """The budget of a new query: every query has its own."""
+        return QueryBudget(self.bits, self.rate, self.burst, self.prices)
 
     def order(self, pairs: float = 0.0) -> Order:
         """For the next token; what the cache holds makes no difference."""
         return Order(self.bits, Allowance(self.level + self.rate, self.prices))
 
-    def record(self, nbytes: float) -> None:
-        """Bytes of planes, tables and scales that a token has read."""
-        self.level = min(self.burst, self.level + self.rate - math.ceil(nbytes))
+    def record(self, ms: float, spent: float, pairs: float = 0.0) -> None:
+        """Takes in the bytes of planes, tables and scales that a token has read; time and cache make no difference."""
+        self.level = min(self.burst, self.level + self.rate - math.ceil(spent))

@@ -1,8 +1,8 @@
-"""A policy's rule in device memory, where the kernels of a decode step find it.
+"""The policy of a text in device memory, where the kernels of a decode step find it.
 
-Rewriting a rule's thresholds in place retargets the next step: they are copied where they have changed. What it learns
-from finished steps (context and correction) lives on the device from its first step on; the policy's own attributes
-become views of that, so whoever else asks it sees the truth.
+Thresholds are copied when the text has got others. What the text learns from finished steps (features of the previous
+step, correction) is advanced on the device while the text is decoded there; the text's own attributes are those of the
+moment when the device took over, until `store` gives the state back.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpllm.calib.runtime.bits_correction import Correction
+from dpllm.calib.runtime.threshold_rule import ThresholdRule
 from dpllm.calib.runtime.token_sensitivity import FEATURES
 from dpllm.decode.cpu_step import resident
 from dpllm.kernels.gpu_step import tables
 from dpllm.kernels.gpu_step.tables import PolicyTable, Site
 from dpllm.model.decoder import Decoder
-from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.base import TextPolicy, WidthSums
 from dpllm.policies.dp_llm import DPLLMPolicy
-from dpllm.policies.fixed import StaticPolicy
-from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.policies.thresholds import ThresholdRule
 from dpllm.policies.token_limit import Pace
 
 NOBODY = object()
@@ -70,7 +69,11 @@ def layer_sites(decoder: Decoder, structure: Structure) -> list[LayerSites]:
 
 
 class DevicePolicy:
-    """Keeps a table saying what the policy of the moment says. sites: by structure, those of each layer."""
+    """Keeps a table in device memory that says what the policy of one text says.
+
+    What the text learns from its steps, features and correction, is advanced on the device; `store` gives it back to
+    the text. sites: by structure, those of each layer.
+    """
 
     def __init__(self, decoder: Decoder, logits: Tensor):
         self.decoder, self.logits = decoder, logits
@@ -78,100 +81,94 @@ class DevicePolicy:
         shares = [g.weights / total for g in decoder.groups]
         parts = max(tables.PARTS, 1 << (decoder.config.num_heads - 1).bit_length())  # a head, a part
         self.table = PolicyTable.empty(shares, decoder.config.hidden_size, decoder.device, parts)
+        self.sums = WidthSums(decoder.groups)
         self.sites: dict[Structure, list[LayerSites]] = {}
         self._diagonals: dict[Structure, list[Tensor]] = {}  # whose copies the sites hold
-        self._thresholds: tuple[Tensor, int | None] | None = None  # that the table holds, their version
         self._enter(Structure(tables.NONE))
         state = self.table.state
-        self._context = state[tables.CONTEXT : tables.CONTEXT + FEATURES][None]  # [1, 3]
+        self._features = state[tables.CONTEXT : tables.CONTEXT + FEATURES][None]  # [1, 3]
         self._correction = state[tables.CORRECTION : tables.CORRECTION + 1]
-        self._policy: object = NOBODY  # whose rule the table holds; None is a rule too
-        self._controller: object = None
-        self._target = 0.0  # bits, of the controller when it was uploaded
+        self._text: object = NOBODY  # whose rule the table holds; None is a rule too
+        self._thresholds: Tensor | None = None  # that the table holds
+        self._target = 0.0  # effective bits, in the table
         self._pace: Pace | None = None  # that the table holds, with the prices it is of
         self.spare = tables.NEVER  # what the next token may cost beyond seed widths
-        self._tokens: Tensor | None = None  # observed, and not yet taken in
-        self._observed = 0  # what of it is to be: see step_tables.OBSERVE
+        self._next: int | None = None  # the token after the last step, not learnt from yet
 
-    def follow(self, policy: PrecisionPolicy | None) -> str | None:
-        """Makes the table say what this policy says; None reads what is resident. Returns why it cannot, if so."""
-        if policy is not self._policy:
-            self.release()
-            reason = self._describe(policy)
+    def follow(self, text: TextPolicy | None) -> str | None:
+        """Makes the table say what this text's policy says; None reads every resident plane. Returns the reason where
+        the policy must decide on the host."""
+        if text is not self._text:
+            self.store()
+            reason = self._describe(text)
             if reason is not None:
                 return reason
-            self._policy = policy
-        if self._thresholds is not None:
-            thresholds, version = self._thresholds
-            if version is None or thresholds._version != version:
-                self._compare(thresholds)
-        if isinstance(policy, RateDistortionPolicy):
-            self._limit(policy)
-            if not self._is_current(policy):
-                self._upload(policy)
-            elif policy.controller.target_bits != self._target:
-                self._retarget(policy)
+            self._text = text
+            if text is not None and text.bits_correction is not None:
+                self._load(text, text.bits_correction)
+        if text is None or text.thresholds is None:
+            return None
+        if text.thresholds is not self._thresholds:
+            self._compare(text.thresholds)
+        self._limit(text)
+        if text.bits_correction is not None and text.bits_correction.target_bits != self._target:
+            self._retarget(text.bits_correction)
         return None
 
-    def observe(self, logits: Tensor, tokens: Tensor) -> bool:
-        """Puts off learning from this step to the beginning of the next one, which decodes `tokens`."""
-        if logits.data_ptr() != self.logits.data_ptr() or len(tokens) != 1:
+    def learn_later(self, text: TextPolicy, token: int) -> bool:
+        """Puts off learning from the last step to the beginning of the next one, which decodes `token`. False where the
+        table does not hold this text."""
+        if text is not self._text or text.bits_correction is None:
             return False
-        self._tokens, self._observed = tokens, tables.ALL
+        self._next = token
         return True
 
-    def take_observed(self) -> int:
+    def take_learning(self) -> int:
         """What the next step is to learn from the one before, for the request; asked once for each step."""
-        observed, self._tokens, self._observed = self._observed, None, 0
-        return observed
+        waiting, self._next = self._next, None
+        return 0 if waiting is None else tables.ALL
 
-    def release(self) -> None:
-        """Gives what the policy has learnt back to it, before another one takes its place."""
-        policy, self._policy = self._policy, NOBODY
-        if not isinstance(policy, RateDistortionPolicy) or policy.deferred is not self:
+    def store(self) -> None:
+        """Gives the text what has been learnt for it, before the table holds another one."""
+        text, self._text = self._text, NOBODY
+        if not isinstance(text, TextPolicy) or text.bits_correction is None:
             return
-        policy.deferred = None
-        if self._is_current(policy) and policy.controller.target_bits != self._target:
-            self._retarget(policy)
-        if policy.context is self._context:
-            policy.context = None if bool(self._context.isnan().any()) else self._context.clone()
-        if policy.correction is self._correction:
-            policy.correction = policy.controller.value = self._correction.clone()
-        policy.record(self.table.bits[None])
-        if self._tokens is not None:
-            tokens, self._tokens, self._observed = self._tokens, None, 0
-            policy.observe(self.logits, tokens)
+        if text.bits_correction.target_bits != self._target:
+            self._retarget(text.bits_correction)
+        text.previous = None if bool(self._features.isnan().any()) else self._features.clone()
+        text.correction = text.bits_correction.value = float(self._correction)
+        if self._next is not None:
+            token, self._next = self._next, None
+            read = float(self.sums.effective_bits(self.table.bits[None].cpu())[0])
+            text.learn(self.logits, torch.tensor([token]), read)
 
     # -- rules -------------------------------------------------------------------------------------------
 
-    def _describe(self, policy: PrecisionPolicy | None) -> str | None:
+    def _describe(self, text: TextPolicy | None) -> str | None:
         groups, table = self.decoder.groups, self.table
-        if policy is None or isinstance(policy, StaticPolicy):
-            if policy is not None:
-                fixed = [resident(g, policy.bits[g.index]) for g in groups]
-            else:
-                fixed = [g.resident_bits for g in groups]
+        if text is None or text.fixed_bits is not None:
+            fixed = [g.resident_bits for g in groups]
+            if text is not None and text.fixed_bits is not None:
+                fixed = [resident(g, text.fixed_bits[g.index]) for g in groups]
             self._enter(Structure(tables.NONE))
             table.bits.copy_(torch.tensor(fixed, dtype=torch.int32))
             return None
-        if isinstance(policy, DPLLMPolicy) and not policy.exact:
-            self._by_estimates(policy)
+        if isinstance(text.estimates, DPLLMPolicy):
+            self._by_estimates(text.estimates)
             return None
-        known = isinstance(policy, RateDistortionPolicy) or not hasattr(policy, "probe")
-        if isinstance(policy, ThresholdRule) and known:
-            self._by_thresholds(policy)
+        learns = text.bits_correction is not None
+        if text.rule is not None and text.thresholds is not None and (learns or text.rule.probe is None):
+            self._by_thresholds(text.rule, text.thresholds)
             return None
-        return f"policy '{policy.name}' decides on the host"
+        return f"policy '{text.name}' decides on the host"
 
-    def _by_thresholds(self, policy: ThresholdRule) -> None:
+    def _by_thresholds(self, rule: ThresholdRule, thresholds: Tensor) -> None:
         groups, table, seed = self.decoder.groups, self.table, self.decoder.groups[0].seed_bits
-        thresholds = policy.thresholds
         for g, row in zip(groups, thresholds.cpu(), strict=True):
             if (row[g.resident_bits - seed :] < torch.inf).any():
                 resident(g, seed + len(row))  # raises
-        source = tuple(getattr(policy, "source", range(len(groups))))
-        self._enter(Structure(tables.WEIGHTED, source, isinstance(policy, RateDistortionPolicy)))
-        self._weigh(policy.diagonals)
+        self._enter(Structure(tables.WEIGHTED, tuple(rule.source), rule.probe is not None))
+        self._weigh(rule.diagonals)
         self._compare(thresholds)
         self._pace = None
         table.unlimited()
@@ -189,7 +186,7 @@ class DevicePolicy:
         """Takes over what inputs are weighted with; texts of one policy share it."""
         if self._diagonals.get(self.structure) is diagonals:
             return
-        self._diagonals.pop(self.structure, None)  # whoever is interrupted begins anew
+        self._diagonals.pop(self.structure, None)  # an interruption must not leave half of them valid
         for layer in self.sites[self.structure]:
             for site in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 if site.diagonals is not None:
@@ -197,9 +194,9 @@ class DevicePolicy:
         self._diagonals[self.structure] = diagonals
 
     def _compare(self, thresholds: Tensor) -> None:
-        """Takes over a policy's thresholds [G, steps], and will again when they have changed."""
+        """Takes over a text's thresholds [G, steps], which are never written to."""
         self.table.compare(thresholds)
-        self._thresholds = thresholds, None if thresholds.is_inference() else thresholds._version
+        self._thresholds = thresholds
 
     def _by_estimates(self, policy: DPLLMPolicy) -> None:
         table, fixed = self.table, policy.fixed
@@ -216,9 +213,9 @@ class DevicePolicy:
         table.compare(torch.tensor(limits, device=self.decoder.device)[:, None])
         self._enter(Structure(tables.ESTIMATED, tuple(policy.source)))
 
-    def _limit(self, policy: RateDistortionPolicy) -> None:
-        """What its tokens may cost."""
-        allowance, pace = policy.allowance, policy.pace
+    def _limit(self, text: TextPolicy) -> None:
+        """Takes over what the text's tokens may cost."""
+        allowance, pace = text.allowance, text.pace
         self.spare = tables.NEVER if allowance is None else allowance.spare
         if allowance is not None and pace is not None and pace is not self._pace:
             self.table.limit(allowance.prices.extra, pace.rest, pace.gain)
@@ -226,42 +223,27 @@ class DevicePolicy:
 
     # -- what is learnt from finished steps ----------------------------------------------------------------
 
-    def _is_current(self, policy: RateDistortionPolicy) -> bool:
-        return (
-            policy.context is self._context
-            and policy.correction is self._correction
-            and policy.controller is self._controller
-        )
-
-    def _retarget(self, policy: RateDistortionPolicy) -> None:
-        """Another target under way. What is still to be learnt was aimed at the old one."""
-        state, target = self.table.state, policy.controller.target_bits
-        if self._observed == tables.ALL and policy.corrected:
-            state[tables.CORRECTION] += policy.controller.rate * (self._target - target)
+    def _retarget(self, wanted: Correction) -> None:
+        """Takes over another target between two steps. What is still to be learnt was aimed at the old one."""
+        state, target = self.table.state, wanted.target_bits
+        if self._next is not None:
+            state[tables.CORRECTION] += wanted.rate * (self._target - target)
         state[tables.TARGET] = self._target = target
 
-    def _upload(self, policy: RateDistortionPolicy) -> None:
-        """Takes over what the policy has learnt, or was told, elsewhere: a new text, a new target."""
-        state, probe, controller = self.table.state, policy.probe, policy.controller
+    def _load(self, text: TextPolicy, wanted: Correction) -> None:
+        """Takes over what the text has learnt so far."""
+        assert text.rule is not None and text.rule.probe is not None
+        state, probe = self.table.state, text.rule.probe
         self.table.probe.copy_(probe.probe)
-        if policy.context is None:
-            self._context.fill_(torch.nan)
-            self._tokens, self._observed = None, 0  # a new text owes nothing to the last one
+        if text.previous is None:
+            self._features.fill_(torch.nan)
         else:
-            self._context.copy_(policy.context)
-        if isinstance(policy.correction, Tensor):
-            self._correction.copy_(policy.correction.reshape(1))
-        else:
-            self._correction.fill_(policy.correction)
-        rate = controller.rate if policy.corrected else 0.0
-        if self._tokens is not None:  # the correction has begun anew since
-            self._observed = tables.CONTEXT_ONLY
-        numbers = ((tables.TARGET, controller.target_bits), (tables.RATE, rate),
-                   (tables.LIMIT, controller.limit), (tables.BIAS, probe.bias))  # fmt: skip
+            self._features.copy_(text.previous)
+        self._correction.fill_(float(text.correction))
+        numbers = ((tables.TARGET, wanted.target_bits), (tables.RATE, wanted.rate),
+                   (tables.LIMIT, wanted.limit), (tables.BIAS, probe.bias))  # fmt: skip
         for place, value in numbers:
             state[place] = value
         state[tables.WEIGHTS : tables.WEIGHTS + FEATURES] = probe.weights
         state[tables.MEANS : tables.MEANS + FEATURES] = probe.means
-        policy.context, policy.correction, self._controller = self._context, self._correction, controller
-        controller.value, self._target = self._correction, controller.target_bits
-        policy.deferred = self
+        self._next, self._target = None, wanted.target_bits

@@ -1,4 +1,4 @@
-"""A whole decode step as one CUDA graph: the counterpart of native.py for GPUs.
+"""A whole decode step as one CUDA graph: the counterpart of cpu_step.py for GPUs.
 
 `GpuStep` computes what `Decoder.forward` computes for one token. Everything that changes from token to token stands
 in device memory at fixed addresses (kernels/gpu_step/tables.py): the token, its position, where the cache's pairs lie,
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
 from dpllm.decode.gpu_policy_table import DevicePolicy, LayerSites, Structure
-from dpllm.decode.step import decode_one
+from dpllm.decode.step import DecoderStep, Stepped, TokenStep, accounted
 from dpllm.kernels.backend import lacking_for_triton
 from dpllm.kernels.gpu_step import tables
 from dpllm.kernels.gpu_step.tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
-from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.base import TextPolicy, WidthSums
 
 log = logging.getLogger("dpllm")
 
 
-class GpuStep:
-    """Decodes one token at a time. Made for one decoder; serves one sequence at a time.
+class GpuStep(TokenStep):
+    """Decodes one token at a time. Made for one decoder; its texts take turns, at some cost per change.
 
     reason: why steps are not one graph, empty if they are. graphs: structure of a policy -> its captured step.
     """
@@ -60,8 +60,10 @@ class GpuStep:
         self._answer = torch.zeros(count + 1, dtype=torch.int32, pin_memory=cuda)
         self._sent: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
         self._done: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
-        self._by_hand: tuple[Tensor, Tensor] | None = None  # what a step on the host's decisions returned
-        self._told: set[str] = set()
+        self._sums = WidthSums(decoder.groups)
+        self._by_torch = DecoderStep(decoder)  # for policies that decide on the host
+        self._on_host: Stepped | None = None  # the result of the last step, where torch made it
+        self._warned: set[str] = set()
         # Streams, events and launches are those of the current device, which need not be the decoder's.
         self._here = partial(torch.cuda.device, device) if cuda else nullcontext
 
@@ -80,28 +82,36 @@ class GpuStep:
         return cls(decoder, step_operations, reason)
 
     @torch.no_grad()
-    def __call__(self, token: int, cache: KVCache, policy: PrecisionPolicy | None) -> tuple[Tensor, Tensor]:
-        """(logits [1, vocab], bits int32 [1, G]) behind one more token, whose pair joins the cache.
+    def __call__(self, token: int, cache: KVCache, text: TextPolicy | None) -> Stepped:
+        """See TokenStep. Logits lie on the decoder's device and are overwritten by the next call."""
+        self.launch(token, cache, text)
+        return self.finished(text)
 
-        Both lie on the decoder's device and are overwritten by the next call. Nothing is waited for. policy: None for
-        the resident maximum, or a decoder that is not quantised. Raises what the policy raises.
+    @torch.no_grad()
+    def launch(self, token: int, cache: KVCache, text: TextPolicy | None) -> Tensor:
+        """Begins the step of one more token, whose pair joins the cache, and waits for nothing.
+
+        Returns the logits float32 [1, vocab], which are there when the device has caught up. Raises what the policy
+        raises.
         """
         if not 0 <= token < self.logits.shape[1]:
             raise IndexError(f"there is no token {token} in a vocabulary of {self.logits.shape[1]}.")
         with self._here():
-            return self._step(token, cache, policy)
+            return self._launch(token, cache, text)
 
-    def _step(self, token: int, cache: KVCache, policy: PrecisionPolicy | None) -> tuple[Tensor, Tensor]:
+    def _launch(self, token: int, cache: KVCache, text: TextPolicy | None) -> Tensor:
         cache.reserve(1)
-        reason = self._policy.follow(policy)
+        reason = self._policy.follow(text)
         if reason is None and cache.k[0].dtype != self.decoder.kv_dtype:
+            self._policy.store()
             reason = f"the cache holds {cache.k[0].dtype}, the decoder {self.decoder.kv_dtype}"
         if reason is not None:
-            self.tell(f"{reason}: decoding operation by operation")
-            return self._by_operations(token, cache, policy)
-        self._by_hand = None
-        self._place(cache)
-        self._ask(token, cache.length)
+            self.warn_once(f"{reason}: decoding operation by operation")
+            self._on_host = self._by_torch(token, cache, text)
+            return self._on_host.logits
+        self._on_host = None
+        self._point_to(cache)
+        self._upload_request(token, cache.length)
         graph = self._graph()
         if graph is not None:
             graph.replay()
@@ -111,54 +121,52 @@ class GpuStep:
         if self._done is not None:
             self._answer.copy_(self._result, non_blocking=True)
             self._done.record()
-        return self.logits, self._table.bits[None]
+        return self.logits
 
-    def _by_operations(
-        self, token: int, cache: KVCache, policy: PrecisionPolicy | None
-    ) -> tuple[Tensor, Tensor]:
-        d = self.decoder
-        if policy is None:
-            logits, bits = d.forward(torch.tensor([token], device=d.device), cache), self._table.bits[None]
-        else:
-            logits, bits = decode_one(d, None, token, cache, policy)
-        self._by_hand = logits, bits.cpu()
-        return logits, bits
-
-    def finished(self) -> tuple[int, Tensor]:
-        """(the likeliest next token, bits int32 [1, G] on the CPU) of the last step, as soon as it is done."""
-        if self._by_hand is not None:
-            logits, bits = self._by_hand
-            return int(logits[-1].argmax()), bits
+    def finished(self, text: TextPolicy | None) -> Stepped:
+        """The result of the last step, as soon as the device has made it."""
+        if self._on_host is not None:
+            return self._on_host
         if self._done is None:
             self._answer.copy_(self._result)
         else:
             self._done.synchronize()
-        return int(self._answer[-1]), self._answer[:-1][None].clone()
+        bits = None if text is None else self._answer[:-1][None].clone()
+        return accounted(self.decoder, self._sums, text, self.logits, bits, int(self._answer[-1]))
 
-    def prepare(
-        self, policy: PrecisionPolicy | None, note: Callable[[str], None] = lambda line: None
-    ) -> None:
-        """Compiles, warms up and captures the step of such a policy now, so that no token waits for it."""
+    def learn(self, text: TextPolicy | None, stepped: Stepped, token: int) -> None:
+        """See TokenStep. On the device, learning is the beginning of the next step."""
+        if text is None or not text.stepwise:
+            return
+        if self._on_host is not None or not self._policy.learn_later(text, token):
+            text.learn(stepped.logits, torch.tensor([token]), stepped.effective_bits)
+
+    def store(self) -> None:
+        """Gives the state of the text that was decoded last back to its policy object."""
+        self._policy.store()
+
+    def prepare(self, text: TextPolicy | None, note: Callable[[str], None] = lambda line: None) -> None:
+        """Compiles, warms up and captures the step for such a text's policy now, so that no token waits for it."""
         with torch.no_grad(), self._here():
-            if self._policy.follow(policy) is not None or self.reason:
+            if self._policy.follow(text) is not None or self.reason:
                 return
             cache = self.decoder.new_cache(2)
-            self._place(cache)
-            self._ask(0, 0)
+            self._point_to(cache)
+            self._upload_request(0, 0)
             note(f"capturing the decode step ({self._policy.structure.kind}) ...")
             if self._graph() is not None:
                 note("captured: one launch a token")
             self._placed = None
 
-    def tell(self, line: str) -> None:
-        """Logs a line, once."""
-        if line not in self._told:
-            self._told.add(line)
+    def warn_once(self, line: str) -> None:
+        """Logs a line, the first time."""
+        if line not in self._warned:
+            self._warned.add(line)
             log.warning(line)
 
     # -- what changes from token to token ------------------------------------------------------------------
 
-    def _place(self, cache: KVCache) -> None:
+    def _point_to(self, cache: KVCache) -> None:
         """Makes the table point to the cache, if it does not."""
         if self._placed is not None and self._placed[0]() is cache and self._placed[1] == cache.layout:
             return
@@ -170,13 +178,13 @@ class GpuStep:
             ) = ()  # addresses are enough, and the cache's end is its owner's affair
         self._placed = (weakref.ref(cache), cache.layout, cache.length)
 
-    def _ask(self, token: int, position: int) -> None:
+    def _upload_request(self, token: int, position: int) -> None:
         """Sends the request. The copy before must have left its place on the host."""
         assert self._placed is not None
         if self._sent is not None:
             self._sent.synchronize()
         since = position - self._placed[2]
-        learnt, spare = self._policy.take_observed(), self._policy.spare
+        learnt, spare = self._policy.take_learning(), self._policy.spare
         self._request.copy_(torch.tensor([token, position, since, learnt, spare]))
         self._cache.request.copy_(self._request, non_blocking=True)
         if self._sent is not None:
@@ -189,7 +197,7 @@ class GpuStep:
         structure = self._policy.structure
         if self.reason or not self._captures:
             if self.reason:
-                self.tell(f"decoding operation by operation: {self.reason}")
+                self.warn_once(f"decoding operation by operation: {self.reason}")
             return None
         if structure not in self.graphs:
             try:

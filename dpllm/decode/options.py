@@ -5,25 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpllm.base.errors import InputError
+from dpllm.decode.sampling import SamplingOptions
 
 SPECULATE = ("auto", "off", "self", "lookup")
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """temperature 0 is greedy. stop: strings that end the text (not part of it).
+    """Options of one generation. Raises InputError for values outside their range.
 
-    speculate: where drafts come from that are checked several tokens a pass (dpllm/decode/continuation.py). 'self': the
+    The sampling options are those of SamplingOptions (temperature 0 is greedy). stop: strings that end the text and are
+    not part of it. chat: the prompt is put into the model's chat template. ignore_eos: continue after the end-of-text
+    token, for measurements.
+
+    speculate: the source of drafts that are checked several tokens a pass (dpllm/decode/speculation). 'self': the
     overlay itself at draft_bits (None: 3, or what is resident); 'lookup': earlier occurrences in prompt and output;
-    'auto': both for targets of 6 bits or more on the native kernels, else off. Where no draft is worth its time, there
-    is none. ignore_eos: go on behind the end-of-text token, for measurements.
+    'auto': both for targets of 6 bits or more on the native kernels, else 'off'. Drafts that do not save time are not
+    made.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | tuple[str, ...] = ()
     chat: bool = False
     speculate: str = "auto"
     draft_bits: int | None = None
@@ -32,11 +40,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed.")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1].")
-        if "" in self.stop:
+        self.sampling()  # checks its part
+        if "" in self.stop_strings:
             raise InputError("an empty stop string would stop at once. Give at least one character.")
         if self.speculate not in SPECULATE:
             raise InputError(f"speculate is '{self.speculate}'. Choose one of: {', '.join(SPECULATE)}.")
@@ -45,3 +50,19 @@ class GenerateOptions:
                 f"draft_bits is the width of a draft of the model itself; speculate '{self.speculate}' makes none. "
                 "Choose 'self', or leave draft_bits out."
             )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings, also where only one was given."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    def sampling(self) -> SamplingOptions:
+        """The sampling options among these."""
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )

@@ -22,20 +22,24 @@ class TextStream:
         if token is not None:
             self._tokens.append(token)
         full = self._decode(self._tokens)
-        # Nothing that was handed out began a stop string.
-        cut = min((i for s in self.stop if (i := full.find(s, self._sent)) >= 0), default=-1)
-        if cut >= 0:
-            self.stopped = True
-            end = cut
-        else:
-            end = max(self._sent, len(full) - (0 if last else self._held_back(full)))
+        held = self.stop or full.endswith("\ufffd")
+        end = self._end(full, last) if held else max(self._sent, len(full))
         text, self._sent = full[self._sent : end], end
         if end == len(full) and len(self._tokens) >= WINDOW:
             self._forget()
         return text
 
+    def _end(self, full: str, last: bool) -> int:
+        """Where the final text ends: before a stop string, what may begin one, or an unfinished character."""
+        # Nothing that was handed out began a stop string.
+        cut = min((i for s in self.stop if (i := full.find(s, self._sent)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            return cut
+        return max(self._sent, len(full) - (0 if last else self._held_back(full)))
+
     def _forget(self) -> None:
-        """Leaves the last few tokens, from where a character begins."""
+        """Keeps the last few tokens, from where a character begins."""
         for n in range(LEAD, len(self._tokens)):
             lead = self._decode(self._tokens[-n:])
             if lead and not lead.startswith("\ufffd"):

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dpllm.calib.dequantised import dense
-from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.cpu_step import NativeModel, NativeStep
+from dpllm.decode.step import TokenStep
+from dpllm.evaluation.forced_steps import forced_nats
 from dpllm.evaluation.side_by_side import steps
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy, Recorder
-from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.policies.thresholds import own_inputs
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,19 @@ def score(
     kept = [torch.tensor(d, device=decoder.device) for d in documents if len(d) > 1]
     # The native kernels are quick as they are, and what they compute is what is to be scored.
     with dense(decoder, products=decoder.backend.cpu is None):
-        native = NativeStep.of(decoder)
-        if native is not None and isinstance(policy, RateDistortionPolicy) and own_inputs(policy):
-            return [_score_native(decoder, native, policy, ids, progress) for ids in kept]
-        if getattr(policy, "stepwise", False):
-            return _score_steps(decoder, policy, kept, progress)
-        return [_score_batch(decoder, policy, ids, progress) for ids in kept]
+        text = policy.begin_text()
+        if not text.stepwise:
+            return [_score_batch(decoder, policy, ids, progress) for ids in kept]
+        model = NativeModel.of(decoder)
+        if model is not None and text.rule is not None and text.rule.own_inputs:
+            return [_score_one(decoder, NativeStep(model), policy, ids, progress) for ids in kept]
+        return _score_together(decoder, policy, kept, progress)
 
 
 def _score_batch(
     decoder: Decoder, policy: PrecisionPolicy, ids: torch.Tensor, progress: Callable[[int], None]
 ) -> DocumentScore:
-    recorder = Recorder(policy, decoder.groups)
+    recorder = Recorder(policy.begin_text(), decoder.groups)
     logits = decoder.forward(ids[:-1], select=recorder)
     nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
     bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
@@ -96,30 +97,23 @@ def _score_batch(
     return DocumentScore(nll, len(ids) - 1, bits, nbytes)
 
 
-def _score_native(
+def _score_one(
     decoder: Decoder,
-    step: NativeStep,
-    policy: RateDistortionPolicy,
+    step: TokenStep,
+    policy: PrecisionPolicy,
     ids: torch.Tensor,
     progress: Callable[[int], None],
 ) -> DocumentScore:
-    """Token by token, as `dpllm generate` decodes."""
-    policy.reset()
-    cache, nll = decoder.new_cache(len(ids)), 0.0
-    bits = torch.empty(len(ids) - 1, len(decoder.groups), dtype=torch.int32)
-    after = ids[1:, None]
-    for t, token in enumerate(ids[:-1].tolist()):
-        logits, bits[t : t + 1] = step(token, cache, policy)
-        nll += float(logits.logsumexp(1) - logits[0, after[t]])
-        policy.observe(logits, after[t])
-    recorder = Recorder(policy, decoder.groups)
-    recorder.take(bits)
+    """One document, token by token, as `dpllm generate` decodes."""
+    nats, steps = forced_nats(step, policy, decoder.new_cache(len(ids)), ids.tolist())
     progress(len(ids) - 1)
-    used, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
-    return DocumentScore(nll, len(ids) - 1, used, nbytes)
+    head = decoder.head_bytes()
+    return DocumentScore(
+        sum(nats), len(nats), sum(s.effective_bits for s in steps), sum(s.weight_bytes - head for s in steps)
+    )
 
 
-def _score_steps(
+def _score_together(
     decoder: Decoder, policy: PrecisionPolicy, documents: list[torch.Tensor], progress: Callable[[int], None]
 ) -> list[DocumentScore]:
     sums = torch.zeros(len(documents), 3, dtype=torch.float64)

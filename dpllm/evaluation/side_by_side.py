@@ -5,15 +5,17 @@ Rows are sequences, all at the same position; a policy sees them as it sees one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpllm.decode.step import Stepped, TokenStep
+from dpllm.evaluation.forced_steps import forced_steps
 from dpllm.model.decoder import Decoder
-from dpllm.policies.base import PrecisionPolicy, Recorder, observe
+from dpllm.policies.base import PrecisionPolicy, Recorder, TextPolicy
 
 
 class _Rows:
@@ -49,6 +51,36 @@ class _Rows:
         return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2)
 
 
+class RowsStep(TokenStep):
+    """One token of each of R sequences, by the decoder's own operations. Tokens are int64 [R] here; fewer than in the
+    step before mean that the last sequences have ended."""
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.recorder: Recorder | None = None  # of the text's widths
+
+    def __call__(self, token: Any, cache: Any, text: TextPolicy | None) -> Stepped:
+        """Returns logits float32 [R, V] and bits int32 [R, G]; sums are left to `recorder`."""
+        assert text is not None
+        if self.recorder is None or self.recorder.policy is not text:
+            self.recorder = Recorder(text, self.decoder.groups)
+        d, ids = self.decoder, token.to(self.decoder.device)
+        x = d._embed(ids)
+        rope = d._rope(cache.length, 1)
+        for layer in d.layers:
+            x = d._block(layer, x, rope, cache, self.recorder, None)
+        cache.length += 1
+        logits = d._head(d._rms_norm(x, d.norm)).float()
+        return Stepped(logits, self.recorder.bits(), -1, 0.0, 0)
+
+    def learn(self, text: TextPolicy | None, stepped: Stepped, token: Any) -> None:
+        """See TokenStep; every sequence learns from its own row."""
+        if text is not None and text.stepwise and self.recorder is not None:
+            going = len(token)
+            read = self.recorder.effective_bits()[:going].to(stepped.logits.device)
+            text.learn(stepped.logits[:going], token, read)
+
+
 def steps(
     decoder: Decoder, policy: PrecisionPolicy, documents: Sequence[Tensor], rows: int = 128
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Recorder]]:
@@ -62,25 +94,10 @@ def steps(
         numbers = order[start : start + rows]
         lengths = [len(documents[i]) - 1 for i in numbers]
         cache: Any = _Rows(decoder, len(numbers), lengths[0])
-        recorder = Recorder(policy, decoder.groups)
-        if hasattr(policy, "reset"):
-            policy.reset()
-        for t in range(lengths[0]):
-            live = sum(n > t for n in lengths)  # sorted by length: the last ones end first
-            ids = torch.stack([documents[i][t] for i in numbers[:live]]).to(decoder.device)
-            after = torch.stack([documents[i][t + 1] for i in numbers[:live]]).to(decoder.device)
-            logits = _step(decoder, ids, cache, recorder)
-            yield numbers[:live], logits, after, recorder
-            going = sum(n > t + 1 for n in lengths)
-            if going:
-                observe(policy, logits[:going], after[:going])
-
-
-def _step(decoder: Decoder, ids: Tensor, cache: Any, select: Callable[..., Tensor]) -> Tensor:
-    """Logits [R, V] behind one token of each sequence."""
-    x = decoder._embed(ids)
-    rope = decoder._rope(cache.length, 1)
-    for layer in decoder.layers:
-        x = decoder._block(layer, x, rope, cache, select, None)
-    cache.length += 1
-    return decoder._head(decoder._rms_norm(x, decoder.norm)).float()
+        live = [sum(n > t for n in lengths) for t in range(lengths[0])]  # sorted by length: the last ones end first
+        columns = [torch.stack([documents[i][t] for i in numbers[:n]]) for t, n in enumerate(live)]
+        step = RowsStep(decoder)
+        for t, stepped in enumerate(forced_steps(step, policy, cache, columns)):
+            after = torch.stack([documents[i][t + 1] for i in numbers[: live[t]]]).to(decoder.device)
+            assert step.recorder is not None
+            yield numbers[: live[t]], stepped.logits, after, step.recorder

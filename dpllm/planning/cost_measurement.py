@@ -135,7 +135,7 @@ def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[
 
 def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
     """The cost model of what `cells_of` were timed."""
-    ms = {cell: statistics.median(s.tpot_ms for s in steps) for cell, steps in taken.items()}
+    ms = {cell: statistics.median(s.ms for s in steps) for cell, steps in taken.items()}
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
     empty = [cell for cell in taken if not cell.context]
     behind = [cell for cell in taken if cell.context]

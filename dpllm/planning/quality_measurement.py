@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import encode, read_documents
 from dpllm.context.kv_context import SINKS, KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
-from dpllm.decode.step import decode_one
-from dpllm.policies.base import PrecisionPolicy, observe
+from dpllm.evaluation.forced_steps import forced_nats
+from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
 
@@ -103,16 +101,14 @@ def _read(engine: Engine, ids: Sequence[int]) -> Pruner:
 
 
 def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence[int]) -> float:
-    """Of the tokens behind the first, each decoded with widths of its own; the cache is as before."""
-    if hasattr(policy, "reset"):
-        policy.reset()
-    start, total = cache.length, 0.0
-    for token, after in pairwise(ids):
-        logits, _ = decode_one(engine.decoder, engine.step, token, cache, policy)
-        total += float(logits.logsumexp(1) - logits[0, after])
-        observe(policy, logits, torch.tensor([after]))
+    """Negative log probability (nats) of the tokens after the first, each decoded with its own widths.
+
+    The cache is as before afterwards.
+    """
+    start = cache.length
+    nats, _ = forced_nats(engine.new_step(), policy, cache, ids)
     cache.rewind(start)
-    return total
+    return sum(nats)
 
 
 def _falling(nats: np.ndarray) -> tuple[tuple[float, ...], ...]:

@@ -1,86 +1,132 @@
-"""What a precision policy is, and the recorder of its choices."""
+"""Precision policies: the interface, its defaults, and the recorder of what a policy chose.
+
+A `PrecisionPolicy` is immutable and may be shared by any number of texts and threads. `begin_text` gives a
+`TextPolicy`, which belongs to one text: it chooses the widths of the text's tokens and learns from the text's finished steps.
+"""
 
 from __future__ import annotations
 
-import copy
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dpllm.calib.runtime.bits_correction import Correction
+from dpllm.calib.runtime.threshold_rule import ThresholdRule
 from dpllm.model.decoder import Group
+from dpllm.policies.token_limit import Allowance, Pace
 
 
-class PrecisionPolicy(Protocol):
-    """Chooses widths. `extra_bytes` is what choosing itself reads per token."""
+class TextPolicy:
+    """Chooses the widths of one text. The defaults are those of a policy that is called for every group.
+
+    name: of the policy. extra_bytes: bytes that choosing itself reads per token. stepwise: whether a token's widths
+    depend on finished steps, so that tokens must be decoded one after the other.
+
+    A decode step evaluates two kinds of policy by itself, without calling: `fixed_bits`, one width for each group; or
+    `rule` with `thresholds` float32 [G, steps]. `previous` (float32 [1, 3] or None) and `correction` enter the
+    multiplier of each token; `allowance` with `pace` limits what one token may cost. bits_correction: moves `correction` so that
+    effective bits meet a target; None where a policy has no such target.
+    """
 
     name: str
-    extra_bytes: int
+    extra_bytes: int = 0
+    stepwise: bool = False
+    fixed_bits: Sequence[int] | None = None
+    rule: ThresholdRule | None = None
+    thresholds: Tensor | None = None
+    previous: Tensor | None = None
+    correction: float | Tensor = 0.0
+    bits_correction: Correction | None = None
+    estimates: object | None = None  # a DPLLMPolicy whose estimates a GPU's step computes by itself
+    allowance: Allowance | None = None
+    pace: Pace | None = None
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """Bits of each token at this group. x: [T, K], the group's input. Returns int32 [T]."""
-        ...
+        """Bits int32 [T] of T tokens at this group. x: [T, K], the group's input."""
+        raise NotImplementedError
+
+    def learn(self, logits: Tensor, tokens: Tensor, read_bits: float | Tensor | None = None) -> None:
+        """Learns from a finished step. logits: [R, V] of R texts side by side (one text: R = 1). tokens: int64 [R], the
+        token that follows in each. read_bits: effective bits that the step read, a number or [R]; None for a prompt.
+        With fewer rows than before, the last texts have ended."""
+
+    def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
+        """Moves the target before the next token. allowance: the most that one token may cost, or None for no limit.
+        A policy that cannot be steered ignores the call."""
+
+    def passes_limited_to_one(self) -> str | None:
+        """The reason why several tokens cannot be decoded in one pass, or None where they can be."""
+        return f"policy '{self.name}' decides one token at a time"
+
+    def delay(self, tokens: int) -> None:
+        """Lets each token use only what was known `tokens` tokens before, for passes over several tokens."""
+
+    def corrections(self, count: int) -> list[float]:
+        """The corrections of the next `count` tokens."""
+        return [float(self.correction)] * count
 
 
-def begin_text(policy: PrecisionPolicy) -> PrecisionPolicy:
-    """The policy to decode one text with: its tables are shared, what it learns from finished steps is not."""
-    if not getattr(policy, "stepwise", False):
-        return policy
-    own = copy.copy(policy)
-    own.reset()  # type: ignore[attr-defined]
-    return own
+class PrecisionPolicy:
+    """A way to choose widths, shared by all texts. Subclasses set `name` and define `begin_text`."""
+
+    name: str
+    extra_bytes: int = 0
+    stepwise: bool = False
+
+    def begin_text(self) -> TextPolicy:
+        """The state of one new text."""
+        raise NotImplementedError
 
 
-def observe(policy: object, logits: Tensor, tokens: Tensor) -> None:
-    """Tells a policy that learns from finished steps: logits [R, V] of the step, tokens int64 [R] that follow."""
-    if getattr(policy, "stepwise", False):
-        policy.observe(logits, tokens)  # type: ignore[attr-defined]
+class WidthSums:
+    """Effective bits and bytes of chosen widths. All sums are exact: weights and bytes are integers."""
 
-
-class Learner(Protocol):
-    """Who learns from finished steps in a policy's stead while it decodes with the policy's rule elsewhere."""
-
-    def observe(self, logits: Tensor, tokens: Tensor) -> bool:
-        """What the policy would take in; False where it is to do so itself."""
-        ...
-
-    def release(self) -> None:
-        """Gives what has been learnt back to the policy."""
-        ...
-
-
-class Recorder:
-    """Wraps a policy and keeps what it chose: `bits()` is int32 [T, G] of the last forward pass."""
-
-    def __init__(self, policy: PrecisionPolicy, groups: list[Group]):
-        self.policy, self.groups = policy, groups
-        self._chosen: list[Tensor] = []
+    def __init__(self, groups: Sequence[Group]):
+        self.seed_bits = groups[0].seed_bits if groups else 0
         self._weights = torch.tensor([float(g.weights) for g in groups], dtype=torch.float64)
+        self._total = self._weights.sum()
         width = max((len(g.bytes_at) for g in groups), default=0)
         rows = [list(g.bytes_at) + [0] * (width - len(g.bytes_at)) for g in groups]
         self._bytes = torch.tensor(rows, dtype=torch.float64)
 
+    def effective_bits(self, bits: Tensor) -> Tensor:
+        """Mean width of each token, weighted by matrix size, float64 [T]. bits: int32 [T, G] on the CPU."""
+        return (bits.double() @ self._weights) / self._total
+
+    def read_bytes(self, bits: Tensor) -> Tensor:
+        """Bytes of planes, tables and scales that each token reads, float64 [T]. bits: int32 [T, G] on the CPU."""
+        index = (bits - self.seed_bits).long().T  # [G, T]
+        return self._bytes.gather(1, index).sum(0)
+
+    def read_together(self, bits: Tensor) -> int:
+        """Bytes that one pass over T tokens reads: each group once, at the widest of its widths."""
+        return int(self.read_bytes(bits.amax(0, keepdim=True))[0])
+
+
+class Recorder:
+    """Wraps a text's policy and keeps what it chose: `bits()` is int32 [T, G] of the last forward pass."""
+
+    def __init__(self, policy: TextPolicy, groups: Sequence[Group]):
+        self.policy, self.sums = policy, WidthSums(groups)
+        self._chosen: list[Tensor] = []
+
     def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """The policy's choice, remembered."""
+        """The policy's choice, which is remembered."""
         bits = self.policy(group, x)
         if group.index == 0:
             self._chosen.clear()
         self._chosen.append(bits)
         return bits
 
-    def take(self, bits: Tensor) -> None:
-        """What a native step chose: int32 [T, G]."""
-        self._chosen = list(bits.unbind(1))
-
     def bits(self) -> Tensor:
         """int32 [T, G] on the CPU."""
         return torch.stack(self._chosen, dim=1).cpu()
 
     def effective_bits(self) -> Tensor:
-        """float64 [T]: mean width per token, weighted by matrix size."""
-        return (self.bits().double() @ self._weights) / self._weights.sum()
+        """Mean width of each token, weighted by matrix size, float64 [T]."""
+        return self.sums.effective_bits(self.bits())
 
     def weight_bytes(self) -> Tensor:
-        """float64 [T]: planes, tables and scales read per token, the selector's own bytes included."""
-        index = (self.bits() - self.groups[0].seed_bits).long().T  # [G, T]
-        return self._bytes.gather(1, index).sum(0) + self.policy.extra_bytes
+        """Bytes that each token reads, float64 [T]: planes, tables, scales, and the policy's own."""
+        return self.sums.read_bytes(self.bits()) + self.policy.extra_bytes

@@ -11,6 +11,7 @@ from dpllm.calib.dp_llm import PROJECTION
 from dpllm.calib.dp_llm_averages import lower_width
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder, Group
+from dpllm.policies.base import PrecisionPolicy, TextPolicy
 
 NEAR = (
     1e-5  # a quantile may be a value that occurs again and again; the last bit of a sum must not decide on it
@@ -18,7 +19,7 @@ NEAR = (
 CERTAIN = 0.01  # shares of the wider width below this, or above one less this, are taken as never and always
 
 
-class DPLLMPolicy:
+class DPLLMPolicy(PrecisionPolicy):
     """Each group reads l or l + 1 planes: l + 1 where the estimated ||(W_{l+1} - W_l) x|| exceeds a threshold.
 
     exact: compare the exact error instead of the estimate (the oracle of the same rule).
@@ -36,8 +37,7 @@ class DPLLMPolicy:
         self.fixed = [bool(c == seed) for c in caps]
         self.exact = exact
         self.source = arrays["dp-llm.source"].tolist()
-        self._kept = {s for g, s in enumerate(self.source) if s != g}
-        self._inputs: dict[int, Tensor] = {}
+        self.kept = frozenset(s for g, s in enumerate(self.source) if s != g)
         steps = [low - seed for low in self.low]
         stored = arrays["dp-llm.exact" if exact else "dp-llm.quantiles"]
         self.thresholds = [threshold(stored[g, s], share[g]) for g, s in enumerate(steps)]
@@ -54,34 +54,48 @@ class DPLLMPolicy:
             if not fixed
         )
 
-    def __call__(self, group: Group, x: Tensor) -> Tensor:
-        """l or l + 1 for each row of x [T, K]."""
-        g = group.index
-        if g == 0:
-            self._inputs.clear()
-        if g in self._kept:
-            self._inputs[g] = x
-        if self.fixed[g]:
-            return torch.full((len(x),), self.low[g], dtype=torch.int32, device=x.device)
-        return self.low[g] + (self.estimate(group, x) > self.thresholds[g]).to(torch.int32)
+    def begin_text(self) -> DPLLMText:
+        """The state of one text: the inputs that later groups are estimated from."""
+        return DPLLMText(self)
 
-    def estimate(self, group: Group, x: Tensor) -> Tensor:
-        """float32 [T]: what is compared with the threshold."""
-        g = group.index
-        if self.exact:
-            return (x.float() @ self._error_matrix(group).T).norm(dim=1)
-        read = (x if self.source[g] == g else self._inputs[self.source[g]]).float()
-        if (projection := self.projections[g]) is not None:
-            return (read @ projection.float().T).norm(dim=1)
-        slope, intercept = self.lines[g]
-        return slope * read.norm(dim=1) + intercept
-
-    def _error_matrix(self, group: Group) -> Tensor:
+    def error_matrix(self, group: Group) -> Tensor:
+        """W_{l+1} - W_l of a group, float32 [N, K]."""
         g = group.index
         if g not in self._delta:
             wide = self.backend.dequantize(group.weight, self.low[g] + 1)
             self._delta[g] = wide - self.backend.dequantize(group.weight, self.low[g])
         return self._delta[g]
+
+
+class DPLLMText(TextPolicy):
+    """One text decoded with DP-LLM's policy."""
+
+    def __init__(self, policy: DPLLMPolicy):
+        self.policy, self.name, self.extra_bytes = policy, policy.name, policy.extra_bytes
+        self.estimates = None if policy.exact else policy
+        self._inputs: dict[int, Tensor] = {}
+
+    def __call__(self, group: Group, x: Tensor) -> Tensor:
+        """l or l + 1 for each row of x [T, K], int32 [T]."""
+        g, policy = group.index, self.policy
+        if g == 0:
+            self._inputs.clear()
+        if g in policy.kept:
+            self._inputs[g] = x
+        if policy.fixed[g]:
+            return torch.full((len(x),), policy.low[g], dtype=torch.int32, device=x.device)
+        return policy.low[g] + (self.estimate(group, x) > policy.thresholds[g]).to(torch.int32)
+
+    def estimate(self, group: Group, x: Tensor) -> Tensor:
+        """The number that is compared with the threshold, float32 [T]."""
+        g, policy = group.index, self.policy
+        if policy.exact:
+            return (x.float() @ policy.error_matrix(group).T).norm(dim=1)
+        read = (x if policy.source[g] == g else self._inputs[policy.source[g]]).float()
+        if (projection := policy.projections[g]) is not None:
+            return (read @ projection.float().T).norm(dim=1)
+        slope, intercept = policy.lines[g]
+        return slope * read.norm(dim=1) + intercept
 
 
 def threshold(quantiles: np.ndarray, share: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -84,8 +85,8 @@ class CpuKernels:
     """The functions of one backend, bound to a handle."""
 
     def __init__(self, handle: Handle):
-        self.handle, self.lib, self.context = handle, handle.lib, handle.context
-        self._block = torch.empty(0, dtype=torch.bfloat16)
+        self.handle = handle
+        self._own = threading.local()  # scratch memory of each thread
 
     def gemv(
         self,
@@ -111,8 +112,8 @@ class CpuKernels:
         if len(x):
             widths = bits.to(torch.int32).contiguous()
             _check_resident(w, int(widths.min()), int(widths.max()))
-            self.lib.dpllm_gemm(
-                self.context,
+            self.handle.call(
+                "dpllm_gemm",
                 ctypes.byref(w.matrix),
                 values.data_ptr(),
                 widths.data_ptr(),
@@ -137,8 +138,7 @@ class CpuKernels:
                 return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))
             return self._matmul_by_torch(x, w)
         values, y = _floats(x), torch.empty(len(x), w.out_features)
-        self.lib.dpllm_matmul(
-            self.context, ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), int(exact),
+        self.handle.call("dpllm_matmul", ctypes.byref(w.matrix), values.data_ptr(), w.resident_bits, len(x), int(exact),
             y.data_ptr(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -155,9 +155,10 @@ class CpuKernels:
 
     def _scratch(self, size: int) -> Tensor:
         """Memory for one block: fresh pages for each would cost as much as filling them."""
-        if self._block.numel() < size:
-            self._block = torch.empty(max(size, BLOCK_BYTES // 2), dtype=torch.bfloat16)
-        return self._block[:size]
+        block = getattr(self._own, "block", None)
+        if block is None or block.numel() < size:
+            block = self._own.block = torch.empty(max(size, BLOCK_BYTES // 2), dtype=torch.bfloat16)
+        return block[:size]
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The b-bit matrix [N, K]."""
@@ -169,8 +170,8 @@ class CpuKernels:
 
     def _dequantize_into(self, out: Tensor, w: PreparedWeight, bits: int, first: int) -> None:
         """Rows first, first + 1, ... to out [rows, K], float32 or bfloat16."""
-        self.lib.dpllm_dequantize(
-            self.context, ctypes.byref(w.matrix), bits, int(out.dtype == torch.bfloat16), out.data_ptr(),
+        self.handle.call(
+            "dpllm_dequantize", ctypes.byref(w.matrix), bits, int(out.dtype == torch.bfloat16), out.data_ptr(),
             first, first + len(out),
         )  # fmt: skip
 
@@ -180,8 +181,7 @@ class CpuKernels:
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
         values, y = _floats(x), torch.empty(len(x), w.out_features)
-        self.lib.dpllm_int8_gemm(
-            self.context, w.values.data_ptr(), w.scale.data_ptr(), w.out_features, w.values.shape[1],
+        self.handle.call("dpllm_int8_gemm", w.values.data_ptr(), w.scale.data_ptr(), w.out_features, w.values.shape[1],
             values.data_ptr(), len(x), y.data_ptr(),
         )  # fmt: skip
         return y.to(x.dtype)
@@ -191,8 +191,8 @@ class CpuKernels:
         _check_input(signal, len(diagonal))
         values, weights = _floats(signal), diagonal.to(torch.float16).contiguous()
         error = torch.empty(len(signal))
-        self.lib.dpllm_weighted_square(
-            self.context,
+        self.handle.call(
+            "dpllm_weighted_square",
             values.data_ptr(),
             weights.data_ptr(),
             len(signal),
@@ -210,8 +210,7 @@ class CpuKernels:
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
-        self.lib.dpllm_attention(
-            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
+        self.handle.call("dpllm_attention", queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
             starts.data_ptr(), lengths.data_ptr(), q.shape[0], len(start), q.shape[1], scale, y.data_ptr(),
         )  # fmt: skip
         return y.to(q.dtype) if out is None else out.copy_(y)
@@ -225,8 +224,7 @@ class CpuKernels:
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.contiguous()
         starts, lengths = start.to(torch.int64).contiguous(), length.to(torch.int32).contiguous()
-        self.lib.dpllm_prompt_attention(
-            self.context, queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
+        self.handle.call("dpllm_prompt_attention", queries.data_ptr(), k.data_ptr(), v.data_ptr(), STORAGE[k.dtype],
             starts.data_ptr(), lengths.data_ptr(), *q.shape[:2], len(start), q.shape[2], window or 0, scale,
             y.data_ptr(),
         )  # fmt: skip
@@ -242,8 +240,8 @@ class CpuKernels:
         queries, k = _floats(q), k.contiguous()
         costs = None if cost is None else _floats(cost)
         best = torch.empty(q.shape[1], columns.stop - columns.start)
-        self.lib.dpllm_attention_peaks(
-            self.context, queries.data_ptr(), k.data_ptr(), STORAGE[k.dtype], *q.shape[:2], len(k),
+        self.handle.call(
+            "dpllm_attention_peaks", queries.data_ptr(), k.data_ptr(), STORAGE[k.dtype], *q.shape[:2], len(k),
             q.shape[2], k.shape[1], columns.start, best.shape[1], scale,
             None if costs is None else costs.data_ptr(), best.data_ptr(),
         )  # fmt: skip
@@ -251,8 +249,8 @@ class CpuKernels:
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes per second of one plain parallel read of all of `memory`, which should be larger than any cache."""
-        return self.lib.dpllm_read_bandwidth(
-            self.context, memory.data_ptr(), memory.numel() * memory.element_size()
+        return self.handle.call(
+            "dpllm_read_bandwidth", memory.data_ptr(), memory.numel() * memory.element_size()
         )
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -167,13 +170,18 @@ def choose_isa(name: str | None) -> InstructionSet:
 
 
 class Handle:
-    """An opened library: instruction set, threads, accuracy. Closed with the last reference to it."""
+    """An opened library: instruction set, threads, accuracy. Closed with the last reference to it.
+
+    Its thread pool serves one call at a time. lock: held during every call that uses the pool, so that several Python
+    threads may share a handle; a decode step's callback may call kernels from within, hence reentrant.
+    """
 
     def __init__(self, options: CpuOptions = CpuOptions()):
         self.lib = load_library()
         self.isa = choose_isa(options.isa)
         self.threads = options.threads or usable_cores()
         self.options = options
+        self.lock = threading.RLock()
         accuracy = Accuracy()
         for digits, chosen in zip(
             (accuracy.table_digits, accuracy.x_digits), ACCURACIES[options.accuracy], strict=True
@@ -183,6 +191,12 @@ class Handle:
         self.context = self.lib.dpllm_open(
             self.isa.index, self.threads, int(options.pin), ctypes.byref(accuracy)
         )
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function of the library on this handle's context, in turn with other threads."""
+        function: Callable[..., Any] = getattr(self.lib, name)
+        with self.lock:
+            return function(self.context, *arguments)
 
     def __del__(self) -> None:
         if getattr(self, "context", None):

@@ -15,7 +15,7 @@ class Group(ctypes.Structure):
     """Matrices stacked under one decision."""
 
     __slots__ = ()
-    _fields_ = (("weight", Matrix), ("index", Int))
+    _fields_ = (("weight", Matrix), ("index", Int), ("weights", Long), ("bytes_at", Pointer))
 
 
 class Layer(ctypes.Structure):
@@ -84,12 +84,15 @@ class Request(ctypes.Structure):
     __slots__ = ()
     _fields_ = (
         ("rows", Int), ("position", Int), ("tokens", Pointer), ("logits", Pointer), ("bits", Pointer),
-        ("greedy", Pointer),
+        ("greedy", Pointer), ("read_bits", Pointer), ("read_bytes", Long),
     )  # fmt: skip
 
 
 class StepRunner:
-    """A model handed to the library. The caller keeps every tensor that `model` points to alive."""
+    """A model handed to the library, whose steps several threads may run: they take turns.
+
+    The caller keeps every tensor that `model` points to alive.
+    """
 
     def __init__(self, handle: Handle, model: Model):
         self.handle, self.model = handle, model
@@ -98,7 +101,8 @@ class StepRunner:
     def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
         """Runs one step; False if a callback stopped it."""
         run = self.handle.lib.dpllm_step_rows
-        return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
+        with self.handle.lock:
+            return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
 
     def __del__(self) -> None:
         if getattr(self, "step", None):

@@ -87,6 +87,25 @@ struct Trace {
   std::vector<int32_t> bits;
 };
 
+// The step's sums over groups are those of the widths that it says it has chosen.
+void check_sums(const TinyModel& m, const dpllm::Request& request) {
+  int64_t bytes = 0;
+  for (int r = 0; r < request.rows; r++) {
+    int64_t sum = 0;
+    for (int g = 0; g < kGroups; g++) {
+      const dpllm::Matrix& w = m.weights[size_t(g)].matrix;
+      sum += int64_t(w.rows) * w.columns * request.bits[r * kGroups + g];
+    }
+    CHECK(sum == request.read_bits[r], text("row %d: bits times weights are %lld", r, (long long)sum));
+  }
+  for (int g = 0; g < kGroups; g++) {
+    int widest = 0;
+    for (int r = 0; r < request.rows; r++) widest = std::max(widest, request.bits[r * kGroups + g]);
+    bytes += m.bytes_at[g][widest];
+  }
+  CHECK(bytes == request.read_bytes, text("the step reads %lld bytes", (long long)bytes));
+}
+
 // Tokens in steps of `sizes` each, the last one of what is left.
 Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Selection& s, Storage storage,
              std::vector<int> sizes = std::vector<int>(kCount, 1)) {
@@ -100,10 +119,12 @@ Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Sel
     Buffer<float> logits(size_t(n) * TinyModel::vocab);
     Buffer<int32_t> bits(size_t(n) * kGroups), greedy(static_cast<size_t>(n)), tokens(static_cast<size_t>(n));
     std::copy(kTokens + i, kTokens + i + n, tokens.data());
-    dpllm::Request request{n, i, tokens.data(), logits.data(), bits.data(), greedy.data()};
+    Buffer<int64_t> read_bits(static_cast<size_t>(n));
+    dpllm::Request request{n, i, tokens.data(), logits.data(), bits.data(), greedy.data(), read_bits.data(), 0};
     const dpllm::Selection own = Deciders::behind(s, i);
     const int code = dpllm_step_rows(step, &own, &memory.cache, &request);
     CHECK(code == 0, text("token %d: code %d", i, code));
+    check_sums(m, request);
     for (int j = 0; j < n * TinyModel::vocab; j++) {
       const int row = j / TinyModel::vocab;
       CHECK(logits[j] <= logits[row * TinyModel::vocab + greedy[row]], text("token %d: not the best", i + row));
@@ -137,7 +158,8 @@ void check_refusal(const Variant& v, const TinyModel& m) {
   dpllm::Step* step = dpllm_step_open(h, &m.model);
   Buffer<float> logits(TinyModel::vocab);
   int32_t bits[kGroups], token = 5, greedy;
-  dpllm::Request request{1, 0, &token, logits.data(), bits, &greedy};
+  int64_t read_bits;
+  dpllm::Request request{1, 0, &token, logits.data(), bits, &greedy, &read_bits, 0};
   const dpllm::Selection selection = Deciders::callback(refuse_last);
   const int code = dpllm_step_rows(step, &selection, &memory.cache, &request);
   CHECK(code == 1, text("code %d", code));

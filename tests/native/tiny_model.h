@@ -43,6 +43,7 @@ class TinyModel : public Sizes {
   std::vector<RandomMatrix> weights;  // [groups]
 
   static constexpr int groups() { return 11; }
+  int64_t bytes_at[11][dpllm::kMaxBits + 1];  // of each group: any numbers that tell groups and widths apart
   static constexpr int head_bits() { return 6; }
 
   const float* norm() const { return norms_[4].data(); }  // [hidden] of ordinary numbers
@@ -144,7 +145,9 @@ class TinyModel : public Sizes {
       int next = l ? 4 : 0;
       const auto take = [&] {
         const int i = next++;
-        return dpllm::Group{weights[size_t(i)].matrix, i};
+        const dpllm::Matrix& w = weights[size_t(i)].matrix;
+        for (int bits = 0; bits <= dpllm::kMaxBits; bits++) bytes_at[i][bits] = 1000 * i + bits;
+        return dpllm::Group{w, i, int64_t(w.rows) * w.columns, bytes_at[i]};
       };
       for (int i = 0; i < y.qkv_groups; i++) y.qkv[i] = take();
       y.o = take();

@@ -9,6 +9,7 @@ k + 1 of them.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -76,17 +77,22 @@ def expected_tokens(acceptance: float, k: int) -> float:
     return k + 1.0 if acceptance >= 1 else (1 - acceptance ** (k + 1)) / (1 - acceptance)
 
 
-class Pacer:
-    """Chooses between sources of drafts, and how much of each; learns from every round."""
+class DraftLengths:
+    """Chooses between sources of drafts, and how much of each; learns from every round. Threads may share it."""
 
     def __init__(self, longest: Sequence[int]):
         self.sources = [Source(n) for n in longest]
         self._checks: dict[int, Times] = {}  # by rows
         self._since_plain = 0
+        self._lock = threading.RLock()
 
     def plans(self, room: int) -> list[tuple[int, int]]:
         """(source, tokens to draft), trials first and then the most promising. A source that has nothing to offer
         leaves the round to the next one, and the last to a plain step. room: tokens that may be drafted at most."""
+        with self._lock:
+            return self._plans(room)
+
+    def _plans(self, room: int) -> list[tuple[int, int]]:
         if 1 not in self._checks or room < 1 or self._since_plain >= REFRESH:
             return []
         found = []
@@ -106,6 +112,10 @@ class Pacer:
     def record(self, source: int, drafted: int, accepted: int, draft_ms: float, check_ms: float) -> None:
         """After a round with `drafted` tokens of a source, of which so many were accepted. 0 drafted: a plain step,
         whatever the source."""
+        with self._lock:
+            self._record(source, drafted, accepted, draft_ms, check_ms)
+
+    def _record(self, source: int, drafted: int, accepted: int, draft_ms: float, check_ms: float) -> None:
         self._checks.setdefault(drafted + 1, Times()).add(check_ms)
         self._since_plain = self._since_plain + 1 if drafted else 0
         for other in self.sources:

@@ -13,6 +13,8 @@ bool Step::run(const Selection& s, Cache& cache, Request& request) {
   reserve(rows_ = request.rows);
   std::fill(multiplier_.begin(), multiplier_.end(), 1.f);
   std::fill(allowance_.begin(), allowance_.end(), s.allowance);
+  std::fill(request.read_bits, request.read_bits + rows_, 0);
+  request.read_bytes = 0;
   embed();
   rotations();
   for (int i = 0; i < m_.layers; i++)
@@ -102,15 +104,19 @@ bool Step::decide(const Group* g, int count, const float* x, int columns) {
   bool wanted[3][kMaxRows] = {};
   for (int i = 0; i < count; i++) {
     Reads& reads = reads_[i];
+    int widest = 0;
     std::fill(std::begin(reads.count), std::end(reads.count), 0);
     for (int r = 0; r < rows_; r++) {
       const int bits = request_->bits[r * m_.groups + g[i].index] = choose(g[i], r, x + size_t(r) * columns, columns);
       if (bits < 1) return false;
+      widest = std::max(widest, bits);
+      request_->read_bits[r] += g[i].weights * bits;
       const int digits = c_.accuracy.x_digits[bits], at = reads.count[bits]++;
       wanted[digits][r] = true;
       reads.row[bits][at] = r;
       reads.x[bits][at] = buffer_[digits][r].reserve(columns);
     }
+    request_->read_bytes += g[i].bytes_at[widest];
   }
   c_.pool.run(rows_, [&](int r) {
     for (int digits = 1; digits <= 2; digits++)

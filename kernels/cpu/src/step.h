@@ -15,7 +15,9 @@ constexpr int kMaxRows = 16;  // tokens of one step
 // Matrices that share an input and a decision (q/k/v, gate/up), stacked; or one of them.
 struct Group {
   Matrix weight;
-  int32_t index;  // of its decision
+  int32_t index;            // of its decision
+  int64_t weights;          // elements of the group's matrices
+  const int64_t* bytes_at;  // [kMaxBits + 1] bytes that one pass reads at each width
 };
 
 struct Layer {
@@ -84,6 +86,8 @@ struct Request {
   float* logits;          // [rows, vocab]
   int32_t* bits;          // [rows, groups] chosen
   int32_t* greedy;        // [rows], out: the token of the largest logit
+  int64_t* read_bits;     // [rows], out: sum over all groups of weights times chosen bits
+  int64_t read_bytes;     // out: bytes of the groups' matrices that all rows together read, each group once
 };
 
 // What goes into the products of one group: activations by the width at which their rows read.

@@ -1,0 +1,115 @@
+"""What a generation gives: a step per token, the text, and figures over all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token.
+
+    text: the text that became final with this token. The text may lag behind the token, at the start of a stop string
+    or within a character that spans tokens. ttft_ms: for the first token, the time to read the prompt and draw the
+    token; else None. tpot_ms: for every other token, the time that it took; None for the first one. bits: the width
+    that each group read; empty where the prompt was read. effective_bits: mean of the widths, weighted by matrix size.
+    weight_bytes: bytes of weights read for the token. kv_bytes: bytes of the cache after it.
+
+    Tokens that one pass has checked share its time and its `weight_bytes`, those of drafting included; `bits` are those
+    of the check.
+    """
+
+    token: int
+    text: str
+    effective_bits: float
+    tpot_ms: float | None
+    weight_bytes: int
+    kv_bytes: int
+    bits: Sequence[int] = field(default=(), repr=False)
+    ttft_ms: float | None = None
+
+    @property
+    def ms(self) -> float:
+        """The time that this token took, whether it was the first one or not."""
+        return (self.ttft_ms if self.tpot_ms is None else self.tpot_ms) or 0.0
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Figures of a generation so far. The first token counts only as `ttft_ms`: it comes from reading the prompt.
+
+    tpot_ms: {"p50": ..., "p95": ...} over the other tokens, or None without any. effective_bits and
+    weight_bytes_per_token: means over the same tokens; None for a model that is not quantised. stopped_by: "end token",
+    "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes on. speculation:
+    what became of drafts.
+    """
+
+    new_tokens: int
+    ttft_ms: float | None
+    tpot_ms: dict[str, float] | None
+    effective_bits: float | None
+    weight_bytes_per_token: int | None
+    kv_bytes: int
+    stopped_by: str | None
+    speculation: dict[str, float | int | None]
+
+
+class Generation(Iterator[Step]):
+    """A text that is generated while it is iterated over: each iteration gives the Step of one token.
+
+    `text` and `str()` generate what is left first. `stats` describes what has been generated so far.
+    """
+
+    def __init__(self, *, quantized: bool, speculation: Callable[[], dict[str, Any]]):
+        """quantized: whether widths are chosen. speculation: gives what became of drafts so far."""
+        self.steps: list[Step] = []
+        self.stopped_by: str | None = None
+        self._running: Iterator[Step] = iter(())
+        self._quantized, self._speculation = quantized, speculation
+
+    def begin(self, steps: Iterator[Step]) -> None:
+        """Hands over the generator of the steps; called once, by the engine."""
+        self._running = steps
+
+    def __next__(self) -> Step:
+        """Generates the next token."""
+        step = next(self._running)
+        self.steps.append(step)
+        return step
+
+    def close(self) -> None:
+        """Ends the generation here. A context becomes free for the next question."""
+        self._running.close()  # type: ignore[attr-defined]
+
+    @property
+    def text(self) -> str:
+        """The whole generated text."""
+        for _ in self:
+            pass
+        return "".join(s.text for s in self.steps)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Figures of the steps so far."""
+        decoded = self.steps[1:]
+        times = [s.ms for s in decoded]
+        dynamic = self._quantized and bool(decoded)
+        return GenerationStats(
+            new_tokens=len(self.steps),
+            ttft_ms=round(self.steps[0].ms, 3) if self.steps else None,
+            tpot_ms={f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
+            effective_bits=round(float(np.mean([s.effective_bits for s in decoded])), 4) if dynamic else None,
+            weight_bytes_per_token=round(float(np.mean([s.weight_bytes for s in decoded])))
+            if dynamic
+            else None,
+            kv_bytes=self.steps[-1].kv_bytes if self.steps else 0,
+            stopped_by=self.stopped_by,
+            speculation=self._speculation(),
+        )
