@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dpllm.engine import GenerateOptions, load
-from dpllm.planning.machine import machine_of
+from dpllm.planning.host import host_facts
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
 
@@ -37,7 +37,7 @@ def tiny_report(overlay: Path, documents: list[list[int]], **options) -> Report:
         lambda *stage: None,
     )
     return Report(
-        "tiny", "dpllm report", "2025-01-01 00:00", 1.0, machine_of(engine.decoder), **found.__dict__
+        "tiny", "dpllm report", "2025-01-01 00:00", 1.0, host_facts(engine.decoder), **found.__dict__
     )
 
 

@@ -19,7 +19,7 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.context.saved import load_context
 from dpllm.engine import Engine, GenerateOptions, load
-from dpllm.planning.machine import machine_of
+from dpllm.planning.host import host_facts
 from dpllm.policies.make import POLICIES
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportOptions, measure
@@ -93,7 +93,7 @@ def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions
         command=shlex.join(["dpllm", *sys.argv[1:]]),
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         seconds=round(time.perf_counter() - began, 1),
-        machine=machine_of(engine.decoder),
+        machine=host_facts(engine.decoder),
         **found.__dict__,
     )
     write_text(out, render(report))

@@ -22,7 +22,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
-from dpllm.planning.machine import processor_name
+from dpllm.planning.host import processor_name
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
@@ -86,13 +86,13 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
     if stored.exists():
         with contextlib.suppress(InputError):  # a cache: what cannot be read is measured again
             return CostModel.load(stored)
-    found = measure(engine, progress)
+    found = measure_cost(engine, progress)
     with contextlib.suppress(OSError, InputError):  # no place to keep it; it costs seconds
         found.save(stored)
     return found
 
 
-def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+def measure_cost(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
     """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
     slows all of them alike. Raises InputError for a model without bits to choose."""
     taken: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
@@ -105,7 +105,7 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
         progress("timing", done, rounds)
-    return fit(engine, taken)
+    return fit_cost_model(engine, taken)
 
 
 def cells_of(engine: Engine) -> list[Cell]:
@@ -133,7 +133,7 @@ def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[
     return list(engine.decode_after(cell.context, TOKENS, policy, behind))[WARM_UP:]
 
 
-def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
+def fit_cost_model(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
     """The cost model of what `cells_of` were timed."""
     ms = {cell: statistics.median(s.tpot_ms for s in steps) for cell, steps in taken.items()}
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}

@@ -51,7 +51,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Machine:
+class PlanInputs:
     """What a plan is made for.
 
     held: planes -> bytes of the weights then resident. read_bytes: effective bits -> bytes of weights a token reads.
@@ -108,14 +108,14 @@ class Planned:
 class Planner:
     """Plans for one engine on one machine."""
 
-    def __init__(self, machine: Machine, cost: CostModel, quality: QualityModel):
-        self.machine, self.cost, self.quality = machine, cost, quality
+    def __init__(self, inputs: PlanInputs, cost: CostModel, quality: QualityModel):
+        self.inputs, self.cost, self.quality = inputs, cost, quality
 
     def plan(self, targets: Targets) -> Planned:
         """The best plan. Raises InputError where none meets the targets: it says which of them could be met."""
-        if targets.context > self.machine.max_positions:
+        if targets.context > self.inputs.max_positions:
             raise InputError(
-                f"a context of {targets.context} tokens is longer than the model's {self.machine.max_positions} "
+                f"a context of {targets.context} tokens is longer than the model's {self.inputs.max_positions} "
                 "positions. Shorten it."
             )
         every = self.candidates(targets.context)
@@ -134,7 +134,7 @@ class Planner:
         priced = [self._priced(bits, keeps, context) for bits in grid]
         return [
             self._held(planes, plan)
-            for planes in self.machine.held
+            for planes in self.inputs.held
             for plans in priced
             if plans[0].target_bits <= planes + 1e-9
             for plan in plans
@@ -142,7 +142,7 @@ class Planner:
 
     def _priced(self, bits: float, keeps: list[float], context: int) -> list[Plan]:
         """With every plane held."""
-        m, found = self.machine, []
+        m, found = self.inputs, []
         planes = max(m.held)
         weights_ms, read = self.cost.step_ms(bits), m.read_bytes(bits)
         for keep in keeps:
@@ -154,11 +154,11 @@ class Planner:
 
     def _held(self, planes: int, plan: Plan) -> Plan:
         """The same with no more planes than these."""
-        penalty, loss = self.machine.penalty(planes, plan.target_bits), plan.quality_loss
+        penalty, loss = self.inputs.penalty(planes, plan.target_bits), plan.quality_loss
         if penalty:
             loss = math.expm1(math.log1p(loss) + penalty)
         return Plan(
-            planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.machine.held[planes], plan.kv_bytes,
+            planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.inputs.held[planes], plan.kv_bytes,
             plan.read_bytes,
         )  # fmt: skip
 
@@ -185,7 +185,7 @@ class Planner:
         )
 
 
-def machine_of(engine: Engine) -> Machine:
+def plan_inputs(engine: Engine) -> PlanInputs:
     """What plans for this engine lean on. Raises InputError for a model without bits to choose."""
     profile, c = engine.calibration(), engine.decoder.config
     overlay = Overlay.open(engine.path)
@@ -199,7 +199,7 @@ def machine_of(engine: Engine) -> Machine:
         return max(0.0, expected_loss(profile, top, held) - expected_loss(profile, top, whole))
 
     head = engine.decoder.head_bytes() + profile.estimator_bytes()
-    return Machine(
+    return PlanInputs(
         held={b: resident_bytes(overlay, b) for b in planes},
         read_bytes=lambda bits: engine.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
         pair_bytes=2 * c.head_dim * engine.decoder.kv_dtype.itemsize, max_positions=c.max_positions,

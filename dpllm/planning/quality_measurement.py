@@ -42,7 +42,7 @@ class QualityOptions:
     following: int = 96
 
 
-def measure(
+def measure_quality(
     engine: Engine,
     text: Path,
     options: QualityOptions = QualityOptions(),

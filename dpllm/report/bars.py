@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpllm.report.data import KeptPairs, KindBytes, OperatingPoint, Service
+from dpllm.report.formatting import digits, size
 from dpllm.report.svg import Scale, apart, element, figure, line, scale_over, text, x_axis
-from dpllm.report.words import digits, size
 
 BINS = 28
 

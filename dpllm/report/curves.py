@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dpllm.report.data import CurvePoint, Frontier, OperatingPoint
+from dpllm.report.formatting import POLICY_NAMES, digits, milliseconds, size
 from dpllm.report.frontier import OURS
 from dpllm.report.svg import Scale, apart, figure, line, mark, path, scale_over, text, x_axis, y_axis
-from dpllm.report.words import POLICY_NAMES, digits, milliseconds, size
 
 WIDTH, HEIGHT = 430, 350
 LEFT, RIGHT, TOP, BOTTOM = 46, 412, 34, 300

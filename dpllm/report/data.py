@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpllm.planning.machine import Machine
+from dpllm.planning.host import HostFacts
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Report:
     command: str
     date: str
     seconds: float
-    machine: Machine
+    machine: HostFacts
     operating: OperatingPoint
     generation: Generation
     frontier: Frontier

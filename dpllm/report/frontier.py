@@ -14,7 +14,7 @@ from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
-from dpllm.report.decoding import Progress, interleaved_ms
+from dpllm.report.timed_steps import Progress, interleaved_ms
 
 OURS = "rate-distortion"
 WIDEST = "uniform"

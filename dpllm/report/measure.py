@@ -17,7 +17,7 @@ from dpllm.planning.cost_measurement import cost_of
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.report import service
+from dpllm.report import query_spread
 from dpllm.report.accounting import bytes_by_kind
 from dpllm.report.data import (
     Frontier,
@@ -29,13 +29,13 @@ from dpllm.report.data import (
     Service,
     Token,
 )
-from dpllm.report.decoding import BLOCK, Progress, read
 from dpllm.report.frontier import (
     OURS,
     cells_of,
     default_targets,
     measure_frontier,
 )
+from dpllm.report.timed_steps import BLOCK, Progress, read
 
 WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
 
@@ -101,7 +101,7 @@ def measure(
     _aim(engine, operating, cost)
     generation, nbytes = generate_at(engine, operating, prompt, generate, context, progress)
     frontier = measure_frontier(engine, cells, cache, pieces, text, notes, progress)
-    levels = service.measure_service(engine, operating.target_bits, queries, progress)
+    levels = query_spread.measure_query_spread(engine, operating.target_bits, queries, progress)
     return Measured(operating, generation, frontier, kept_pairs(context), nbytes, levels)
 
 
@@ -116,8 +116,8 @@ def windows(documents: Sequence[Sequence[int]], size: int, total: int, shortest:
 
 
 def _queries(documents: Sequence[Sequence[int]], options: ReportOptions) -> list[list[int]]:
-    size = service.PROMPT + service.NEW
-    shortest = service.PROMPT + service.SHORTEST
+    size = query_spread.PROMPT + query_spread.NEW
+    shortest = query_spread.PROMPT + query_spread.SHORTEST
     found = windows(documents, size, size * options.queries, shortest)
     if not found:
         raise InputError(

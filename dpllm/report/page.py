@@ -11,8 +11,8 @@ import numpy as np
 from dpllm.report import bars, curves, timeline
 from dpllm.report.colours import LEVELS, style
 from dpllm.report.data import Generation, Report
+from dpllm.report.formatting import POLICY_NAMES, digits, milliseconds, several, size, visible
 from dpllm.report.svg import element, escape
-from dpllm.report.words import POLICY_NAMES, digits, milliseconds, several, size, visible
 
 
 def render(report: Report) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpllm.report.data import Generation, GroupInfo, OperatingPoint
+from dpllm.report.formatting import milliseconds, visible
 from dpllm.report.svg import (
     Scale,
     apart,
@@ -21,7 +22,6 @@ from dpllm.report.svg import (
     x_axis,
     y_axis,
 )
-from dpllm.report.words import milliseconds, visible
 
 WIDTH, LEFT, RIGHT = 1200, 112, 1010
 PANEL, BETWEEN = 112, 52  # heights of a lower panel and of what separates two

@@ -19,12 +19,12 @@ from dpllm.evaluation.evaluate import DocumentScore, evaluate
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
 from dpllm.report import frontier as frontiers
-from dpllm.report import service
+from dpllm.report import query_spread
 from dpllm.report.accounting import held_bytes, read_bytes
 from dpllm.report.data import KeptPairs, Spread
+from dpllm.report.formatting import visible
 from dpllm.report.measure import windows
 from dpllm.report.page import as_script_data, render
-from dpllm.report.words import visible
 
 QUICK = ("--score-tokens", 64, "--queries", 2, "--max-new-tokens", 8, "--targets", "2.5,4")
 
@@ -294,7 +294,7 @@ def test_a_pruned_context(ok, tiny_overlay, calibration_documents, tmp_path):
 
 def test_a_decision_per_matrix_and_no_native_step(ok, quantized, profiles, tmp_path, monkeypatch):
     monkeypatch.setattr(frontiers, "ROUNDS", 1)  # torch takes its time
-    monkeypatch.setattr(service, "NEW", 10)
+    monkeypatch.setattr(query_spread, "NEW", 10)
     profiles["linear"].save(tmp_path / "linear.safetensors")
     arguments = (
         "--profile",

@@ -9,14 +9,14 @@ import numpy as np
 from dpllm.engine import Engine
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report.data import Service, ServiceLevel
-from dpllm.report.decoding import Progress, forced_steps, read
+from dpllm.report.timed_steps import Progress, forced_steps, read
 
 PROMPT, NEW = 16, 64  # tokens of a query: read, decoded
 SHORTEST = 8  # decoded tokens below which a piece of text is no query
 HELD, FIXED = "held on target", "lambda fixed"
 
 
-def measure_service(
+def measure_query_spread(
     engine: Engine, target_bits: float, queries: Sequence[Sequence[int]], progress: Progress
 ) -> Service:
     """Decodes every query twice, modes taking turns: with the correction that holds the target, and at the one lambda

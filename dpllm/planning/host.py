@@ -14,7 +14,7 @@ from dpllm.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
-class Machine:
+class HostFacts:
     """Where it was measured."""
 
     processor: str
@@ -34,12 +34,12 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine_of(decoder: Decoder) -> Machine:
+def host_facts(decoder: Decoder) -> HostFacts:
     """Processor, cores, backend with its threads, and the versions that decide a figure."""
     cpu = decoder.backend.cpu
     versions = {"python": platform.python_version()}
     versions |= {p: metadata.version(p) for p in ("dpllm", "torch", "transformers", "numpy")}
-    return Machine(
+    return HostFacts(
         processor=processor_name(), cores=os.cpu_count() or 1, backend=decoder.backend.name,
         threads=cpu.handle.threads if cpu is not None else torch.get_num_threads(), versions=versions,
     )  # fmt: skip
