@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
@@ -14,27 +16,14 @@ from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.planning.cost_measurement import cost_of
+from dpllm.planning.host import host_facts
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report import query_spread
 from dpllm.report.accounting import bytes_by_kind
-from dpllm.report.data import (
-    Frontier,
-    Generation,
-    GroupInfo,
-    KeptPairs,
-    KindBytes,
-    OperatingPoint,
-    Service,
-    Token,
-)
-from dpllm.report.frontier import (
-    OURS,
-    cells_of,
-    default_targets,
-    measure_frontier,
-)
+from dpllm.report.data import Generation, GroupInfo, KeptPairs, KindBytes, OperatingPoint, Report, Token
+from dpllm.report.frontier import OURS, cells_of, default_targets, measure_frontier
 from dpllm.report.timed_steps import BLOCK, Progress, read
 
 WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
@@ -63,25 +52,30 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The parts of a report that come from the engine."""
+class ReportInputs:
+    """The model's input and the names that a report shows.
 
-    operating: OperatingPoint
-    generation: Generation
-    frontier: Frontier
-    kept: KeptPairs | None
-    nbytes: tuple[KindBytes, ...]
-    service: Service
+    prompt: the text to continue. documents: token ids of the text that is scored; text: its name. generate: how to
+    continue the prompt. context: a pruned context in front of the prompt, or None. model: the model's name. command:
+    the command line. began: `time.perf_counter()` at the start of the command, in seconds.
+    """
+
+    prompt: str
+    documents: Sequence[Sequence[int]]
+    text: str
+    generate: GenerateOptions
+    context: KVContext | None
+    model: str
+    command: str
+    began: float
 
 
-def measure(
-    engine: Engine, prompt: str, documents: Sequence[Sequence[int]], text: str, options: ReportOptions,
-    generate: GenerateOptions, context: KVContext | None, progress: Progress,
-) -> Measured:  # fmt: skip
-    """Everything, on this machine, now. documents: token ids of the text that is scored; text: what to call it.
+def measure_report(engine: Engine, given: ReportInputs, options: ReportOptions, progress: Progress) -> Report:
+    """Measures everything that a report shows, now and on this machine.
 
     Raises InputError for a target that cannot be met, a policy that was not calibrated, or text that is too short.
     """
+    prompt, documents, generate, context = given.prompt, given.documents, given.generate, given.context
     if generate.max_new_tokens < 2:
         raise InputError(
             "--max-new-tokens 1 decodes nothing: the prompt gives the first token. Ask for more."
@@ -100,9 +94,13 @@ def measure(
     cells, notes = cells_of(engine, names, sorted({*targets, operating.target_bits}), explicit)
     _aim(engine, operating, cost)
     generation, nbytes = generate_at(engine, operating, prompt, generate, context, progress)
-    frontier = measure_frontier(engine, cells, cache, pieces, text, notes, progress)
+    frontier = measure_frontier(engine, cells, cache, pieces, given.text, notes, progress)
     levels = query_spread.measure_query_spread(engine, operating.target_bits, queries, progress)
-    return Measured(operating, generation, frontier, kept_pairs(context), nbytes, levels)
+    return Report(
+        model=given.model, command=given.command, date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        seconds=round(time.perf_counter() - given.began, 1), machine=host_facts(engine.decoder), operating=operating,
+        generation=generation, frontier=frontier, kept=kept_pairs(context), nbytes=nbytes, service=levels,
+    )  # fmt: skip
 
 
 def windows(documents: Sequence[Sequence[int]], size: int, total: int, shortest: int) -> list[list[int]]:
