@@ -1,4 +1,4 @@
-"""Measures what bits and cache pruning cost in quality, by decoding."""
+"""Measures how much quality is lost by reading fewer bits and by pruning the cache: decodes real documents."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dpllm.context.kv_context import SINKS, KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.decode.step import decode_one
+from dpllm.planning.quality_model import Progress, QualityModel
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -24,17 +25,18 @@ from dpllm.policies.make import make_policy
 if TYPE_CHECKING:
     from dpllm.engine import Engine
     from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.planning.quality_model import Progress, QualityModel
 
-KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
-
-STEPS = (0.0, 0.06, 0.12, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the range of effective bits
+KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)  # shares of the cache that are kept
+STEPS = (0.0, 0.06, 0.12, 0.25, 0.375, 0.5, 0.75, 1.0)  # positions within the range of effective bits
 
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """documents: texts measured. skip: so many of those that are long enough first. context: tokens of each that are
-    read and pruned. following: tokens decoded then."""
+    """The amount of text that is measured.
+
+    documents: documents to measure. skip: documents to leave out first, counting only those that are long enough.
+    context: tokens of each document that are read and pruned. following: tokens of each that are then decoded.
+    """
 
     documents: int = 12
     skip: int = 0
@@ -48,8 +50,10 @@ def measure_quality(
     options: QualityOptions = QualityOptions(),
     progress: Progress = lambda *_: None,
 ) -> QualityModel:
-    """Decodes at every number of bits over a cache pruned to every ratio. Raises InputError for a text that is too
-    short, or a model without bits to choose."""
+    """Decodes every document at every number of bits after a cache pruned to every ratio.
+
+    Raises InputError for a text that is too short or a model without a calibration profile.
+    """
     profile = engine.calibration()
     documents = _documents(engine, text, options)
     low, high = profile.target_range(engine.planes)
@@ -103,7 +107,10 @@ def _read(engine: Engine, ids: Sequence[int]) -> Pruner:
 
 
 def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence[int]) -> float:
-    """Of the tokens behind the first, each decoded with widths of its own; the cache is as before."""
+    """Returns the summed loss, in nats, of the tokens after the first one.
+
+    Each token is decoded with its own widths. The cache is restored.
+    """
     if hasattr(policy, "reset"):
         policy.reset()
     start, total = cache.length, 0.0
@@ -116,7 +123,10 @@ def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence
 
 
 def _falling(nats: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Noise taken out: more bits, or more of the cache (columns ascend), never cost quality; nothing is below 0."""
+    """Removes noise from nats [bits, keep] (both ascending): returns rows that never rise and are never below 0.
+
+    More bits, or more of the cache, cost no quality.
+    """
     smooth = np.minimum.accumulate(np.minimum.accumulate(nats, axis=0), axis=1)
     rough = np.maximum.accumulate(np.maximum.accumulate(nats[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
     return tuple(tuple(round(max(0.0, float(x)), 5) for x in row) for row in (smooth + rough) / 2)

@@ -1,4 +1,4 @@
-"""Gathers a report: chooses the operating point, generates at it, and measures what surrounds it."""
+"""Measures a report: chooses the operating point, generates text there, and measures quality, time and memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ from dpllm.report.data import Generation, GroupInfo, KeptPairs, KindBytes, Opera
 from dpllm.report.frontier import OURS, cells_of, default_targets, measure_frontier
 from dpllm.report.timed_steps import BLOCK, Progress, read
 
-WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
+WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces, for the intervals
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """target_bits or tpot_ms (ms a token): what is asked; neither: 3.5 bits, or what is resident. policies: of the
-    curves, beside ours; None: static and, where it was calibrated, DP-LLM. targets: of the curves, None: five.
-    scored_tokens, queries: how much text."""
+    """The targets of a report and the amount of text to measure.
+
+    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that is
+    resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was calibrated, DP-LLM.
+    targets: the targets of the curves, in bits; None: five. scored_tokens: tokens to score. queries: queries to decode.
+    Raises InputError for targets that exclude each other or are out of range.
+    """
 
     target_bits: float | None = None
     tpot_ms: float | None = None
@@ -47,7 +51,7 @@ class ReportOptions:
             raise InputError("--target-bits and --tpot-ms exclude each other: one target decides the other.")
         if self.tpot_ms is not None and not 0 < self.tpot_ms < math.inf:
             raise InputError(
-                f"--tpot-ms {self.tpot_ms:g} is no time. Give milliseconds per token, such as 25."
+                f"--tpot-ms {self.tpot_ms:g} is not a time. Give milliseconds per token, such as 25."
             )
 
 
@@ -87,8 +91,10 @@ def measure_report(engine: Engine, given: ReportInputs, options: ReportOptions, 
         targets.append(options.target_bits)
     names = options.policies or ("static", "dp-llm")
     explicit = options.policies is not None
-    cells_of(engine, names, targets, explicit)  # an impossible target costs no minutes of the others
-    cache = _cache_behind(engine, prompt, context, generate.chat)
+    cells_of(
+        engine, names, targets, explicit
+    )  # refuse an impossible target before minutes are spent on the others
+    cache = _prompt_cache(engine, prompt, context, generate.chat)
     cost = None if options.tpot_ms is None else cost_of(engine, progress=progress)
     operating = _operating_point(engine, options, cost, cache)
     cells, notes = cells_of(engine, names, sorted({*targets, operating.target_bits}), explicit)
@@ -104,7 +110,7 @@ def measure_report(engine: Engine, given: ReportInputs, options: ReportOptions, 
 
 
 def windows(documents: Sequence[Sequence[int]], size: int, total: int, shortest: int) -> list[list[int]]:
-    """Pieces of at most `size` tokens and at least `shortest`, about `total` in all, spread evenly over the text."""
+    """Returns pieces of `shortest` to `size` tokens, spread evenly over the documents, about `total` tokens in all."""
     pieces = [list(d[i : i + size]) for d in documents for i in range(0, len(d), size)]
     pieces = [p for p in pieces if len(p) >= shortest]
     wanted = max(1, round(total / size))
@@ -125,15 +131,15 @@ def _queries(documents: Sequence[Sequence[int]], options: ReportOptions) -> list
     return found
 
 
-def _cache_behind(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> KVCache:
-    """A cache of the context and the prompt, with room to time steps behind them."""
+def _prompt_cache(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> KVCache:
+    """Reads the context and the prompt into a cache that has room to time steps after them."""
     ids = _prompt_ids(engine, prompt, context, chat)
     before, room = 0 if context is None else context.cache.length, BLOCK + 1
     engine.check_prompt(ids, before)
     if (left := engine.decoder.config.max_positions - before - len(ids)) < room:
         raise InputError(
             f"the prompt leaves {left} of the model's {engine.decoder.config.max_positions} positions; {room} are "
-            "needed to time steps behind it. Shorten it."
+            "needed to time steps after it. Shorten the prompt."
         )
     cache: KVCache
     if context is None:
@@ -151,7 +157,7 @@ def _prompt_ids(engine: Engine, prompt: str, context: KVContext | None, chat: bo
 def _operating_point(
     engine: Engine, options: ReportOptions, cost: CostModel | None, cache: KVCache
 ) -> OperatingPoint:
-    """The target in bits, from what was asked; of a time, what the cost model expects to fit."""
+    """Returns the target in bits that meets the options. For a target in ms, the cost model predicts the bits."""
     if cost is not None and options.tpot_ms is not None:
         cost.check(options.tpot_ms, engine.pairs(cache))
         target = round(cost.bits_for(options.tpot_ms, engine.pairs(cache)), 3)
@@ -159,8 +165,8 @@ def _operating_point(
             "memory binds: there are no more planes" if target >= cost.bits[-1] - 1e-3 else "latency binds"
         )
         why = (
-            f"{options.tpot_ms:g} ms a token are held while text is generated; about {target:.2f} bits fit into them. "
-            f"{bound[0].upper()}{bound[1:]}."
+            f"{options.tpot_ms:g} ms a token are held while text is generated; about {target:.2f} bits fit into that "
+            f"time. {bound[0].upper()}{bound[1:]}."
         )
     elif options.target_bits is not None:
         target, why = options.target_bits, f"The target of {options.target_bits:g} bits was asked for."
@@ -184,7 +190,7 @@ def generate_at(
     engine: Engine, operating: OperatingPoint, prompt: str, options: GenerateOptions, context: KVContext | None,
     progress: Progress,
 ) -> tuple[Generation, tuple[KindBytes, ...]]:  # fmt: skip
-    """A real generation at the operating point, and the bytes it read and held by kind."""
+    """Generates text at the operating point. Returns the generation and the bytes it read and held, by kind."""
     read_before = 0 if context is None else context.cache.length
     asked = _prompt_ids(engine, prompt, context, options.chat)
     steps = []
@@ -226,7 +232,7 @@ def _groups(engine: Engine, target_bits: float) -> tuple[GroupInfo, ...]:
 
 
 def kept_pairs(context: KVContext | None) -> KeptPairs | None:
-    """What a pruned context holds before the question."""
+    """Returns the pairs that a pruned context holds before the question, or None without a context."""
     if context is None:
         return None
     pairs = tuple(tuple(row) for row in context.cache.lengths.tolist())

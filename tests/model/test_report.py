@@ -327,8 +327,8 @@ def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
     [
         (("--target-bits", 9), "target 9 bits is impossible"),
         (("--target-bits", 3, "--tpot-ms", 5), "exclude each other"),
-        (("--tpot-ms", 0), "is no time"),
-        (("--tpot-ms", "nan"), "is no time"),
+        (("--tpot-ms", 0), "is not a time"),
+        (("--tpot-ms", "nan"), "is not a time"),
         (("--tpot-ms", 1e-6), "cannot be kept"),
         (("--policies", "static,nonsense"), "unknown policy 'nonsense'"),
         (("--policies", "uniform", "--targets", "2.5"), "whole bits"),
@@ -377,7 +377,7 @@ def test_a_context_needs_a_question(refused, ok, tiny_overlay, calibration_docum
 
 
 def test_a_disk_that_fills_up(tmp_path):
-    """The old page stays, nothing is left beside it."""
+    """The old page stays, and no other file is left."""
     target = tmp_path / "r.html"
     write_text(target, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

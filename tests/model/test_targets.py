@@ -180,7 +180,7 @@ def test_cost_is_measured_once_and_kept(engine):
     assert cost.bits[0] < 2.2 and cost.bits[-1] > 5.8
     assert cost.step_ms(4, 1e5) > cost.step_ms(4) > 0
     cost_path(engine).write_text("{}")
-    assert cost_of(engine) != cost, "a damaged cache is measured anew"
+    assert cost_of(engine) != cost, "a damaged cache is measured again"
 
 
 def test_a_cost_of_another_device_or_overlay_is_refused(engine, tmp_path):
@@ -211,7 +211,7 @@ def test_quality_is_measured_jointly(engine, tmp_path):
     with pytest.raises(InputError, match="another overlay"):
         QualityModel.load(tmp_path / "quality.json", "0" * 64)
     (tmp_path / "quality.json").write_text("{")
-    with pytest.raises(InputError, match="no measurement of quality"):
+    with pytest.raises(InputError, match="is not a measurement of quality"):
         QualityModel.load(tmp_path / "quality.json", found.overlay_hash)
 
 
@@ -221,7 +221,7 @@ def test_the_bundled_measurement_is_of_the_bundled_overlay(engine):
     assert found.loss(6.0) == 0 < found.loss(3.0) < found.loss(2.5, 0.3) < found.loss(2.0, 0.1)
 
 
-def test_calibration_alone_foretells_the_order(engine):
+def test_calibration_alone_predicts_the_order(engine):
     guess = estimated(engine.profile)
     losses = [guess.loss(b) for b in (2.0, 2.5, 3.0, 4.0, 6.0)]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0
@@ -255,7 +255,7 @@ def test_plan_command(ok, refused, engine, tmp_path):
     )
     refused("plan", "--context", "many", says="no number of tokens")
     refused("plan", "--max-quality-loss", "much", says="no share")
-    refused("plan", "--cost", tmp_path / "none.json", says="no cost profile")
+    refused("plan", "--cost", tmp_path / "none.json", says="is not a cost profile")
 
 
 def test_profile_command(ok, tmp_path):
