@@ -35,7 +35,7 @@ from dpllm.engine import Engine, GenerateOptions, load
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
-from dpllm.planning.cost_measurement import measure
+from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
 
@@ -222,7 +222,7 @@ def main() -> None:
     options = LoadOptions(cpu=CpuOptions(threads=args.threads))
     texts = [t[:400] for t in read_documents(reference.heldout_text()) if len(t) > 400][:48]
     engine = random_engine(SHAPE, PLANES, options)
-    pair = Pair(engine, measure(engine), texts[0])
+    pair = Pair(engine, measure_cost(engine), texts[0])
     rows = growing(pair, args.rounds) + loaded(pair, args.rounds, 1) + changing(pair, args.rounds)
     reference_engine = load(options=options)
     rows += queries(reference_engine, texts)

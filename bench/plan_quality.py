@@ -27,10 +27,9 @@ from dpllm.base.errors import InputError
 from dpllm.engine import Engine, Step, load
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.loading import LoadOptions
-from dpllm.planning.cost_measurement import TOKENS, Cell, cells_of, fit, measure, steps_at
-from dpllm.planning.planner import Plan, Planner, Targets, machine_of
-from dpllm.planning.quality_measurement import QualityOptions
-from dpllm.planning.quality_measurement import measure as measure_quality
+from dpllm.planning.cost_measurement import TOKENS, Cell, cells_of, fit_cost_model, measure_cost, steps_at
+from dpllm.planning.planner import Plan, Planner, Targets, plan_inputs
+from dpllm.planning.quality_measurement import QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, quality_of
 
 BITS, CONTEXTS, KEEP = (2.4, 3.1, 3.9, 5.2), (0, 300, 2500), 0.3
@@ -70,7 +69,7 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
             turn.shuffle(runs)
             for steps, cell, behind in runs:
                 steps += steps_at(engine, cell, behind)
-        cost = fit(engine, fitted)
+        cost = fit_cost_model(engine, fitted)
         for cell, steps in checked.items():
             read = statistics.mean(s.effective_bits for s in steps)  # few tokens are not on their target yet
             told = cost.step_ms(read, steps[-1].kv_bytes / pair)
@@ -136,7 +135,7 @@ def main() -> None:
     truth = measure_quality(
         engine, reference.heldout_text(), QualityOptions(documents=args.documents, skip=skip)
     )
-    planner = Planner(machine_of(engine), measure(engine), quality_of(engine))
+    planner = Planner(plan_inputs(engine), measure_cost(engine), quality_of(engine))
     for context in (1024, 3500):
         fastest, slowest = (f(p.tpot_ms for p in planner.candidates(context)) for f in (min, max))
         times = [fastest + share * (slowest - fastest) for share in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)]

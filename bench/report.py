@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpllm.planning.machine import processor_name
+from dpllm.planning.host import processor_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

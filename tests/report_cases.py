@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from dpllm.engine import GenerateOptions, load
-from dpllm.planning.machine import machine_of
 from dpllm.report.data import Report
-from dpllm.report.measure import ReportOptions, measure
+from dpllm.report.measure import ReportInputs, ReportOptions, measure_report
 
 HOSTILE = (
     "</script><script>document.title='taken'</script>", "\"'><img src=x onerror=\"document.title='taken'\">",
@@ -26,19 +26,10 @@ def tiny_report(overlay: Path, documents: list[list[int]], **options) -> Report:
     engine = load(overlay)
     given = {"target_bits": 3.25, "targets": (2.75, 4.0), "scored_tokens": 128, "queries": 3} | options
     generate = GenerateOptions(max_new_tokens=14, temperature=1.0, seed=1)
-    found = measure(
-        engine,
-        "import os\n",
-        documents,
-        "some text",
-        ReportOptions(**given),
-        generate,
-        None,
-        lambda *stage: None,
+    inputs = ReportInputs(
+        "import os\n", documents, "some text", generate, None, "tiny", "dpllm report", time.perf_counter()
     )
-    return Report(
-        "tiny", "dpllm report", "2025-01-01 00:00", 1.0, machine_of(engine.decoder), **found.__dict__
-    )
+    return measure_report(engine, inputs, ReportOptions(**given), lambda *stage: None)
 
 
 def hostile(report: Report) -> Report:

@@ -22,9 +22,9 @@ from dpllm.commands.common import (
 )
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine, load
-from dpllm.planning.cost_measurement import cost_of, cost_path, measure
-from dpllm.planning.planner import Plan, Planned, Planner, Targets, machine_of
-from dpllm.planning.quality_measurement import measure as measure_quality
+from dpllm.planning.cost_measurement import cost_of, cost_path, measure_cost
+from dpllm.planning.planner import Plan, Planned, Planner, Targets, plan_inputs
+from dpllm.planning.quality_measurement import measure_quality
 from dpllm.planning.quality_model import NAME, QualityModel, quality_of
 
 
@@ -47,7 +47,7 @@ def profile(args: MachineArguments, quality: bool, data: str | None) -> None:
     """Times steps, and measures quality if asked to; keeps both."""
     engine = args.open()
     with stage_bars() as progress:
-        cost = measure(engine, progress)
+        cost = measure_cost(engine, progress)
         where = cost_path(engine)
         cost.save(where)
         found = None
@@ -116,7 +116,7 @@ def plan(args: MachineArguments, targets: Targets, cost_file: str | None) -> Non
     with stage_bars() as progress:
         cost = cost_of(engine, None if cost_file is None else Path(cost_file).expanduser(), progress)
     quality = quality_of(engine)
-    planned = Planner(machine_of(engine), cost, quality).plan(targets)
+    planned = Planner(plan_inputs(engine), cost, quality).plan(targets)
     assert engine.profile is not None
     chosen = planned.plan
     low, high = engine.profile.target_range(chosen.resident_bits)

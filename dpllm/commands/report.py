@@ -7,7 +7,6 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from dpllm import reference
@@ -19,10 +18,8 @@ from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import read_prompt
 from dpllm.context.saved import load_context
 from dpllm.engine import Engine, GenerateOptions, load
-from dpllm.planning.machine import machine_of
 from dpllm.policies.make import POLICIES
-from dpllm.report.data import Report
-from dpllm.report.measure import ReportOptions, measure
+from dpllm.report.measure import ReportInputs, ReportOptions, measure_report
 from dpllm.report.page import render
 
 OPENING = 24  # tokens of the text that are the prompt where none is given
@@ -70,7 +67,7 @@ def check_out(out: str) -> Path:
 def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions) -> None:
     """Measures, draws, writes the page; prints where it is, or JSON."""
     out, began = check_out(args.out), time.perf_counter()
-    given = None if args.prompt is None else read_prompt(args.prompt)
+    asked = None if args.prompt is None else read_prompt(args.prompt)
     text = reference.heldout_text() if args.text is None else Path(args.text).expanduser()
     engine = load(args.overlay, profile=args.profile, options=args.hardware.load_options())
     if not engine.quantized:
@@ -84,18 +81,13 @@ def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions
     context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
     args.hardware.note_if_slow(engine.decoder.backend)
     documents = token_documents(engine, text, engine.decoder.config.max_positions)
-    prompt = given if given is not None else default_prompt(engine, args, documents)
+    prompt = asked if asked is not None else default_prompt(engine, args, documents)
     with stage_bars() as progress:
         name = "the bundled held-out files" if args.text is None else text.name
-        found = measure(engine, prompt, documents, name, options, generate, context, progress)
-    report = Report(
-        model="reference model" if args.overlay is None else engine.path.resolve().name,
-        command=shlex.join(["dpllm", *sys.argv[1:]]),
-        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        seconds=round(time.perf_counter() - began, 1),
-        machine=machine_of(engine.decoder),
-        **found.__dict__,
-    )
+        model = "reference model" if args.overlay is None else engine.path.resolve().name
+        command = shlex.join(["dpllm", *sys.argv[1:]])
+        given = ReportInputs(prompt, documents, name, generate, context, model, command, began)
+        report = measure_report(engine, given, options, progress)
     write_text(out, render(report))
     for missing in report.frontier.notes:
         note(missing)

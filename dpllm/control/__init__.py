@@ -1,1 +1,1 @@
-"""Holding a target while text is generated."""
+"""Control while text is generated: holds time per token, or bits per query, at a target."""

@@ -1,10 +1,15 @@
-"""What holds a target while text is generated: pure arithmetic on what each token took. The caller has the clock.
+"""Feedback controllers for time per token and for bytes per query. They do no I/O; callers pass measured times in.
 
-`LatencyController` holds a time per token. The cost model says what a token should take; the machine takes a factor
-more, which drifts as other programs come and go. The factor is followed by the median of the last few ratios (one slow
-token is no news, three are), and the cost model, scaled by it, gives the bits that fit: feed-forward. What is left,
-because tokens differ in what they read, is removed by integral control on the logarithm of the time. `QueryBudget` is a
-token bucket that no query can overdraw.
+`LatencyController` holds a time per token, in two parts:
+
+1. Feed-forward. The cost model predicts the time of a token. The machine is slower by a factor that drifts as other
+   programs come and go. The controller follows this factor by the median of the last few ratios of measured to
+   predicted time, because one slow token is noise and three are a change. The cost model, scaled by the factor, gives
+   the bits that fit into the target.
+2. Integral control on the logarithm of the time. It removes the error that remains because tokens read different
+   numbers of bits.
+
+`QueryBudget` is a token bucket that no query can overdraw.
 """
 
 from __future__ import annotations
@@ -22,7 +27,10 @@ from dpllm.policies.token_limit import Allowance, Prices
 
 @dataclass(frozen=True)
 class Order:
-    """For the next token: effective bits to aim at, and what it may not exceed."""
+    """Instructions for the next token.
+
+    bits: effective bits to aim at. allowance: the limit that the token must not exceed.
+    """
 
     bits: float
     allowance: Allowance
@@ -30,9 +38,13 @@ class Order:
 
 @dataclass(frozen=True)
 class ControlOptions:
-    """window: tokens whose median is the machine's speed. gain: of following it. integral: of the remaining error, per
-    token; error: largest that one token adds to it, in log time. headroom: time a single token may take, over the
-    target. hysteresis: bits that the order must change by before it does."""
+    """Parameters of `LatencyController`. Raises InputError for a headroom that is not a number of 1 or more.
+
+    window: tokens whose median ratio is the machine's speed. gain: share of a change of speed that one token corrects,
+    0 to 1. integral: share of the remaining error that one token corrects. error: largest error that one token adds, in
+    log time. headroom: longest time of a single token over the target; 1.02 allows 2% more. hysteresis: smallest change
+    of the ordered bits.
+    """
 
     window: int = 5
     gain: float = 0.5
@@ -40,6 +52,13 @@ class ControlOptions:
     error: float = 0.05
     headroom: float = 1.02
     hysteresis: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.headroom) and self.headroom >= 1):
+            raise InputError(
+                f"headroom is {self.headroom:g}; it must be 1 or more (1.02 allows a single token 2% more time than "
+                "the target)."
+            )
 
 
 class LatencyController:
@@ -53,20 +72,27 @@ class LatencyController:
         options: ControlOptions = ControlOptions(),
         least_bits: float = 0.0,
     ):
-        """prices: nanoseconds, by the same cost model. least_bits: to read whatever it takes, for quality's sake.
-        Raises InputError for a time that is no target."""
+        """Starts with the target `target_ms`, in ms per token.
+
+        prices: nanoseconds of each width of each group, by the same cost model. least_bits: effective bits that are
+        read even if the target is missed, to bound the loss of quality. Raises InputError for a time that is not above
+        0.
+        """
         self.cost, self.options, self.prices = cost, options, prices
         self.target_ms = 0.0
-        self._ratios: deque[float] = deque(maxlen=options.window)  # log of time taken over the model's
-        self.slowdown = 0.0  # log of the machine's factor
-        self.trim = 0.0  # log of what is added to the target's time to make the median right
+        self._ratios: deque[float] = deque(maxlen=options.window)  # log of measured over predicted time
+        self.slowdown = 0.0  # log of the factor by which the machine is slower than the cost model
+        self.trim = 0.0  # log of the factor on the target that makes the median right
         self._bits: float | None = None
         self._saturated = 0  # -1 at the fewest bits, +1 at the most
         self._lock = threading.Lock()  # texts in several threads share what is known of the machine
         self.retarget(target_ms, least_bits)
 
     def retarget(self, target_ms: float, least_bits: float = 0.0) -> None:
-        """Another target from the next token on; what is known of the machine stays."""
+        """Sets another target from the next token on. The measured speed of the machine is kept.
+
+        Raises InputError for a time that is not above 0.
+        """
         if not (math.isfinite(target_ms) and target_ms > 0):
             raise InputError(f"a target of {target_ms:g} ms per token is impossible. Give a time above 0.")
         self.target_ms, self._bits = target_ms, None
@@ -77,12 +103,12 @@ class LatencyController:
         return self
 
     def order(self, pairs: float) -> Order:
-        """For the next token, with so many pairs in the cache."""
+        """Returns the order for the next token. pairs: pairs in the cache, over all layers and heads."""
         with self._lock:
             return self._order(pairs)
 
     def _order(self, pairs: float) -> Order:
-        budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in the model's own milliseconds
+        budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in milliseconds of the cost model
         bits, high = max(self.cost.bits_for(budget, pairs), self._low), self.cost.bits[-1]
         self._saturated = -1 if bits <= self._low else 1 if bits >= high else 0
         if self._bits is None or self._saturated or abs(bits - self._bits) >= self.options.hysteresis:
@@ -93,18 +119,22 @@ class LatencyController:
         return Order(self._bits, Allowance(round(most * 1e6), self.prices))
 
     def record(self, ms: float, spent: int, pairs: float) -> None:
-        """What the token took, the price of what it read, and the pairs that were in the cache."""
+        """Learns from one token.
+
+        ms: the time it took. spent: the price of the widths it read, in ns. pairs: pairs that were in the cache. A time
+        that is not above 0 is ignored.
+        """
         if not (math.isfinite(ms) and ms > 0):
-            return  # a clock that stood still says nothing
+            return  # the clock did not advance, so nothing was measured
         with self._lock:
             self._record(ms, spent, pairs)
 
     def _record(self, ms: float, spent: int, pairs: float) -> None:
         self._ratios.append(math.log(ms / (spent * 1e-6 + self.cost.kv_ms(pairs))))
-        gain = max(self.options.gain, 1 / len(self._ratios))  # the first one is all there is to go by
+        gain = max(self.options.gain, 1 / len(self._ratios))  # the first tokens count fully
         self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
         over = math.log(ms / self.target_ms)
-        # At an end of the range more bits, or fewer, cannot be had: adding up that error would have to be undone later.
+        # At an end of the range the bits cannot follow. An error summed up there would have to be removed later.
         if (self._saturated > 0 and over < 0) or (self._saturated < 0 and over > 0):
             return
         limit = self.options.error
@@ -112,20 +142,28 @@ class LatencyController:
         self.trim = max(-LARGEST_TRIM, min(LARGEST_TRIM, self.trim))
 
 
-LARGEST_TRIM = 0.15  # more than this is no matter of how tokens differ
+LARGEST_TRIM = 0.15  # in log time; differences between tokens explain no more than this
 
 
 class QueryBudget:
-    """A token bucket: a query of n tokens reads at most n * rate + burst bytes, whatever its tokens are worth.
+    """A token bucket: a query of n tokens reads at most n * rate + burst bytes.
 
-    rate: bytes a token earns. burst: what it begins with, and can save up to. prices: bytes of planes, tables and
-    scales. Holds where rate is at least what the seed width reads. The service level of DP-LLM's question 'bits per
-    query', as a bound instead of an average.
+    The bound holds if `rate` is at least the bytes that the seed width reads. DP-LLM (arXiv:2508.06041) reports the
+    average bits of a query; this class bounds them.
     """
 
     def __init__(self, bits: float, rate: int, burst: int, prices: Prices):
+        """Starts with a full bucket.
+
+        bits: effective bits to aim at. rate: bytes that each token adds to the bucket. burst: bytes in the bucket at
+        the start of a query, and the most it can hold. prices: bytes of planes, tables and scales. Raises InputError
+        for a rate that is not above 0 or a negative burst.
+        """
         if rate <= 0 or burst < 0:
-            raise InputError(f"a budget of {rate} bytes a token and {burst} at once is impossible.")
+            raise InputError(
+                f"a budget of {rate} bytes a token and {burst} at once is impossible. "
+                "Give a rate above 0 and a burst of 0 or more."
+            )
         self.bits, self.rate, self.burst, self.prices = bits, rate, burst, prices
         self.level = burst
 
@@ -134,7 +172,7 @@ class QueryBudget:
         return QueryBudget(self.bits, self.rate, self.burst, self.prices)
 
     def order(self, pairs: float = 0.0) -> Order:
-        """For the next token; what the cache holds makes no difference."""
+        """Returns the order for the next token. pairs: ignored, because the cache is not counted."""
         return Order(self.bits, Allowance(self.level + self.rate, self.prices))
 
     def record(self, ms: float, spent: float, pairs: float = 0.0) -> None:

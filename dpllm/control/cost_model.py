@@ -1,30 +1,28 @@
-"""The time of a decode step as a table of measured points."""
+"""Models the time of a decode step as a table of measured points."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
 
-if TYPE_CHECKING:
-    pass
-
 VERSION = 3
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Milliseconds of a decode step. bits, weights_ms: the step at these effective bits with an empty cache. pairs,
-    attention_ms: what so many pairs in the cache add, over all layers and heads; both begin with 0. plane_ms: what each
-    plane beyond the seed width adds where every matrix reads it.
+    """The time of a decode step, in milliseconds.
 
-    device, overlay_hash, resident_bits: what it was measured with.
+    device, overlay_hash, resident_bits: the device, overlay and mean resident width it was measured with. bits,
+    weights_ms: the time of a step at these effective bits with an empty cache. pairs, attention_ms: the time that this
+    number of pairs in the cache adds, over all layers and heads; both begin with 0. plane_ms: the time that each plane
+    beyond the seed width adds if every matrix reads it.
     """
 
     device: str
@@ -37,11 +35,14 @@ class CostModel:
     plane_ms: tuple[float, ...]
 
     def step_ms(self, bits: float, pairs: float = 0.0) -> float:
-        """Time of a token at these effective bits with so many pairs in the cache."""
+        """Returns the time of a token, in ms, at these effective bits with `pairs` pairs in the cache."""
         return float(np.interp(bits, self.bits, self.weights_ms)) + self.kv_ms(pairs)
 
     def kv_ms(self, pairs: float) -> float:
-        """What attention adds; beyond the largest cache measured, in proportion."""
+        """Returns the time, in ms, that attention to `pairs` pairs adds.
+
+        Beyond the largest measured cache, the last straight line is continued.
+        """
         last, before = self.pairs[-1], self.pairs[-2]
         if pairs <= last:
             return float(np.interp(pairs, self.pairs, self.attention_ms))
@@ -49,29 +50,29 @@ class CostModel:
         return self.attention_ms[-1] + slope * (pairs - last)
 
     def bits_for(self, ms: float, pairs: float = 0.0) -> float:
-        """The most effective bits whose step takes no longer; the least there are where none does."""
+        """Returns the most effective bits whose step takes at most `ms`, or the fewest if every step takes longer."""
         left = ms - self.kv_ms(pairs)
         return float(np.interp(left, self.weights_ms, self.bits))
 
     def check(self, ms: float, pairs: float = 0.0, least_bits: float = 0.0) -> None:
-        """Raises InputError for a time that even the fewest bits (or those that quality asks for) exceed."""
+        """Raises InputError if a step takes longer than `ms` even at the fewest bits, or at `least_bits`."""
         low = max(self.bits[0], least_bits)
         fastest = self.step_ms(low, pairs)
         if not ms >= fastest:
             bound = " at this quality" if least_bits else ""
             raise InputError(
                 f"{ms:g} ms per token cannot be kept{bound}: the fastest here is {fastest:.3g} ms ({low:.2f} bits). "
-                f"Ask for {fastest * 1.05:.3g} or more; dpllm plan knows other ways."
+                f"Ask for {fastest * 1.05:.3g} or more; dpllm plan lists other ways."
             )
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, atomically."""
+        """Writes the model as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"cost_version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> CostModel:
-        """Raises InputError for a file that is no cost profile."""
+        """Reads a stored model. Raises InputError if the file is not a cost profile."""
         try:
             stored = json.loads(path.read_text())
             version = stored.pop("cost_version")
@@ -81,14 +82,14 @@ class CostModel:
             found = cls(**lists)
             found._check()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-            raise InputError(f"{path} is no cost profile ({e}). Run: dpllm profile") from None
+            raise InputError(f"{path} is not a cost profile ({e}). Run: dpllm profile") from None
         return found
 
     def _check(self) -> None:
         for xs, ys in ((self.bits, self.weights_ms), (self.pairs, self.attention_ms)):
             if not (len(xs) == len(ys) >= 2 and all(map(np.isfinite, (*xs, *ys)))):
-                raise ValueError("its tables are not whole")
+                raise ValueError("its tables are incomplete")
             if sorted(set(xs)) != list(xs) or sorted(ys) != list(ys):
                 raise ValueError("its tables do not ascend")
         if not self.plane_ms or not all(np.isfinite(ms) and ms >= 0 for ms in self.plane_ms):
-            raise ValueError("its planes have no times")
+            raise ValueError("the times of its planes are missing or negative")

@@ -1,1 +1,1 @@
-"""Diagnostics: whether the kernels compute correctly on this machine."""
+"""Diagnostics: checks that the kernels compute correctly on this machine."""

@@ -1,4 +1,4 @@
-"""What GPU there is, and whether its kernels compute what they should: for `dpllm doctor` and the benchmarks."""
+"""Describes the GPU and checks its kernels against their definitions, for `dpllm doctor` and the benchmarks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dpllm.kernels.weight import MAX_BITS, MAX_TABLE_BITS, MIN_BITS, Int8Weight,
 
 QUERIED = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 COPY_BYTES = 1 << 30
-LEAST_COPY = 1 << 27  # less would stay in a large GPU's caches
+LEAST_COPY = 1 << 27  # bytes; a smaller copy would stay in the caches of a large GPU
 
 
 def describe() -> dict[str, Any] | None:
-    """The current GPU's name, capability, memory, caches, driver and clocks; None where torch sees none."""
+    """Returns name, capability, memory, caches, driver and clocks of the current GPU, or None without a GPU."""
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -35,11 +35,11 @@ def describe() -> dict[str, Any] | None:
 
 
 def _queried(uuid: str) -> dict[str, str]:
-    """What nvidia-smi says of driver and clocks; nothing where it does not run."""
+    """Returns driver and clocks as nvidia-smi reports them, or an empty dict if it does not run."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader"]
-    command.append(f"--id=GPU-{uuid}")  # numbers need not be torch's
+    command.append(f"--id=GPU-{uuid}")  # by uuid, because its device numbers may differ from those of torch
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -49,9 +49,9 @@ def _queried(uuid: str) -> dict[str, str]:
 
 
 def copy_bytes() -> int:
-    """How much to copy: no more than half of the current GPU's free memory holds it twice.
+    """Returns the bytes to copy: at most a quarter of the current GPU's free memory.
 
-    Raises RuntimeError where that would measure its caches.
+    Raises RuntimeError if the copy would be so small that it measures the caches.
     """
     free, _ = torch.cuda.mem_get_info()
     if free // 4 < LEAST_COPY:
@@ -62,7 +62,7 @@ def copy_bytes() -> int:
 
 
 def copy_gb_per_s(rounds: int = 12) -> float:
-    """Bytes read and written a second, in GB, by a copy on the current GPU. Median."""
+    """Returns the median bandwidth of a copy on the current GPU: GB read and written per second."""
     nbytes = copy_bytes()
     source = torch.ones(nbytes // 4, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
@@ -77,14 +77,14 @@ def copy_gb_per_s(rounds: int = 12) -> float:
     return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
 
 
-# -- every kernel once, against its definition ----------------------------------------------------------------
+# -- every kernel of a step, once, against its definition ---------------------------------------------------
 
 HEADS, KV_HEADS, DIM, COLUMNS, VOCABULARY = 8, 2, 64, 512, 3000
-LENGTHS = (300, 0)  # pairs of each head: one head keeps nothing
+LENGTHS = (300, 0)  # pairs of each head; one head has none
 
 
 class _Case:
-    """Inputs of every operation of a step, the same ones each time it is made."""
+    """Inputs of every operation of a step. Two objects hold the same values."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.rng, self.device, self.dtype = torch.Generator().manual_seed(0), device, dtype
@@ -103,7 +103,7 @@ class _Case:
         return torch.randn(*shape, generator=self.rng).to(self.device, self.dtype)
 
     def table(self, kind: str) -> PolicyTable:
-        """Thresholds about the middle of what a random input's signal is."""
+        """Returns a policy table whose thresholds lie near the median signal of a random input."""
         table = PolicyTable.empty([1.0], COLUMNS, self.device)
         table.kind = kind
         table.base.fill_(2)
@@ -111,7 +111,7 @@ class _Case:
         if kind == tables.WEIGHTED:
             table.compare(torch.tensor([[0.01, 0.1, 1.0, 1e9]], device=self.device) * COLUMNS)
             table.limit(100 * torch.arange(1, 5)[None], torch.full((1,), 300.0), 1.5)
-            table.left.fill_(650)  # enough for some of what is decided, not for all
+            table.left.fill_(650)  # enough for some of the decisions, but not for all
         else:
             table.rows.fill_(16)
             table.line.copy_(torch.tensor([[1.0, 0.0]]))
@@ -124,14 +124,14 @@ class _Case:
 def _outputs(
     ops: Any, products: Any, select: Any, attention: Any, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[Tensor]]:
-    """By kernel, what it writes."""
+    """Runs every kernel of a step and returns its outputs: {kernel: tensors}."""
     case = _Case(device, dtype)
     scratch = case.partial, case.counter
     weighted, estimated = case.table(tables.WEIGHTED), case.table(tables.ESTIMATED)
     out: dict[str, list[Tensor]] = {}
 
     def decided(x: Tensor, w: Any) -> list[Tensor]:
-        """The width by the signals that are there and what is left then; with a matrix, its product too."""
+        """Returns the product (with a matrix) and the width that the signals choose, with the signals and the rest."""
         alone = lambda x, w, bits, bias: bits  # noqa: E731
         y = ops.chosen_gemv(x, w, None, 0, weighted, alone if w is None else products.gemv)
         return [y.clone(), weighted.signals.sum(1), weighted.bits.clone(), weighted.left.clone()]
@@ -144,7 +144,7 @@ def _outputs(
     rope = case.draw(DIM // 2).float(), case.draw(DIM // 2).float()
     qkv = case.draw(1, (HEADS + 2 * KV_HEADS) * DIM)
     norms = case.draw(DIM), case.draw(DIM)
-    weighted.signals.zero_()  # of more parts than the next one's
+    weighted.signals.zero_()  # the next kernel writes fewer parts
     mixed = ops.attend(qkv, Heads(DIM, 1e-5, norms, rope), case.cache, 0, case.site, weighted)
     out["attend"] = [mixed, case.k, case.v, *decided(mixed, None)]
     q = qkv.view(-1, DIM)[:HEADS]
@@ -167,7 +167,10 @@ def _outputs(
 
 
 def check_step_kernels(device: torch.device, dtype: torch.dtype = torch.float16) -> dict[str, float]:
-    """Relative error of each kernel of a decode step against its torch definition; infinite where a width differs."""
+    """Returns the relative error of each kernel of a decode step against its definition in torch: {kernel: error}.
+
+    The error is infinite if a width differs.
+    """
     from dpllm.kernels.triton import products, step_operations
     from dpllm.kernels.triton.attention import decode_attention
     from dpllm.kernels.triton.select import select
@@ -183,11 +186,11 @@ def check_step_kernels(device: torch.device, dtype: torch.dtype = torch.float16)
 
 # -- the same for products ------------------------------------------------------------------------------------
 
-ROWS, SHAPE = 12, (200, 4224)  # of activations; of the matrices, in no whole blocks
+ROWS, SHAPE = 12, (200, 4224)  # rows of activations; shape of the matrices, not a multiple of the blocks
 
 
 def _matrix(rng: torch.Generator, shape: tuple[int, int], share: int) -> QuantizedWeight:
-    """Random codes and tables, each for `share` rows."""
+    """Returns random codes and tables; `share` rows share a table."""
     n, k = shape
     codes = torch.randint(0, 1 << MAX_BITS, shape, generator=rng, dtype=torch.uint8)
     widths = range(MIN_BITS, MAX_TABLE_BITS + 1)
@@ -197,13 +200,13 @@ def _matrix(rng: torch.Generator, shape: tuple[int, int], share: int) -> Quantiz
 
 
 def _activations(columns: int, dtype: torch.dtype) -> Tensor:
-    """[ROWS, columns]; of types that reach beyond float16, such values."""
+    """Returns activations [ROWS, columns]; their values exceed the range of float16 if `dtype` can hold them."""
     x = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(1))
     return (x if dtype == torch.float16 else 1e6 * x).to(dtype)
 
 
 def _products(ops: Any, x: Tensor, shape: tuple[int, int], share: int) -> dict[str, Tensor]:
-    """By kernel, what it computes on x's device, in x's type; matrices are the same ones each time."""
+    """Runs every product on x's device in x's type: {kernel: result}. Every call uses the same matrices."""
     rng = torch.Generator().manual_seed(0)
     weight = ops.prepare(_matrix(rng, shape, share), x.device)
     values = torch.randint(-127, 128, shape, generator=rng, dtype=torch.int8)
@@ -219,7 +222,7 @@ def _products(ops: Any, x: Tensor, shape: tuple[int, int], share: int) -> dict[s
 
 
 def check_products(device: torch.device, shape: tuple[int, int] = SHAPE) -> dict[str, float]:
-    """Relative error of each kernel of a product against its torch definition in float64, by activations' type."""
+    """Returns the relative error of each product kernel against its definition in float64: {"kernel, dtype": error}."""
     from dpllm.kernels.triton import products
     from dpllm.kernels.triton.activations import halves_of
 
@@ -237,6 +240,7 @@ def check_products(device: torch.device, shape: tuple[int, int] = SHAPE) -> dict
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
+    """Returns the relative error in the 2-norm. Integers must be equal; else the error is infinite, as for NaN."""
     if not found.is_floating_point():
         return 0.0 if torch.equal(found, expected) else float("inf")
     a, b = found.double(), expected.double()

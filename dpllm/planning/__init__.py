@@ -1,1 +1,1 @@
-"""Planning before text is generated: measured time, measured quality, the best plan for a target."""
+"""Planning before text is generated: measures time and quality, and finds the best plan for given targets."""

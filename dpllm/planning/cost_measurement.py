@@ -1,8 +1,9 @@
-"""What a decode step costs on this machine: measured in seconds, kept per overlay and device, for plans and control.
+"""Measures how long a decode step takes on this machine, and stores the result for plans and for control.
 
-A step's time is that of reading the weights at some effective bits plus that of attending to the pairs a cache holds;
-both are tables of measured points, straight lines between them. What is timed is the step a user waits for: the
-native call, the policy's decisions, sampling and the Python around them.
+The measurement takes a few seconds. It is stored once for each overlay and device. A step's time is the time to read
+the weights at some effective bits plus the time to attend to the pairs in the cache. Both are tables of measured points
+with linear interpolation between them. A timed step includes everything that a user waits for: the native call, the
+policy's decisions, sampling and the Python code around them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
-from dpllm.planning.machine import processor_name
+from dpllm.planning.host import processor_name
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
@@ -31,19 +32,22 @@ if TYPE_CHECKING:
     from dpllm.engine import Engine, Step
     from dpllm.kvzip_bridge.cache import KVCache
 
-POINTS = 7  # effective bits at which the step is timed
-TOKENS = 12  # decoded in a row at each point, the first of which do not count: caches and predictors settle
-WARM_UP = 4
-SECONDS = 4.0  # to spend, more or less: slow models get fewer rounds
-ROUNDS = (3, 24)  # at least, at most
-EVENLY = 0.02  # how firmly planes are held to one time, relative to what was measured
-CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
+POINTS = 7  # numbers of effective bits at which the step is timed
+TOKENS = 12  # decoded in a row at each point
+WARM_UP = 4  # first tokens of each row that do not count, because caches and branch predictors settle
+SECONDS = 4.0  # approximate time to spend; slow models get fewer rounds
+ROUNDS = (3, 24)  # least and greatest number of rounds
+EVENLY = 0.02  # weight of the prior that all planes take the same time, relative to the measurements
+CONTEXTS = (1024, 4096)  # tokens in the cache when attention is timed; limited to the positions of the model
 
 Progress = Callable[[str, int, int], None]
 
 
 class Cell(NamedTuple):
-    """What is timed: effective bits asked for, tokens of context, and whether every group reads the same width."""
+    """One setting that is timed.
+
+    bits: target in effective bits. context: tokens in the cache. uniform: every group reads the same width.
+    """
 
     bits: float
     context: int = 0
@@ -51,7 +55,7 @@ class Cell(NamedTuple):
 
 
 def device_name(engine: Engine) -> str:
-    """What a measurement holds for: processor or GPU, backend, threads."""
+    """Names the processor or GPU, the backend and its threads. A measurement is valid only for the same name."""
     backend, threads = engine.decoder.backend, ""
     if backend.cpu is not None:
         threads = f", {backend.cpu.handle.threads} threads, {backend.cpu.handle.options.accuracy}"
@@ -61,16 +65,16 @@ def device_name(engine: Engine) -> str:
 
 
 def cost_path(engine: Engine) -> Path:
-    """Where this machine keeps the cost of this overlay, held with so many planes."""
+    """Returns the file in which this machine stores the cost of this overlay with its resident planes."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpllm"
     key = f"{device_name(engine)} {resident_mean(engine.decoder):.4f}"
     return root / f"{_hash(engine)[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
 
 def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambda *_: None) -> CostModel:
-    """The stored cost model, or a fresh one, which is then stored.
+    """Returns the stored cost model, or measures one and stores it.
 
-    path: a file to use instead of the cache. Raises InputError where it was measured with another overlay or device.
+    path: a file to read instead of the cache. Raises InputError if `path` was measured with another overlay or device.
     """
     if path is not None:
         found = CostModel.load(path)
@@ -84,17 +88,20 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
         return found
     stored = cost_path(engine)
     if stored.exists():
-        with contextlib.suppress(InputError):  # a cache: what cannot be read is measured again
+        with contextlib.suppress(InputError):  # this is only a cache: measure again if it cannot be read
             return CostModel.load(stored)
-    found = measure(engine, progress)
-    with contextlib.suppress(OSError, InputError):  # no place to keep it; it costs seconds
+    found = measure_cost(engine, progress)
+    with contextlib.suppress(OSError, InputError):  # the next call can measure again
         found.save(stored)
     return found
 
 
-def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
-    """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
-    slows all of them alike. Raises InputError for a model without bits to choose."""
+def measure_cost(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+    """Times decode steps and returns the cost model.
+
+    The cells take turns, so that a machine that changes its speed meanwhile slows all of them alike. Raises InputError
+    for a model that has no calibration profile or only one resident width.
+    """
     taken: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
     began, rounds = time.perf_counter(), ROUNDS[1]
     done = 0
@@ -105,14 +112,20 @@ def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
         if time.perf_counter() - began > SECONDS and done >= ROUNDS[0]:
             rounds = done
         progress("timing", done, rounds)
-    return fit(engine, taken)
+    return fit_cost_model(engine, taken)
 
 
 def cells_of(engine: Engine) -> list[Cell]:
-    """Effective bits with an empty cache, ends included; widths between them; and contexts at the least bits."""
+    """Returns the cells to time.
+
+    They are a range of effective bits with an empty cache (both ends included), the whole widths inside that range, and
+    several contexts at the fewest bits. Raises InputError if only the seed width is resident.
+    """
     low, high = engine.calibration().target_range(engine.planes)
     if high - low < 0.1:
-        raise InputError("only the seed width is resident, so there are no bits to choose. Hold more planes.")
+        raise InputError(
+            "only the seed width is resident, so there are no bits to choose. Load more planes (--resident-bits)."
+        )
     room = engine.decoder.config.max_positions - TOKENS - 1
     contexts = sorted({min(n, room) for n in CONTEXTS if room > 0})
     return [
@@ -122,37 +135,44 @@ def cells_of(engine: Engine) -> list[Cell]:
     ]
 
 
-def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[Step]:
-    """A few tokens behind a cache of so many pairs a head (their values change no time), or behind a given one."""
+def steps_at(engine: Engine, cell: Cell, cache: KVCache | None = None) -> list[Step]:
+    """Decodes TOKENS tokens and returns their steps without the warm-up.
+
+    cache: decode after this cache; None: after a cache of `cell.context` tokens that were never read, because the
+    values of the pairs do not change the time.
+    """
     groups = engine.decoder.groups
     policy: PrecisionPolicy = (
         StaticPolicy([min(int(cell.bits), g.resident_bits) for g in groups], name="uniform")
         if cell.uniform
         else make_policy("rate-distortion", cell.bits, engine.decoder, engine.profile)
     )
-    return list(engine.decode_after(cell.context, TOKENS, policy, behind))[WARM_UP:]
+    return list(engine.decode_after(cell.context, TOKENS, policy, cache))[WARM_UP:]
 
 
-def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
-    """The cost model of what `cells_of` were timed."""
+def fit_cost_model(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
+    """Fits the cost model to the steps of every cell of `cells_of`."""
     ms = {cell: statistics.median(s.ms for s in steps) for cell, steps in taken.items()}
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
     empty = [cell for cell in taken if not cell.context]
-    behind = [cell for cell in taken if cell.context]
+    filled = [cell for cell in taken if cell.context]
     at = sorted({round(read[cell], 4): ms[cell] for cell in empty if not cell.uniform}.items())
     heads = engine.decoder.config.num_layers * engine.decoder.config.num_kv_heads
-    added = [ms[cell] - ms[Cell(cell.bits)] for cell in behind]
+    added = [ms[cell] - ms[Cell(cell.bits)] for cell in filled]
     return CostModel(
         device=device_name(engine), overlay_hash=_hash(engine), resident_bits=resident_mean(engine.decoder),
         bits=tuple(b for b, _ in at), weights_ms=_rising([t for _, t in at]),
-        pairs=(0.0, *(float(cell.context * heads) for cell in behind)),
+        pairs=(0.0, *(float(cell.context * heads) for cell in filled)),
         attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
         plane_ms=plane_times(engine, [Timed(taken[cell], ms[cell], not cell.uniform) for cell in empty]),
     )  # fmt: skip
 
 
 class Timed(NamedTuple):
-    """Steps, what one of them took, and whether they chose their widths, which takes time, too."""
+    """Timed steps of one cell.
+
+    ms: median time of a step. chosen: a policy chose the widths, which also takes time.
+    """
 
     steps: Sequence[Step]
     ms: float
@@ -160,11 +180,13 @@ class Timed(NamedTuple):
 
 
 def plane_times(engine: Engine, timed: Sequence[Timed]) -> tuple[float, ...]:
-    """CostModel.plane_ms: the least squares of relative errors, and none below 0.
+    """Returns `CostModel.plane_ms`, in ms, by non-negative least squares on relative errors.
 
-    Where the steps leave it open which of some planes took the time, they share it evenly.
+    Planes that were always read together share their time evenly.
     """
-    from scipy.optimize import nnls  # most runs measure nothing, and need not wait for it
+    from scipy.optimize import (
+        nnls,  # imported here because most runs measure nothing and need not wait for it
+    )
 
     groups, seed = engine.decoder.groups, engine.decoder.groups[0].seed_bits
     planes = max(g.resident_bits for g in groups) - seed
@@ -184,7 +206,10 @@ def plane_times(engine: Engine, timed: Sequence[Timed]) -> tuple[float, ...]:
 
 
 def _rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The nearest values that do not fall: more bits and more pairs take less time by chance only."""
+    """Returns the nearest values that do not fall.
+
+    Where more bits or more pairs took less time, that was chance.
+    """
     from scipy.optimize import isotonic_regression
 
     return tuple(isotonic_regression(values).x.tolist())

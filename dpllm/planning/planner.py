@@ -1,8 +1,9 @@
-"""From targets to a plan: how many planes to hold, how many bits to read, how much of the cache to keep.
+"""Turns targets into a plan: the planes to hold, the bits to read, and the share of the cache to keep.
 
-Every plan on a grid is priced by the cost model (milliseconds), the quality model (nats) and bytes; the best one that
-meets all targets is taken. With a bound on time or memory that is the plan of the best quality, with a bound on
-quality alone the fastest one. Weights and cache are chosen together: a byte goes where it buys more.
+The planner prices every plan on a grid: milliseconds by the cost model, nats by the quality model, and bytes. It takes
+the best plan that meets all targets. With a limit on time or memory, the best plan has the best quality. With a limit
+on quality alone, the best plan is the fastest one. Weights and cache are planned together, so that each byte goes where
+it improves quality most.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 BITS_STEP, KEEP_STEP = 0.05, 0.05
 ALTERNATIVES = 8
-NOTHING = 1e-6  # of quality or milliseconds
+NOTHING = 1e-6  # smaller differences in quality or milliseconds do not count
 
 
 @dataclass(frozen=True)
 class Targets:
-    """tpot_ms: time per token at the end of the context. max_memory: bytes of weights and cache. max_quality_loss: rise
-    of perplexity over the resident maximum with the whole cache, 0.02 = 2%. context: tokens in the cache."""
+    """The limits that a plan must meet; None sets no limit.
+
+    tpot_ms: time per token at the end of the context, in ms. max_memory: bytes of weights and cache. max_quality_loss:
+    rise of perplexity over the resident maximum with the whole cache (0.02 is 2%). context: tokens in the cache.
+    Raises InputError for a value that is out of range.
+    """
 
     tpot_ms: float | None = None
     max_memory: int | None = None
@@ -51,12 +56,13 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a plan is made for.
+class PlanInputs:
+    """The facts of a model that a planner needs.
 
-    held: planes -> bytes of the weights then resident. read_bytes: effective bits -> bytes of weights a token reads.
-    pairs: key-value pairs a token adds to the whole cache, over all layers and heads; pair_bytes: of one of them.
-    penalty: (planes, bits) -> nats that holding no more planes costs at these bits.
+    held: planes -> bytes of the resident weights. read_bytes: effective bits -> bytes of weights that a token reads.
+    pairs: key-value pairs that a token adds to the whole cache, over all layers and heads. pair_bytes: bytes of one
+    pair. max_positions: greatest context in tokens. penalty: (planes, bits) -> nats that are lost at these bits because
+    no more planes are held.
     """
 
     held: Mapping[int, int]
@@ -69,7 +75,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """quality_loss: rise of perplexity, as a fraction. memory, read: bytes held, and read by a token."""
+    """One plan and its predicted cost.
+
+    resident_bits: planes held. target_bits: effective bits to read. keep_ratio: share of the cache to keep. tpot_ms:
+    time per token, in ms. quality_loss: rise of perplexity, as a fraction. weight_bytes, kv_bytes: bytes held.
+    read_bytes: bytes that a token reads.
+    """
 
     resident_bits: int
     target_bits: float
@@ -82,11 +93,11 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes held."""
+        """Bytes of weights and cache that are held."""
         return self.weight_bytes + self.kv_bytes
 
     def as_json(self, lam: float | None = None) -> dict[str, Any]:
-        """The object of `dpllm plan --json`."""
+        """Returns the object that `dpllm plan --json` prints. lam: the lambda of `target_bits`, if known."""
         return {
             "resident_bits": self.resident_bits, "target_bits": round(self.target_bits, 3), "lambda": lam,
             "keep_ratio": round(self.keep_ratio, 3), "predicted_tpot_ms": round(self.tpot_ms, 4),
@@ -97,8 +108,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """plan: the best. binding: names of the targets that keep it from being better. alternatives: the frontier of time
-    and quality under the other targets, fastest first."""
+    """The answer of a planner.
+
+    plan: the best plan. binding: names of the targets that prevent a better plan. alternatives: the frontier of time
+    and quality within the limit on memory, fastest first.
+    """
 
     plan: Plan
     binding: tuple[str, ...]
@@ -106,16 +120,19 @@ class Planned:
 
 
 class Planner:
-    """Plans for one engine on one machine."""
+    """Finds plans for one engine on one machine."""
 
-    def __init__(self, machine: Machine, cost: CostModel, quality: QualityModel):
-        self.machine, self.cost, self.quality = machine, cost, quality
+    def __init__(self, inputs: PlanInputs, cost: CostModel, quality: QualityModel):
+        self.inputs, self.cost, self.quality = inputs, cost, quality
 
     def plan(self, targets: Targets) -> Planned:
-        """The best plan. Raises InputError where none meets the targets: it says which of them could be met."""
-        if targets.context > self.machine.max_positions:
+        """Returns the best plan.
+
+        Raises InputError if no plan meets the targets; the error names the nearest targets that can be met.
+        """
+        if targets.context > self.inputs.max_positions:
             raise InputError(
-                f"a context of {targets.context} tokens is longer than the model's {self.machine.max_positions} "
+                f"a context of {targets.context} tokens is longer than the model's {self.inputs.max_positions} "
                 "positions. Shorten it."
             )
         every = self.candidates(targets.context)
@@ -125,7 +142,7 @@ class Planner:
         return Planned(best, _binding(every, targets, best), _frontier(every, targets, best))
 
     def candidates(self, context: int) -> list[Plan]:
-        """Every plan on the grid, for a context of so many tokens."""
+        """Returns every plan on the grid for a context of `context` tokens."""
         keeps = [1.0]
         if context > 1 and len(self.quality.keep) > 1:
             keeps = [round(float(k), 6) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
@@ -134,15 +151,15 @@ class Planner:
         priced = [self._priced(bits, keeps, context) for bits in grid]
         return [
             self._held(planes, plan)
-            for planes in self.machine.held
+            for planes in self.inputs.held
             for plans in priced
             if plans[0].target_bits <= planes + 1e-9
             for plan in plans
         ]
 
     def _priced(self, bits: float, keeps: list[float], context: int) -> list[Plan]:
-        """With every plane held."""
-        m, found = self.machine, []
+        """Returns one plan for each share of the cache, with every plane held."""
+        m, found = self.inputs, []
         planes = max(m.held)
         weights_ms, read = self.cost.step_ms(bits), m.read_bytes(bits)
         for keep in keeps:
@@ -153,17 +170,17 @@ class Planner:
         return found
 
     def _held(self, planes: int, plan: Plan) -> Plan:
-        """The same with no more planes than these."""
-        penalty, loss = self.machine.penalty(planes, plan.target_bits), plan.quality_loss
+        """Returns the same plan with only `planes` planes held."""
+        penalty, loss = self.inputs.penalty(planes, plan.target_bits), plan.quality_loss
         if penalty:
             loss = math.expm1(math.log1p(loss) + penalty)
         return Plan(
-            planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.machine.held[planes], plan.kv_bytes,
+            planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.inputs.held[planes], plan.kv_bytes,
             plan.read_bytes,
         )  # fmt: skip
 
     def _impossible(self, every: list[Plan], targets: Targets) -> str:
-        """What would have to give: for each target, the nearest that can be had while the others are kept."""
+        """Returns the error's text: for each target, the nearest value that can be met while the others hold."""
         ways = []
         for name, reach, show in _KINDS:
             if getattr(targets, name) is None:
@@ -174,7 +191,7 @@ class Planner:
             (kind, getattr(targets, kind[0])) for kind in _KINDS if getattr(targets, kind[0]) is not None
         ]
         asked = ", ".join(f"{_option(name)} {show(value)}" for (name, _, show), value in given)
-        if not ways:  # no single one suffices
+        if not ways:  # changing a single target does not suffice
             ways = [
                 f"{_option(name)} {show(min(map(reach, every)))} at best, alone"
                 for (name, reach, show), _ in given
@@ -185,8 +202,8 @@ class Planner:
         )
 
 
-def machine_of(engine: Engine) -> Machine:
-    """What plans for this engine lean on. Raises InputError for a model without bits to choose."""
+def plan_inputs(engine: Engine) -> PlanInputs:
+    """Returns the facts of this engine that a planner needs. Raises InputError for a model without a profile."""
     profile, c = engine.calibration(), engine.decoder.config
     overlay = Overlay.open(engine.path)
     high = max(g.resident_bits for g in engine.decoder.groups)
@@ -199,7 +216,7 @@ def machine_of(engine: Engine) -> Machine:
         return max(0.0, expected_loss(profile, top, held) - expected_loss(profile, top, whole))
 
     head = engine.decoder.head_bytes() + profile.estimator_bytes()
-    return Machine(
+    return PlanInputs(
         held={b: resident_bytes(overlay, b) for b in planes},
         read_bytes=lambda bits: engine.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
         pair_bytes=2 * c.head_dim * engine.decoder.kv_dtype.itemsize, max_positions=c.max_positions,
@@ -224,7 +241,7 @@ def _option(name: str) -> str:
 
 
 def _meeting(every: list[Plan], targets: Targets) -> list[Plan]:
-    """Those that meet the targets."""
+    """Returns the plans that meet the targets."""
     for name, reach, _ in _KINDS:
         most = getattr(targets, name)
         if most is not None:
@@ -233,7 +250,11 @@ def _meeting(every: list[Plan], targets: Targets) -> list[Plan]:
 
 
 def _best(every: list[Plan], targets: Targets, fastest: bool | None = None) -> Plan | None:
-    """Of the best quality; under a bound on quality alone, the fastest. Ties: fewer bytes read, then held."""
+    """Returns the best plan that meets the targets, or None.
+
+    fastest: prefer time over quality; None: do so if quality alone is limited. Ties are broken by bytes read, then by
+    bytes held.
+    """
     if fastest is None:
         fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
     return min(_meeting(every, targets), key=lambda p: _rank(p, fastest), default=None)
@@ -245,7 +266,7 @@ def _rank(p: Plan, fastest: bool) -> tuple[float, ...]:
 
 
 def _binding(every: list[Plan], targets: Targets, best: Plan) -> tuple[str, ...]:
-    """Targets without which there would be a better plan."""
+    """Returns the names of the targets without which a better plan would exist."""
     fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
     found = []
     for name, _, _ in _KINDS:
@@ -259,8 +280,10 @@ def _binding(every: list[Plan], targets: Targets, best: Plan) -> tuple[str, ...]
 
 
 def _frontier(every: list[Plan], targets: Targets, best: Plan) -> tuple[Plan, ...]:
-    """Plans that no other beats in both time and quality while memory is kept to: corners of the lower convex hull, the
-    chosen one among them."""
+    """Returns the frontier of time and quality within the limit on memory, fastest first.
+
+    The frontier holds at most ALTERNATIVES corners of the lower convex hull, and the best plan.
+    """
     kept = sorted(
         _meeting(every, Targets(max_memory=targets.max_memory, context=targets.context)),
         key=lambda p: (p.tpot_ms, p.quality_loss),
@@ -279,6 +302,6 @@ def _frontier(every: list[Plan], targets: Targets, best: Plan) -> tuple[Plan, ..
 
 
 def _above(a: Plan, b: Plan, c: Plan) -> bool:
-    """Whether b lies on or above the line from a to c."""
+    """Returns True if b lies on or above the line from a to c."""
     slope = (c.quality_loss - a.quality_loss) / max(c.tpot_ms - a.tpot_ms, 1e-12)
     return b.quality_loss >= a.quality_loss + slope * (b.tpot_ms - a.tpot_ms) - 1e-12

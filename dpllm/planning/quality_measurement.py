@@ -1,4 +1,4 @@
-"""Measures what bits and cache pruning cost in quality, by decoding."""
+"""Measures how much quality is lost by reading fewer bits and by pruning the cache: decodes real documents."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dpllm.context.kv_context import SINKS, KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.evaluation.forced_steps import forced_nats
+from dpllm.planning.quality_model import Progress, QualityModel
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -22,17 +23,18 @@ from dpllm.policies.make import make_policy
 if TYPE_CHECKING:
     from dpllm.engine import Engine
     from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.planning.quality_model import Progress, QualityModel
 
-KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
-
-STEPS = (0.0, 0.06, 0.12, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the range of effective bits
+KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)  # shares of the cache that are kept
+STEPS = (0.0, 0.06, 0.12, 0.25, 0.375, 0.5, 0.75, 1.0)  # positions within the range of effective bits
 
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """documents: texts measured. skip: so many of those that are long enough first. context: tokens of each that are
-    read and pruned. following: tokens decoded then."""
+    """The amount of text that is measured.
+
+    documents: documents to measure. skip: documents to leave out first, counting only those that are long enough.
+    context: tokens of each document that are read and pruned. following: tokens of each that are then decoded.
+    """
 
     documents: int = 12
     skip: int = 0
@@ -40,14 +42,16 @@ class QualityOptions:
     following: int = 96
 
 
-def measure(
+def measure_quality(
     engine: Engine,
     text: Path,
     options: QualityOptions = QualityOptions(),
     progress: Progress = lambda *_: None,
 ) -> QualityModel:
-    """Decodes at every number of bits over a cache pruned to every ratio. Raises InputError for a text that is too
-    short, or a model without bits to choose."""
+    """Decodes every document at every number of bits after a cache pruned to every ratio.
+
+    Raises InputError for a text that is too short or a model without a calibration profile.
+    """
     profile = engine.calibration()
     documents = _documents(engine, text, options)
     low, high = profile.target_range(engine.planes)
@@ -112,7 +116,10 @@ def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence
 
 
 def _falling(nats: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """Noise taken out: more bits, or more of the cache (columns ascend), never cost quality; nothing is below 0."""
+    """Removes noise from nats [bits, keep] (both ascending): returns rows that never rise and are never below 0.
+
+    More bits, or more of the cache, cost no quality.
+    """
     smooth = np.minimum.accumulate(np.minimum.accumulate(nats, axis=0), axis=1)
     rough = np.maximum.accumulate(np.maximum.accumulate(nats[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
     return tuple(tuple(round(max(0.0, float(x)), 5) for x in row) for row in (smooth + rough) / 2)

@@ -1,8 +1,8 @@
-"""What bits and pruning cost in quality: nats per token above the resident maximum with the whole cache.
+"""Models the quality lost by reading fewer bits and by pruning the cache.
 
-Weights and cache are measured together, because their errors meet in the same logits: documents are read, their caches
-pruned to every ratio, and what follows is decoded at every number of bits. Without such a measurement the calibration's
-own estimate stands in; it knows nothing of pruning.
+The loss is in nats per token above the resident maximum with the whole cache. Weights and cache are measured together,
+because their errors add up in the same logits (quality_measurement.py). Without such a measurement, the calibration's
+estimate is used. The estimate does not cover pruning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class QualityModel:
-    """nats[i][j]: loss per token at bits[i] with keep[j] of the cache, above the resident maximum with all of it; falls
-    along bits and along keep. text: what it was measured on; tokens: how many (0: the calibration's estimate)."""
+    """A table of losses.
+
+    overlay_hash: the overlay it was measured with. text: name of the text it was measured on. tokens: tokens of that
+    text (0: the calibration's estimate). bits, keep: effective bits and shares of the cache, both ascending.
+    nats[i][j]: loss per token at bits[i] with keep[j] of the cache, above the resident maximum with the whole cache;
+    the loss falls along both axes.
+    """
 
     overlay_hash: str
     text: str
@@ -42,7 +47,7 @@ class QualityModel:
     nats: tuple[tuple[float, ...], ...]
 
     def loss(self, bits: float, keep: float = 1.0) -> float:
-        """Nats per token; straight between measured bits and between logarithms of measured ratios."""
+        """Returns nats per token, interpolated linearly in the bits and in the logarithm of the share kept."""
         columns, table = np.arange(len(self.keep)), np.asarray(self.nats)
         at = float(np.interp(np.log(keep), np.log(self.keep), columns))
         low, high = math.floor(at), math.ceil(at)
@@ -51,12 +56,12 @@ class QualityModel:
         )
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, atomically."""
+        """Writes the model as JSON, atomically."""
         write_text(path, json.dumps({"quality_version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path, overlay_hash: str) -> QualityModel:
-        """Raises InputError for a file that is no such measurement, or one of another overlay."""
+        """Reads a stored model. Raises InputError if the file is not one or is of another overlay."""
         try:
             stored = json.loads(path.read_text())
             version = stored.pop("quality_version")
@@ -66,10 +71,10 @@ class QualityModel:
             lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
             found = cls(nats=nats, **lists)
             if np.shape(found.nats) != (len(found.bits), len(found.keep)):
-                raise ValueError("its table is not whole")
+                raise ValueError("its table is incomplete")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise InputError(
-                f"{path} is no measurement of quality ({e}). Run: dpllm profile --quality"
+                f"{path} is not a measurement of quality ({e}). Run: dpllm profile --quality"
             ) from None
         if found.overlay_hash != overlay_hash:
             raise InputError(f"{path} was measured with another overlay. Run: dpllm profile --quality")
@@ -77,13 +82,16 @@ class QualityModel:
 
 
 def quality_of(engine: Engine) -> QualityModel:
-    """The measurement beside the overlay, else the calibration's estimate. Raises InputError without a profile."""
-    profile, beside = engine.calibration(), engine.path / NAME
-    return QualityModel.load(beside, profile.overlay_hash) if beside.exists() else estimated(profile)
+    """Returns the measurement stored with the overlay, or else the calibration's estimate.
+
+    Raises InputError if the engine has no calibration profile.
+    """
+    profile, stored = engine.calibration(), engine.path / NAME
+    return QualityModel.load(stored, profile.overlay_hash) if stored.exists() else estimated(profile)
 
 
 def estimated(profile: CalibrationProfile, resident: Resident = None) -> QualityModel:
-    """From calibration alone: the loss its gains foretell at every number of bits, with the whole cache."""
+    """Returns the losses that the calibration's gains predict at every number of bits, with the whole cache."""
     low, high = profile.target_range(resident)
     bits = [float(b) for b in np.linspace(low, high, 17)]
     losses = [expected_loss(profile, b, resident) for b in bits]
@@ -92,15 +100,15 @@ def estimated(profile: CalibrationProfile, resident: Resident = None) -> Quality
 
 
 def expected_loss(profile: CalibrationProfile, target_bits: float, resident: Resident = None) -> float:
-    """Nats per token that calibration foretells at these bits, less those of reading the seed width everywhere."""
+    """Returns the loss in nats per token that calibration predicts at these bits.
+
+    The loss is relative to reading the seed width everywhere, so it is negative.
+    """
     planes = profile.planes(resident)
     thresholds = profile.thresholds(profile.lambda_for(target_bits, planes), planes)
     steps = (profile.lower_edges()[:, :, None] >= thresholds[:, None, :]).sum(axis=2)  # [G, M]
     gains = np.concatenate([np.zeros_like(profile.gain[:, :1]), np.cumsum(profile.gain, axis=1)], axis=1)
     taken = np.take_along_axis(gains, steps[:, None, :], axis=1)[
         :, 0
-    ]  # [G, M]; bins hold equally many tokens
+    ]  # [G, M]; every bin holds the same number of tokens
     return -float(taken.mean(axis=1).sum())
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------

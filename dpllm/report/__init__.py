@@ -1,4 +1,7 @@
-"""`dpllm report`: one self-contained HTML page that shows what a generation read, when, and what it cost.
+"""`dpllm report`: one self-contained HTML page about a generation: the bits it read, its time, memory and quality.
 
-data.py says what is known, measure.py and its neighbours find it out on this machine, svg.py draws, page.py writes.
+data.py defines the contents of a report. measure.py measures them on this machine, with accounting.py (bytes),
+frontier.py (quality against time), query_spread.py (spread over queries) and timed_steps.py (timed decode steps).
+page.py writes the page, with the drawings of timeline.py, curves.py and bars.py. svg.py, colours.py and formatting.py
+help them.
 """

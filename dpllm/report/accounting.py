@@ -1,4 +1,4 @@
-"""Bytes by kind: what a token reads, and what memory holds."""
+"""Counts bytes by kind: the bytes that a token reads and the bytes that memory holds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from dpllm.report.data import KindBytes
 def bytes_by_kind(
     decoder: Decoder, bits: Sequence[Sequence[int]], selector: int, kv_bytes: Sequence[int]
 ) -> tuple[KindBytes, ...]:
-    """Of a generation: bits [tokens][groups], what choosing reads for a token, the cache after each token (bytes).
+    """Counts the bytes of a generation by kind.
 
-    What is read is counted as the steps count it, in the overlay's format (`Group.bytes_at`); what is held, as the
-    backend holds it.
+    bits: widths [tokens][groups]. selector: bytes that choosing the widths reads for a token. kv_bytes: bytes of the
+    cache after each token. Bytes read are counted in the overlay's format, as the steps count them
+    (`Group.bytes_at`). Bytes held are counted as the backend stores them.
     """
     read, held = np.zeros(3), np.zeros(3, dtype=np.int64)
     for group, widths in zip(decoder.groups, zip(*bits, strict=True), strict=True):
@@ -43,16 +44,16 @@ def bytes_by_kind(
 
 
 def read_bytes(group: Group, bits: int) -> tuple[int, int, int]:
-    """(planes, tables, scales) that one pass reads at this width; together the group's `bytes_at`."""
+    """Returns the bytes (planes, tables, scales) that one pass reads at this width; their sum is `Group.bytes_at`."""
     weight = group.weight
-    words = -(-weight.in_features // WORD)  # of a stored row; a GPU's may be longer
+    words = -(-weight.in_features // WORD)  # words of a stored row; a GPU may pad its rows
     planes = bits * weight.out_features * words * 4
     scales = 0 if _row_scale(weight) is None else 2 * weight.out_features
     return planes, group.bytes_at[bits - group.seed_bits] - planes - scales, scales
 
 
 def held_bytes(weight: Any) -> tuple[int, int, int]:
-    """(planes, tables, scales) in memory, all resident widths, of what any backend prepared."""
+    """Returns the bytes (planes, tables, scales) in memory of a weight as its backend prepared it."""
     scales = [_row_scale(weight)]
     if isinstance(weight, PreparedWeight):
         tables, scales = [*weight.tables.values()], [*weight.scales.values(), *scales]
@@ -66,7 +67,7 @@ def _row_scale(weight: Any) -> Tensor | None:
 
 
 def _embedding_bytes(embedding: Tensor | Int8Weight) -> tuple[int, int]:
-    """(the whole table, the row that a token reads)."""
+    """Returns the bytes (of the whole table, of the row that a token reads)."""
     if isinstance(embedding, Int8Weight):
         return embedding.nbytes(), embedding.nbytes() // len(embedding.values)
     return _size(embedding), _size(embedding[0])

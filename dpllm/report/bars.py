@@ -1,4 +1,4 @@
-"""Bytes, kept pairs and service levels drawn."""
+"""Draws bytes by kind, kept pairs, and the spread over queries."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpllm.report.data import KeptPairs, KindBytes, OperatingPoint, Service
+from dpllm.report.formatting import digits, size
 from dpllm.report.svg import Scale, apart, element, figure, line, scale_over, text, x_axis
-from dpllm.report.words import digits, size
 
 BINS = 28
 
 
 def bytes_chart(kinds: Sequence[KindBytes]) -> str:
-    """A row a kind: what is held, and within it what a token reads."""
+    """Draws one row for each kind: the bytes held, and inside them the bytes that a token reads."""
     left, right, row = 74, 282, 29
     x = Scale(0.0, max(max(k.held, k.read) for k in kinds), left, right)
     parts = []
@@ -46,7 +46,7 @@ def bytes_chart(kinds: Sequence[KindBytes]) -> str:
 
 
 def kept_chart(kept: KeptPairs) -> str:
-    """Share of pairs kept, a row a layer and a column a KV head."""
+    """Draws the share of pairs kept: one row for each layer, one column for each KV head."""
     heads, left, top = len(kept.pairs[0]), 62, 34
     width, height = max(16.0, min(62.0, 360 / heads)), 24 if len(kept.pairs) <= 32 else 14
     parts = [text(left, 12, "KV head", class_="label")]
@@ -72,13 +72,13 @@ def kept_chart(kept: KeptPairs) -> str:
 
 
 def service_chart(service: Service, what: str, operating: OperatingPoint) -> str:
-    """Histograms over queries, a row a mode, on one scale. what: 'bits' or 'ms'."""
+    """Draws histograms over queries, one row for each mode, on one scale. what: 'bits' or 'ms'."""
     samples = {s.mode: s.effective_bits if what == "bits" else s.tpot_ms for s in service.levels}
     target = operating.target_bits if what == "bits" else operating.target_tpot_ms
     left, right, row = 10, 420, 112
     everything = [v for values in samples.values() for v in values]
     high = max(everything)
-    if what == "ms":  # a hiccup of the machine must not flatten the rest: what lies beyond joins the last bin
+    if what == "ms":  # one slow query must not flatten the rest: later values join the last bin
         high = min(high, 3 * float(np.percentile(everything, 75)))
     x = scale_over([min(everything), high, *([target] if target is not None else [])], left, right)
     edges = np.linspace(x.low, x.high, BINS + 1)
@@ -125,7 +125,7 @@ def _bars(counts: np.ndarray, edges: np.ndarray, x: Scale, y: Scale, kind: str) 
 
 
 def _percentiles(values: Sequence[float], x: Scale, y: float, what: str) -> str:
-    """p5, p50 and p95 below the axis."""
+    """Draws p5, p50 and p95 below the axis."""
     found = [(p, float(np.percentile(values, p))) for p in (5, 50, 95)]
     spots = [min(max(x(v), x.start), x.end) for _, v in found]
     places = apart(spots, 66, x.start + 20, x.end - 20)

@@ -1,5 +1,8 @@
-"""Colours of widths: a sequence that darkens evenly (light theme) or lightens (dark), which those who cannot tell red
-from green can tell apart, and printers too. Anchors: ColorBrewer's YlGnBu, which is made for that."""
+"""Colours of widths.
+
+The sequence darkens evenly in the light theme and lightens evenly in the dark theme. It stays readable for people with
+red-green colour blindness, and in greyscale print. The anchors are ColorBrewer's YlGnBu.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from collections.abc import Sequence
 
 LIGHT = ("#ffffd9", "#edf8b1", "#c7e9b4", "#7fcdbb", "#41b6c4", "#1d91c0", "#225ea8", "#253494", "#081d58")
 DARK = ("#14234f", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#edf8b1", "#ffffd9")
-LEVELS = 9  # classes e0 .. e8 of a quantity without steps of its own
+LEVELS = 9  # classes e0 .. e8, for a continuous quantity
 
 
 def style(widths: Sequence[int]) -> str:
-    """CSS of the classes w2.. (a width as fill, `on2`.. text upon it) and e0.. (a level as fill and background)."""
+    """Returns the CSS of the colour classes, for both themes.
+
+    `w2`, `w3`, ...: a width as fill. `on2`, ...: text on that fill. `e0`, `e1`, ...: a level as fill and background.
+    `one0`, ...: text on that level.
+    """
     return f"{_rules(widths, LIGHT)}@media (prefers-color-scheme: dark){{{_rules(widths, DARK)}}}"
 
 
@@ -22,7 +29,7 @@ def _rules(widths: Sequence[int], anchors: Sequence[str]) -> str:
         colour = blend(anchors, 0.1 + 0.85 * i / max(1, len(widths) - 1))
         rules.append(f".w{width}{{fill:{colour}}}svg .on{width}{{fill:{ink_on(colour)}}}")
     for level in range(LEVELS):
-        colour = blend(anchors, 0.02 + 0.5 * level / (LEVELS - 1))  # far from the ink: text stands on it
+        colour = blend(anchors, 0.02 + 0.5 * level / (LEVELS - 1))  # far from the colour of text
         ink = ink_on(colour)
         rules.append(
             f".e{level}{{fill:{colour};background:{colour};color:{ink}}}svg .one{level}{{fill:{ink}}}"
@@ -31,7 +38,7 @@ def _rules(widths: Sequence[int], anchors: Sequence[str]) -> str:
 
 
 def blend(anchors: Sequence[str], share: float) -> str:
-    """The colour at a share [0, 1] of the way along the anchors, as #rrggbb."""
+    """Returns the colour, as #rrggbb, at a share [0, 1] of the way along the anchors."""
     at = share * (len(anchors) - 1)
     i = min(int(at), len(anchors) - 2)
     pairs = zip(_channels(anchors[i]), _channels(anchors[i + 1]), strict=True)
@@ -39,12 +46,12 @@ def blend(anchors: Sequence[str], share: float) -> str:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever contrasts more (WCAG's relative luminance)."""
+    """Returns black or white, whichever contrasts more by WCAG's relative luminance."""
     return "#000" if luminance(colour) > 0.179 else "#fff"
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of #rrggbb, 0 to 1 (WCAG 2)."""
+    """Returns the relative luminance of #rrggbb, 0 to 1, as WCAG 2 defines it."""
     linear = [
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
         for c in (v / 255 for v in _channels(colour))

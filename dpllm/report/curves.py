@@ -1,13 +1,13 @@
-"""The frontier drawn: perplexity against time and against bytes, and the loss against static's at equal bits."""
+"""Draws the frontier: perplexity against time, perplexity against bytes, and the loss relative to static widths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from dpllm.report.data import CurvePoint, Frontier, OperatingPoint
+from dpllm.report.formatting import POLICY_NAMES, digits, milliseconds, size
 from dpllm.report.frontier import OURS
 from dpllm.report.svg import Scale, apart, figure, line, mark, path, scale_over, text, x_axis, y_axis
-from dpllm.report.words import POLICY_NAMES, digits, milliseconds, size
 
 WIDTH, HEIGHT = 430, 350
 LEFT, RIGHT, TOP, BOTTOM = 46, 412, 34, 300
@@ -16,7 +16,7 @@ OTHER = ("other", "diamond")
 
 
 def quality_against_time(frontier: Frontier, chosen: OperatingPoint) -> str:
-    """Perplexity against the median time of a step, quartiles as whiskers."""
+    """Draws perplexity against the median time of a step, with quartiles as whiskers."""
     return _curves(
         frontier, chosen, lambda p: p.tpot_ms.p50, "time of a step, ms (median; line: quartiles)",
         "Perplexity against time", whiskers=True,
@@ -24,7 +24,7 @@ def quality_against_time(frontier: Frontier, chosen: OperatingPoint) -> str:
 
 
 def quality_against_bytes(frontier: Frontier, chosen: OperatingPoint) -> str:
-    """Perplexity against the bytes of weights that a token reads."""
+    """Draws perplexity against the bytes of weights that a token reads."""
     return _curves(
         frontier, chosen, lambda p: p.weight_bytes / 1e6, "weights read for a token, MB",
         "Perplexity against bytes read",
@@ -75,7 +75,7 @@ def _curve(
 def _names(
     frontier: Frontier, names: list[str], x: Scale, y: Scale, along: Callable[[CurvePoint], float]
 ) -> str:
-    """Each curve's name beside its upper end."""
+    """Draws the name of each curve next to its upper end."""
     ends = [frontier.of(n)[0] for n in names]
     heights = apart([y(p.perplexity) for p in ends], 16, TOP + 4, BOTTOM - 24)
     parts = []
@@ -93,7 +93,7 @@ def _names(
 def _chosen(
     frontier: Frontier, chosen: OperatingPoint, x: Scale, y: Scale, along: Callable[[CurvePoint], float]
 ) -> str:
-    """A ring around the operating point, and a line to its name."""
+    """Draws a ring around the operating point, and a line to its name."""
     point = next(p for p in frontier.of(chosen.policy) if p.target_bits == chosen.target_bits)
     at, height = x(along(point)), y(point.perplexity)
     name = f"chosen: {chosen.target_bits:g} bits"
@@ -127,7 +127,7 @@ def _description(frontier: Frontier, label: str, along: Callable[[CurvePoint], f
 
 
 def difference_to_static(frontier: Frontier) -> str:
-    """Nats per token less those of the static allotment of as many bits, with intervals."""
+    """Draws nats per token minus those of static widths at equal bits, with intervals; returns "" if there are none."""
     points = [p for p in frontier.points if p.less_static is not None]
     if not points:
         return ""
@@ -141,7 +141,7 @@ def difference_to_static(frontier: Frontier) -> str:
             y,
             LEFT,
             RIGHT,
-            f"loss less static's, 0.001 nats per token (bar: 95%, {frontier.documents} pieces)",
+            f"loss minus that of static, 0.001 nats per token (bar: 95%, {frontier.documents} pieces)",
         ),
         line(LEFT, zero, RIGHT, zero, "axis"),
         text(RIGHT, zero - 6, "static", class_="name static", text_anchor="end"),
@@ -161,9 +161,7 @@ def difference_to_static(frontier: Frontier) -> str:
         parts.append(
             text(RIGHT, name_at, POLICY_NAMES.get(name, name), class_=f"name {kind}", text_anchor="end")
         )
-    return figure(
-        WIDTH, HEIGHT, "Loss against the static allotment of equal bits", _differences(points), *parts
-    )
+    return figure(WIDTH, HEIGHT, "Loss relative to static widths at equal bits", _differences(points), *parts)
 
 
 def _differences(points: list[CurvePoint]) -> str:

@@ -1,4 +1,4 @@
-"""What a report says, as measured: plain numbers with their units, ready for JSON."""
+"""The contents of a report: plain measured numbers with their units, ready for JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dpllm.planning.machine import Machine
+from dpllm.planning.host import HostFacts
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles of a sample, in the sample's unit; `count` values."""
+    """Percentiles of a sample of `count` values, in the sample's unit."""
 
     p5: float
     p25: float
@@ -24,14 +24,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; linear between neighbours."""
+        """Returns the percentiles of at least one value, with linear interpolation between neighbours."""
         p5, p25, p50, p75, p95 = np.percentile(values, (5, 25, 50, 75, 95)).round(4).tolist()
         return cls(p5, p25, p50, p75, p95, len(values))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Nats per token less another policy's on the same text, with a 95% interval over pieces of text."""
+    """Nats per token minus those of another policy on the same text, with a 95% interval over pieces of text."""
 
     mean: float
     low: float
@@ -40,9 +40,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A policy at a target. perplexity, effective_bits: means over the scored tokens. weight_bytes: read for a token,
-    planes to head and the selector's own included. tpot_ms: time of a decode step, ms. less_static: against the static
-    allotment of as many effective bits, where there is more than one piece of text."""
+    """One policy at one target.
+
+    perplexity, effective_bits: means over the scored tokens. weight_bytes: bytes that a token reads, from the planes to
+    the head, including those that choosing the widths reads. tpot_ms: time of a decode step, in ms. less_static: the
+    difference to static widths with as many effective bits, or None for a single piece of text.
+    """
 
     policy: str
     target_bits: float
@@ -55,8 +58,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Quality against latency and bytes. `widest` reads every resident plane. text: what was scored, `scored` tokens
-    of `documents` documents. kv_bytes: of the cache behind which steps were timed. notes: what is missing, and why."""
+    """Quality against latency and bytes.
+
+    points: every policy at every target. widest: the point that reads every resident plane. text: name of the scored
+    text. documents: pieces of it. scored: scored tokens of all pieces. kv_bytes: bytes of the cache when steps were
+    timed. notes: sentences that say what is missing, and why.
+    """
 
     points: tuple[CurvePoint, ...]
     widest: CurvePoint
@@ -67,14 +74,17 @@ class Frontier:
     notes: tuple[str, ...]
 
     def of(self, policy: str) -> list[CurvePoint]:
-        """One policy's curve, by target."""
+        """Returns the points of one policy, sorted by target."""
         return sorted((p for p in self.points if p.policy == policy), key=lambda p: p.target_bits)
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What was asked, and the target in bits that answers it. log2_lambda: the price of a byte there, before the
-    correction. why: a sentence."""
+    """The target that was asked for, and the target in bits that meets it.
+
+    target_tpot_ms: the target in ms per token, or None. log2_lambda: logarithm of the price of a byte at that target,
+    before the correction. why: a sentence that explains the target.
+    """
 
     policy: str
     target_bits: float
@@ -85,8 +95,10 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class GroupInfo:
-    """A group of matrices that share a decision. static_bits: its width in the best fixed allotment of the same
-    target."""
+    """A group of matrices that share a decision.
+
+    weights: their number of weights. static_bits: the group's width under static widths of the same target.
+    """
 
     layer: int
     name: str
@@ -96,8 +108,11 @@ class GroupInfo:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token: as text by itself (`label`), what became final with it (`text`), and the step that produced
-    it: tpot_ms, widths of every group."""
+    """A generated token and the step that produced it.
+
+    label: the token alone, as text. text: the text that became final with it. tpot_ms: time of the step. weight_bytes:
+    bytes of weights that the step read. kv_bytes: bytes of the cache after it. bits: width of every group.
+    """
 
     label: str
     text: str
@@ -110,8 +125,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation. `first` was produced by reading the prompt (at the resident maximum, ttft_ms); `tokens` by decode
-    steps. context_tokens: in front of the prompt, in a pruned cache."""
+    """One generation.
+
+    first: text of the first token, which reading the prompt at the resident maximum produced. ttft_ms: time of that.
+    tokens: the tokens that decode steps produced. context_tokens: tokens of a pruned context in front of the prompt.
+    """
 
     prompt: str
     prompt_tokens: int
@@ -125,12 +143,12 @@ class Generation:
 
     @property
     def effective_bits(self) -> float:
-        """Mean over the decoded tokens."""
+        """Mean effective bits of the decoded tokens."""
         return float(np.mean([t.effective_bits for t in self.tokens]))
 
     @property
     def tpot_ms(self) -> Spread:
-        """Over the decoded tokens."""
+        """Spread of the time per decoded token, in ms."""
         return Spread.of([t.tpot_ms for t in self.tokens])
 
     @property
@@ -141,7 +159,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class KeptPairs:
-    """A pruned context: pairs [layer][KV head] that are left of `tokens` each."""
+    """The pairs that a pruned context keeps.
+
+    policy: the KV policy that chose them. tokens: tokens that were read, which is the number of pairs of each head
+    before pruning. pairs: pairs kept, [layer][KV head].
+    """
 
     policy: str
     tokens: int
@@ -156,7 +178,7 @@ class KeptPairs:
 
 @dataclass(frozen=True)
 class KindBytes:
-    """Bytes of one kind: `read` for a token of the generation, on average, and `held` in memory."""
+    """Bytes of one kind: `read` by a token of the generation on average, and `held` in memory."""
 
     kind: str
     read: float
@@ -165,7 +187,7 @@ class KindBytes:
 
 @dataclass(frozen=True)
 class ServiceLevel:
-    """Queries decoded in one mode. Per query: mean effective bits, mean time of a step in ms."""
+    """Queries decoded in one mode: for each query its mean effective bits and its mean time of a step, in ms."""
 
     mode: str
     effective_bits: tuple[float, ...]
@@ -174,7 +196,7 @@ class ServiceLevel:
 
 @dataclass(frozen=True)
 class Service:
-    """Distribution over queries: pieces of the text, `prompt_tokens` read and `new_tokens` decoded each."""
+    """Distribution over queries, which are pieces of the text: `prompt_tokens` are read, up to `new_tokens` decoded."""
 
     levels: tuple[ServiceLevel, ...]
     prompt_tokens: int
@@ -183,13 +205,17 @@ class Service:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page."""
+    """The contents of the page.
+
+    model: name of the model. command: the command line. date: local time of the measurement. seconds: time that all of
+    it took.
+    """
 
     model: str
     command: str
     date: str
     seconds: float
-    machine: Machine
+    machine: HostFacts
     operating: OperatingPoint
     generation: Generation
     frontier: Frontier
@@ -198,7 +224,7 @@ class Report:
     service: Service
 
     def as_json(self) -> dict[str, Any]:
-        """The object of `dpllm report --json`, summaries included."""
+        """Returns the object that `dpllm report --json` prints, with a summary."""
         g = self.generation
         summary = {
             "new_tokens": len(g.tokens) + 1, "effective_bits": round(g.effective_bits, 4),

@@ -1,4 +1,4 @@
-"""Curves of policies over targets: quality by dpllm/evaluation/evaluate.py, latency by real steps."""
+"""Measures quality and latency of policies over targets: quality with evaluation/evaluate.py, latency of real steps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
-from dpllm.report.decoding import Progress, interleaved_ms
+from dpllm.report.timed_steps import Progress, interleaved_ms
 
 OURS = "rate-distortion"
 WIDEST = "uniform"
-STEPS_ABOVE_SEED = (0.5, 1.0, 1.5, 2.0, 3.0)  # the default targets
-ROUNDS = 8
+STEPS_ABOVE_SEED = (0.5, 1.0, 1.5, 2.0, 3.0)  # default targets, in bits above the seed width
+ROUNDS = 8  # turns of each policy when steps are timed
 
 Cell = tuple[str, float]  # policy, target bits
 
 
 def default_targets(engine: Engine) -> list[float]:
-    """A few targets between the seed width and what is resident."""
+    """Returns a few targets between the seed width and the resident bits."""
     first, high = engine.decoder.groups[0], resident_mean(engine.decoder)
     found = [first.seed_bits + s for s in STEPS_ABOVE_SEED if first.seed_bits + s <= high]
     return found or [high]
@@ -34,23 +34,28 @@ def default_targets(engine: Engine) -> list[float]:
 def cells_of(
     engine: Engine, policies: Sequence[str], targets: Sequence[float], explicit: bool
 ) -> tuple[dict[Cell, PrecisionPolicy], list[str]]:
-    """Every policy, and ours, at every target it can take, and notes on what is left out.
+    """Makes every policy, and rate-distortion, at every target it can take.
 
-    explicit: the policies were asked for by name, so that one which has nothing to offer raises InputError.
+    Returns the policies, and notes on those that are left out.
+
+    explicit: the user named the policies, so a policy without any possible target raises InputError.
     """
     cells: dict[Cell, PrecisionPolicy] = {}
     notes = []
     for name in dict.fromkeys((*policies, OURS)):
         own = _targets_of(name, engine, targets)
         if not own and not explicit:
-            notes.append(_how_to_have(name, targets))
-        for target in own or targets[: int(explicit)]:  # with none of its own, make_policy says why
+            notes.append(_how_to_calibrate(name, targets))
+        for target in own or targets[: int(explicit)]:  # without an own target, make_policy raises an error
             cells[name, target] = make_policy(name, target, engine.decoder, engine.profile)
     return cells, notes
 
 
 def _targets_of(name: str, engine: Engine, targets: Sequence[float]) -> list[float]:
-    """Those a policy can take. DP-LLM is calibrated target by target: of the ones it has, the nearest to these."""
+    """Returns the targets that a policy can take.
+
+    DP-LLM is calibrated for single targets; the result holds the calibrated targets nearest to `targets`.
+    """
     if name == WIDEST:
         return [t for t in targets if t == int(t)]
     if not name.endswith("dp-llm"):
@@ -60,7 +65,8 @@ def _targets_of(name: str, engine: Engine, targets: Sequence[float]) -> list[flo
     return sorted({float(stored[np.abs(stored - t).argmin()]) for t in targets}) if len(stored) else []
 
 
-def _how_to_have(name: str, targets: Sequence[float]) -> str:
+def _how_to_calibrate(name: str, targets: Sequence[float]) -> str:
+    """Returns the note about a policy that this profile was not calibrated for."""
     wanted = ",".join(f"{t:g}" for t in targets)
     return (
         f"{name} is left out, because this profile was not calibrated for it. Run: dpllm calibrate OVERLAY --dp-llm "
@@ -72,7 +78,10 @@ def measure_frontier(
     engine: Engine, cells: dict[Cell, PrecisionPolicy], cache: KVCache, documents: Sequence[Sequence[int]],
     text: str, notes: Sequence[str], progress: Progress,
 ) -> Frontier:  # fmt: skip
-    """Times and scores every cell, and the widest width beside them. Steps are timed behind the cache."""
+    """Times and scores every cell, and the policy that reads every resident plane.
+
+    Steps are timed after `cache`, which is restored. documents: token ids to score. text: their name.
+    """
     groups = engine.decoder.groups
     widest: Cell = (WIDEST, resident_mean(engine.decoder))
     everything: dict[Cell, PrecisionPolicy] = dict(cells)
@@ -102,7 +111,7 @@ def _point(
     less_static = None
     if name not in ("static", WIDEST) and len(scores) > 1:
         seed, high = engine.decoder.groups[0].seed_bits, resident_mean(engine.decoder)
-        equal = min(max(whole.effective_bits, seed), high)  # it was rounded
+        equal = min(max(whole.effective_bits, seed), high)  # the mean was rounded and may lie outside by that
         fixed = make_policy("static", equal, engine.decoder, engine.profile)
         less_static = difference(scores, score(engine.decoder, fixed, documents))
     return CurvePoint(
@@ -112,7 +121,7 @@ def _point(
 
 
 def difference(one: Sequence[DocumentScore], other: Sequence[DocumentScore]) -> Difference:
-    """Nats per token of one less the other's, paired over documents, with Student's 95% interval."""
+    """Returns nats per token of `one` minus those of `other`, paired over documents, with Student's 95% interval."""
     tokens = np.asarray([s.tokens for s in one], dtype=float)
     gap = np.asarray([a.nll - b.nll for a, b in zip(one, other, strict=True)])
     n, mean = len(gap), gap.sum() / tokens.sum()
@@ -122,7 +131,7 @@ def difference(one: Sequence[DocumentScore], other: Sequence[DocumentScore]) -> 
 
 
 class _Ticker:
-    """Adds up what is done, for a progress bar."""
+    """Adds up finished tokens for a progress bar."""
 
     def __init__(self, progress: Progress, stage: str, total: int):
         self.progress, self.stage, self.total, self.done = progress, stage, total, 0

@@ -1,10 +1,12 @@
-"""Gathers a report: chooses the operating point, generates at it, and measures what surrounds it."""
+"""Measures a report: chooses the operating point, generates text there, and measures quality, time and memory."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
@@ -14,37 +16,28 @@ from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.planning.cost_measurement import cost_of
+from dpllm.planning.host import host_facts
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.report import service
+from dpllm.report import query_spread
 from dpllm.report.accounting import bytes_by_kind
-from dpllm.report.data import (
-    Frontier,
-    Generation,
-    GroupInfo,
-    KeptPairs,
-    KindBytes,
-    OperatingPoint,
-    Service,
-    Token,
-)
-from dpllm.report.decoding import BLOCK, Progress, read
-from dpllm.report.frontier import (
-    OURS,
-    cells_of,
-    default_targets,
-    measure_frontier,
-)
+from dpllm.report.data import Generation, GroupInfo, KeptPairs, KindBytes, OperatingPoint, Report, Token
+from dpllm.report.frontier import OURS, cells_of, default_targets, measure_frontier
+from dpllm.report.timed_steps import BLOCK, Progress, read
 
-WINDOW, PIECES = 256, 8  # tokens of a scored piece of text at most; pieces at least, for the intervals
+WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces, for the intervals
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """target_bits or tpot_ms (ms a token): what is asked; neither: 3.5 bits, or what is resident. policies: of the
-    curves, beside ours; None: static and, where it was calibrated, DP-LLM. targets: of the curves, None: five.
-    scored_tokens, queries: how much text."""
+    """The targets of a report and the amount of text to measure.
+
+    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that is
+    resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was calibrated, DP-LLM.
+    targets: the targets of the curves, in bits; None: five. scored_tokens: tokens to score. queries: queries to decode.
+    Raises InputError for targets that exclude each other or are out of range.
+    """
 
     target_bits: float | None = None
     tpot_ms: float | None = None
@@ -58,30 +51,35 @@ class ReportOptions:
             raise InputError("--target-bits and --tpot-ms exclude each other: one target decides the other.")
         if self.tpot_ms is not None and not 0 < self.tpot_ms < math.inf:
             raise InputError(
-                f"--tpot-ms {self.tpot_ms:g} is no time. Give milliseconds per token, such as 25."
+                f"--tpot-ms {self.tpot_ms:g} is not a time. Give milliseconds per token, such as 25."
             )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The parts of a report that come from the engine."""
+class ReportInputs:
+    """The model's input and the names that a report shows.
 
-    operating: OperatingPoint
-    generation: Generation
-    frontier: Frontier
-    kept: KeptPairs | None
-    nbytes: tuple[KindBytes, ...]
-    service: Service
+    prompt: the text to continue. documents: token ids of the text that is scored; text: its name. generate: how to
+    continue the prompt. context: a pruned context in front of the prompt, or None. model: the model's name. command:
+    the command line. began: `time.perf_counter()` at the start of the command, in seconds.
+    """
+
+    prompt: str
+    documents: Sequence[Sequence[int]]
+    text: str
+    generate: GenerateOptions
+    context: KVContext | None
+    model: str
+    command: str
+    began: float
 
 
-def measure(
-    engine: Engine, prompt: str, documents: Sequence[Sequence[int]], text: str, options: ReportOptions,
-    generate: GenerateOptions, context: KVContext | None, progress: Progress,
-) -> Measured:  # fmt: skip
-    """Everything, on this machine, now. documents: token ids of the text that is scored; text: what to call it.
+def measure_report(engine: Engine, given: ReportInputs, options: ReportOptions, progress: Progress) -> Report:
+    """Measures everything that a report shows, now and on this machine.
 
     Raises InputError for a target that cannot be met, a policy that was not calibrated, or text that is too short.
     """
+    prompt, documents, generate, context = given.prompt, given.documents, given.generate, given.context
     if generate.max_new_tokens < 2:
         raise InputError(
             "--max-new-tokens 1 decodes nothing: the prompt gives the first token. Ask for more."
@@ -93,20 +91,26 @@ def measure(
         targets.append(options.target_bits)
     names = options.policies or ("static", "dp-llm")
     explicit = options.policies is not None
-    cells_of(engine, names, targets, explicit)  # an impossible target costs no minutes of the others
-    cache = _cache_behind(engine, prompt, context, generate.chat)
+    cells_of(
+        engine, names, targets, explicit
+    )  # refuse an impossible target before minutes are spent on the others
+    cache = _prompt_cache(engine, prompt, context, generate.chat)
     cost = None if options.tpot_ms is None else cost_of(engine, progress=progress)
     operating = _operating_point(engine, options, cost, cache)
     cells, notes = cells_of(engine, names, sorted({*targets, operating.target_bits}), explicit)
     _aim(engine, operating, cost)
     generation, nbytes = generate_at(engine, operating, prompt, generate, context, progress)
-    frontier = measure_frontier(engine, cells, cache, pieces, text, notes, progress)
-    levels = service.measure_service(engine, operating.target_bits, queries, progress)
-    return Measured(operating, generation, frontier, kept_pairs(context), nbytes, levels)
+    frontier = measure_frontier(engine, cells, cache, pieces, given.text, notes, progress)
+    levels = query_spread.measure_query_spread(engine, operating.target_bits, queries, progress)
+    return Report(
+        model=given.model, command=given.command, date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        seconds=round(time.perf_counter() - given.began, 1), machine=host_facts(engine.decoder), operating=operating,
+        generation=generation, frontier=frontier, kept=kept_pairs(context), nbytes=nbytes, service=levels,
+    )  # fmt: skip
 
 
 def windows(documents: Sequence[Sequence[int]], size: int, total: int, shortest: int) -> list[list[int]]:
-    """Pieces of at most `size` tokens and at least `shortest`, about `total` in all, spread evenly over the text."""
+    """Returns pieces of `shortest` to `size` tokens, spread evenly over the documents, about `total` tokens in all."""
     pieces = [list(d[i : i + size]) for d in documents for i in range(0, len(d), size)]
     pieces = [p for p in pieces if len(p) >= shortest]
     wanted = max(1, round(total / size))
@@ -116,8 +120,8 @@ def windows(documents: Sequence[Sequence[int]], size: int, total: int, shortest:
 
 
 def _queries(documents: Sequence[Sequence[int]], options: ReportOptions) -> list[list[int]]:
-    size = service.PROMPT + service.NEW
-    shortest = service.PROMPT + service.SHORTEST
+    size = query_spread.PROMPT + query_spread.NEW
+    shortest = query_spread.PROMPT + query_spread.SHORTEST
     found = windows(documents, size, size * options.queries, shortest)
     if not found:
         raise InputError(
@@ -127,15 +131,15 @@ def _queries(documents: Sequence[Sequence[int]], options: ReportOptions) -> list
     return found
 
 
-def _cache_behind(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> KVCache:
-    """A cache of the context and the prompt, with room to time steps behind them."""
+def _prompt_cache(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> KVCache:
+    """Reads the context and the prompt into a cache that has room to time steps after them."""
     ids = _prompt_ids(engine, prompt, context, chat)
     before, room = 0 if context is None else context.cache.length, BLOCK + 1
     engine.check_prompt(ids, before)
     if (left := engine.decoder.config.max_positions - before - len(ids)) < room:
         raise InputError(
             f"the prompt leaves {left} of the model's {engine.decoder.config.max_positions} positions; {room} are "
-            "needed to time steps behind it. Shorten it."
+            "needed to time steps after it. Shorten the prompt."
         )
     cache: KVCache
     if context is None:
@@ -153,7 +157,7 @@ def _prompt_ids(engine: Engine, prompt: str, context: KVContext | None, chat: bo
 def _operating_point(
     engine: Engine, options: ReportOptions, cost: CostModel | None, cache: KVCache
 ) -> OperatingPoint:
-    """The target in bits, from what was asked; of a time, what the cost model expects to fit."""
+    """Returns the target in bits that meets the options. For a target in ms, the cost model predicts the bits."""
     if cost is not None and options.tpot_ms is not None:
         cost.check(options.tpot_ms, engine.pairs(cache))
         target = round(cost.bits_for(options.tpot_ms, engine.pairs(cache)), 3)
@@ -161,8 +165,8 @@ def _operating_point(
             "memory binds: there are no more planes" if target >= cost.bits[-1] - 1e-3 else "latency binds"
         )
         why = (
-            f"{options.tpot_ms:g} ms a token are held while text is generated; about {target:.2f} bits fit into them. "
-            f"{bound[0].upper()}{bound[1:]}."
+            f"{options.tpot_ms:g} ms a token are held while text is generated; about {target:.2f} bits fit into that "
+            f"time. {bound[0].upper()}{bound[1:]}."
         )
     elif options.target_bits is not None:
         target, why = options.target_bits, f"The target of {options.target_bits:g} bits was asked for."
@@ -186,7 +190,7 @@ def generate_at(
     engine: Engine, operating: OperatingPoint, prompt: str, options: GenerateOptions, context: KVContext | None,
     progress: Progress,
 ) -> tuple[Generation, tuple[KindBytes, ...]]:  # fmt: skip
-    """A real generation at the operating point, and the bytes it read and held by kind."""
+    """Generates text at the operating point. Returns the generation and the bytes it read and held, by kind."""
     read_before = 0 if context is None else context.cache.length
     asked = _prompt_ids(engine, prompt, context, options.chat)
     steps = []
@@ -228,7 +232,7 @@ def _groups(engine: Engine, target_bits: float) -> tuple[GroupInfo, ...]:
 
 
 def kept_pairs(context: KVContext | None) -> KeptPairs | None:
-    """What a pruned context holds before the question."""
+    """Returns the pairs that a pruned context holds before the question, or None without a context."""
     if context is None:
         return None
     pairs = tuple(tuple(row) for row in context.cache.lengths.tolist())

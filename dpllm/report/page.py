@@ -1,4 +1,4 @@
-"""The page: one HTML file that opens from disk and asks nothing of a network."""
+"""Writes the page: one HTML file that opens from disk and needs no network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from dpllm.report import bars, curves, timeline
 from dpllm.report.colours import LEVELS, style
 from dpllm.report.data import Generation, Report
+from dpllm.report.formatting import POLICY_NAMES, digits, milliseconds, several, size, visible
 from dpllm.report.svg import element, escape
-from dpllm.report.words import POLICY_NAMES, digits, milliseconds, several, size, visible
 
 
 def render(report: Report) -> str:
-    """The whole document."""
+    """Returns the whole HTML document."""
     g = report.generation
     files = resources.files("dpllm.report")
     css = (files / "page.css").read_text("utf-8") + style(range(g.seed_bits, g.resident_bits + 1))
@@ -36,7 +36,7 @@ def render(report: Report) -> str:
 
 
 def as_script_data(value: Any) -> str:
-    """JSON that no script element can be ended by."""
+    """Returns JSON that cannot end a script element."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -81,14 +81,14 @@ def _head(report: Report) -> str:
 
 
 def _summary(report: Report) -> str:
-    """What was done and why, in three sentences."""
+    """Describes the generation and its target, in three sentences."""
     g, o = report.generation, report.operating
     widths = np.asarray([t.bits for t in g.tokens])
     moved = float((widths != np.asarray([group.static_bits for group in g.groups])).mean())
     return (
         f"The model is stored once, as {g.resident_bits} nested bit planes of every matrix. At each token every group "
-        f"of matrices read {widths.min()} to {widths.max()} of them, more where its input said that another plane "
-        f"saves more loss than its bytes cost; {moved:.0%} of these choices differ from the best fixed allotment of "
+        f"of matrices read {widths.min()} to {widths.max()} of them, more where its input showed that another plane "
+        f"saves more loss than its bytes cost; {moved:.0%} of these choices differ from the best static widths of "
         f"the same size. {o.why}"
     )
 
@@ -129,9 +129,7 @@ def _where_the_bits_went(report: Report) -> str:
         "Widths are those of the step that produced the token; effective bits weigh them by matrix size."
     )
     if o.target_tpot_ms is not None:
-        caption += (
-            " The target in ms became one in bits by the curve measured before; nothing corrects it since."
-        )
+        caption += " The target in bits was predicted from the target in ms, by the times measured before."
     return _section(
         "Where the bits went",
         _p(words),
@@ -160,13 +158,13 @@ def _text(g: Generation) -> str:
     caption = (
         f"{low:.2f} {swatches} {high:.2f} effective bits. Grey: the prompt, read at {g.resident_bits} bits."
     )
-    # Whitespace in a pre is text: no line breaks between the pieces. A first newline of it would be dropped.
+    # White space in a pre is text, so no line breaks go between the pieces. HTML drops the first newline.
     return f"<pre>\n{''.join(pieces)}</pre>" + element("figcaption", caption)
 
 
 def _frontier(report: Report) -> str:
     f, o = report.frontier, report.operating
-    behind = f"Steps take turns between the policies and are timed behind a cache of {size(f.kv_bytes)}."
+    timed = f"Policies take turns; their steps are timed after a cache of {size(f.kv_bytes)}."
     drawings = [
         _figure(curves.quality_against_time(f, o), title="Quality against latency"),
         _figure(curves.quality_against_bytes(f, o), title="Quality against bytes read"),
@@ -187,14 +185,14 @@ def _frontier(report: Report) -> str:
         "ms p50",
         "ms p95",
         "read",
-        "0.001 nats less static at equal bits, 95%",
+        "0.001 nats minus static at equal bits, 95%",
     ]
     words = (
         f"Perplexity on {f.scored:,} tokens of {f.text} ({several(f.documents, 'piece')}), every token decoded at its "
-        f"own widths, from an empty cache. {behind} Differences smaller than their bars say nothing."
+        f"own widths, from an empty cache. {timed} Differences smaller than their bars are not significant."
     )
     return _section(
-        "What precision buys",
+        "Quality, time and bytes",
         _p(words),
         element("div", *drawings, class_="grid"),
         *(_p(n, "soft") for n in f.notes),
@@ -204,20 +202,20 @@ def _frontier(report: Report) -> str:
 
 def _memory(report: Report) -> str:
     kinds = [k for k in report.nbytes if k.read or k.held]
-    beside = element(
+    kept = element(
         "p",
         "The cache is whole: every layer and head keeps every pair. With a pruned context (dpllm context build, then "
-        "--context) this page shows which heads keep what.",
+        "--context) this page shows the pairs that each head keeps.",
         class_="soft",
     )
     if (k := report.kept) is not None:
         caption = f"{k.ratio:.1%} of the pairs of {k.tokens:,} tokens are kept, chosen by {k.policy}."
-        beside = _figure(bars.kept_chart(k), caption, title="Pairs kept by layer and KV head")
+        kept = _figure(bars.kept_chart(k), caption, title="Pairs kept by layer and KV head")
     counted = "Read: mean over the decoded tokens. Held: as the backend holds it, the cache at its fullest."
     chart = _figure(
         bars.bytes_chart(kinds), counted, title="Bytes by kind: read for a token (dark), held (light)"
     )
-    return _section("Memory", element("div", chart, beside, class_="grid"))
+    return _section("Memory", element("div", chart, kept, class_="grid"))
 
 
 def _service(report: Report) -> str:
@@ -233,8 +231,8 @@ def _service(report: Report) -> str:
             rows.append([f"{level.mode}, {what}", *found, write(max(values))])
     words = (
         f"{count} queries from the text, {s.prompt_tokens} tokens read and up to {s.new_tokens} decoded each, at a "
-        f"target of {o.target_bits:g} bits. With lambda fixed, a query gets what its tokens are worth; held on target, "
-        "a correction brings each query's mean there, over some thirty tokens."
+        f"target of {o.target_bits:g} bits. With lambda fixed, the bits of a query follow its tokens. Held on target, "
+        "a correction brings each query's mean to the target within some thirty tokens."
     )
     table = _table(["over queries", "p5", "p50", "p95", "most"], rows)
     return _section(
@@ -252,14 +250,14 @@ def _service(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     m, g, o = report.machine, report.generation, report.operating
-    behind = f", behind {g.context_tokens:,} tokens of context" if g.context_tokens else ""
+    context = f", after {g.context_tokens:,} tokens of context" if g.context_tokens else ""
     facts = {
         "command": report.command,
         "processor": f"{m.processor}, {several(m.cores, 'core')}",
         "backend": f"{m.backend}, {several(m.threads, 'thread')}",
         "versions": ", ".join(f"{k} {v}" for k, v in m.versions.items()),
-        "prompt": f"{several(g.prompt_tokens, 'token')}{behind}",
-        "first token": f"after {milliseconds(g.ttft_ms)}, which reading the prompt took",
+        "prompt": f"{several(g.prompt_tokens, 'token')}{context}",
+        "first token": f"after {milliseconds(g.ttft_ms)}, the time to read the prompt",
         "policy": f"{POLICY_NAMES[o.policy]}, log2 lambda {o.log2_lambda:g} before its correction",
         "took": f"{report.seconds:.0f} s",
     }

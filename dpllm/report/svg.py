@@ -1,4 +1,4 @@
-"""Small pieces of SVG: elements, scales, axes. Strings in, strings out; everything is escaped."""
+"""Writes small pieces of SVG: elements, scales, axes. Functions take and return strings; all text is escaped."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from itertools import count
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # controls, halves of pairs
-_numbers = count(1)  # of figures, for the ids that label them
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]"
+)  # control characters and lone surrogates
+_numbers = count(1)  # numbers of figures, for the ids of their labels
 
 
 def escape(value: object) -> str:
-    """Text or an attribute's value as HTML. What no document may hold becomes U+FFFD."""
+    """Escapes text or an attribute's value for HTML. Characters that HTML does not allow become U+FFFD."""
     return html.escape(_FORBIDDEN.sub("\ufffd", str(value)), quote=True)
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
-    """<name attributes>children</name>. class_ is class, other underscores become hyphens, None leaves one out.
-    Children are markup: escape text before."""
+    """Returns <name attributes>children</name>.
+
+    `class_` is written as class; other underscores become hyphens; an attribute that is None is left out. Children are
+    markup; escape text first.
+    """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{number(v) if isinstance(v, (int, float)) else escape(v)}"'
         for key, v in attributes.items()
@@ -33,29 +38,29 @@ def element(name: str, *children: str, **attributes: object) -> str:
 
 
 def number(value: float) -> str:
-    """Coordinates to a hundredth, without trailing zeros."""
+    """Formats a coordinate to a hundredth, without trailing zeros."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 def text(x: float, y: float, content: object, **attributes: object) -> str:
-    """A label. Its class may be `label` (axis titles), `name` (of a curve) or nothing."""
+    """Draws a text. Its class may be `label` (title of an axis), `name` (of a curve), or none."""
     return element("text", escape(content), x=float(x), y=float(y), **attributes)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
-    """A straight line."""
+    """Draws a straight line."""
     return element("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
 
 
 def path(points: Sequence[tuple[float, float]], class_: str) -> str:
-    """An open line through points."""
+    """Draws an open line through points."""
     return element("path", d="M" + "L".join(f"{number(x)} {number(y)}" for x, y in points), class_=class_)
 
 
 def figure(
     width: float, height: float, title: str, description: str, *content: str, **attributes: object
 ) -> str:
-    """An <svg> that scales with its box, named and described for those who do not see it."""
+    """Returns an <svg> that scales with its box, with a title and a description for screen readers."""
     n = next(_numbers)
     head = element("title", escape(title), id=f"t{n}") + element("desc", escape(description), id=f"d{n}")
     options = {"role": "img"} | attributes
@@ -66,7 +71,7 @@ def figure(
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear from [low, high] in units to [start, end] in pixels."""
+    """A linear map from [low, high] in units to [start, end] in pixels."""
 
     low: float
     high: float
@@ -74,25 +79,25 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        """Pixels."""
+        """Returns the position of a value, in pixels."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     @property
     def ticks(self) -> list[float]:
-        """Round values, about one every 60 pixels across, 32 down (start > end)."""
+        """Round values, about one every 60 pixels across or every 32 pixels down (start > end)."""
         apart = 60 if self.end > self.start else 32
         return ticks(self.low, self.high, max(2, int(abs(self.end - self.start) / apart)))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most about `most` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
+    """Returns about `most` or fewer multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     step = next_step((high - low) / most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
 def next_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is not below."""
+    """Returns the smallest 1, 2 or 5 times a power of ten that is not below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= least * (1 - 1e-9))
 
@@ -100,21 +105,21 @@ def next_step(least: float) -> float:
 def scale_over(
     values: Sequence[float], start: float, end: float, *, zero: bool = False, pad: float = 0.06
 ) -> Scale:
-    """A scale that holds all values, with a margin; from zero on request."""
+    """Returns a scale that holds all values, with a margin. zero: the scale starts at zero."""
     low, high = float(min(values)), float(max(values))
     room = (high - low) * pad or abs(high) * 0.05 or 1.0
     return Scale(0.0 if zero else low - room, high + room, start, end)
 
 
 def decimals(values: Sequence[float]) -> Callable[[float], str]:
-    """Formats ticks alike, with as many decimals as their distance needs."""
+    """Returns a function that formats all ticks alike, with as many decimals as their distance needs."""
     apart = abs(values[1] - values[0]) if len(values) > 1 else abs(values[0] if values else 1) or 1
     places = max(0, -math.floor(math.log10(apart) + 1e-9))
     return lambda v: f"{0.0 if abs(v) < apart / 1e6 else v:.{places}f}"
 
 
 def x_axis(scale: Scale, y: float, label: str) -> str:
-    """Ticks below y and what they count. Labels are whole sentences' worth: unit included."""
+    """Draws ticks below y, and the label, which includes the unit."""
     shown = scale.ticks
     write = decimals(shown)
     marks = [line(scale(v), y, scale(v), y + 4, "tick") + text(scale(v), y + 17, write(v), text_anchor="middle")
@@ -128,7 +133,7 @@ def x_axis(scale: Scale, y: float, label: str) -> str:
 
 
 def y_axis(scale: Scale, x: float, right: float, label: str | None = None) -> str:
-    """Ticks left of x with light lines across to `right`; the label lies above, where it reads without turning."""
+    """Draws ticks left of x with light lines to `right`. The label is above the axis, so that it is not rotated."""
     shown = scale.ticks
     write = decimals(shown)
     marks = [
@@ -140,9 +145,11 @@ def y_axis(scale: Scale, x: float, right: float, label: str | None = None) -> st
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, in their order, `gap` apart at least, or as far as the bounds have room for.
+    """Returns positions near the wanted ones, in the same order, at least `gap` apart.
 
-    The nearest ones in squares: less i * gap, positions need only not fall."""
+    Where [low, high] has too little room, the gap is smaller. The positions are the least squares solution: minus
+    i * gap, they only need to be ascending, which is isotonic regression.
+    """
     order = np.argsort(wanted, kind="stable")
     gap = min(gap, (high - low) / max(1, len(order) - 1))
     steps = gap * np.arange(len(order))
@@ -158,7 +165,7 @@ MARKS = {"circle": "M0-4.2A4.2 4.2 0 1 1 0 4.2A4.2 4.2 0 1 1 0-4.2Z", "square": 
 
 
 def mark(x: float, y: float, shape: str, class_: str, tip: str | None = None) -> str:
-    """A marker with what a browser shows when it is pointed at."""
+    """Draws a marker. tip: the text that a browser shows under the pointer."""
     inner = element("title", escape(tip)) if tip else ""
     where = f"translate({number(float(x))} {number(float(y))})"
     return element("path", inner, d=MARKS[shape], transform=where, class_=class_)

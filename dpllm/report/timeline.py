@@ -1,4 +1,4 @@
-"""The generation drawn, token by token: widths of every group, effective bits and time, one below the other."""
+"""Draws the generation, token by token: widths of every group, effective bits, and time, in three panels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpllm.report.data import Generation, GroupInfo, OperatingPoint
+from dpllm.report.formatting import milliseconds, visible
 from dpllm.report.svg import (
     Scale,
     apart,
@@ -21,35 +22,38 @@ from dpllm.report.svg import (
     x_axis,
     y_axis,
 )
-from dpllm.report.words import milliseconds, visible
 
 WIDTH, LEFT, RIGHT = 1200, 112, 1010
-PANEL, BETWEEN = 112, 52  # heights of a lower panel and of what separates two
-MARGIN = (RIGHT + 24, WIDTH - 14)  # where the groups' means are drawn
+PANEL, BETWEEN = 112, 52  # heights of a lower panel and of the gap between two panels
+MARGIN = (RIGHT + 24, WIDTH - 14)  # x range in which the groups' means are drawn
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Pixels of the figure. rows: top of each group's row."""
+    """Positions in the figure, in pixels.
+
+    column: width of a token's column. rows: top of each group's row. bits, times: top and bottom of the panels of
+    effective bits and of time.
+    """
 
     column: float
     rows: tuple[float, ...]
     row_height: float
-    bits: tuple[float, float]  # top and bottom of the panel of effective bits
+    bits: tuple[float, float]
     times: tuple[float, float]
 
     @property
     def height(self) -> float:
-        """Of the whole figure."""
+        """Height of the whole figure."""
         return self.times[1] + 48
 
     def middle(self, token: int) -> float:
-        """x of a token's column."""
+        """Returns the x of the middle of a token's column."""
         return LEFT + self.column * (token + 0.5)
 
 
 def layout_of(generation: Generation) -> Layout:
-    """Rows grouped by layer, a column a token."""
+    """Lays out one row for each group, with a gap between layers, and one column for each token."""
     groups = generation.groups
     row_height = max(4.0, min(13.0, 400 / len(groups)))
     gap, top, rows = max(2.0, row_height / 3), 46.0, []
@@ -65,7 +69,7 @@ def layout_of(generation: Generation) -> Layout:
 
 
 def timeline(generation: Generation, operating: OperatingPoint) -> str:
-    """The figure. Works by itself; page.js adds a cursor that names the token and group under it."""
+    """Draws the figure. It needs no script; page.js adds a cursor that names the token and group under it."""
     at = layout_of(generation)
     x = Scale(0.5, len(generation.tokens) + 0.5, LEFT, RIGHT)
     parts = [
@@ -103,7 +107,7 @@ def timeline(generation: Generation, operating: OperatingPoint) -> str:
 
 
 def cursor_data(generation: Generation) -> dict[str, Any]:
-    """What page.js needs to answer where the pointer is."""
+    """Returns the data from which page.js finds the token and group under the pointer."""
     at = layout_of(generation)
     return {
         "left": LEFT, "right": RIGHT, "rows": at.rows, "rowHeight": at.row_height,
@@ -126,12 +130,15 @@ def _legend(generation: Generation) -> str:
     x = MARGIN[0] + 4
     parts.append(element("circle", cx=x + 4, cy=16, r=3.2, class_="ours point"))
     parts.append(text(x + 13, 20, "mean", class_="label"))
-    parts.append(line(x + 58, 10, x + 58, 22, "static") + text(x + 65, 20, "static's width", class_="label"))
+    parts.append(line(x + 58, 10, x + 58, 22, "static") + text(x + 65, 20, "static width", class_="label"))
     return "".join(parts)
 
 
 def _cells(generation: Generation, at: Layout) -> str:
-    """One path a width, one rectangle a run of equal columns: a few kilobytes for thousands of cells."""
+    """Draws the cells: one path for each width, one rectangle for each run of equal columns.
+
+    Thousands of cells take a few kilobytes.
+    """
     runs: dict[int, list[str]] = {}
     bits = np.asarray([t.bits for t in generation.tokens]).T
     for top, row in zip(at.rows, bits, strict=True):
@@ -166,7 +173,7 @@ def _row_names(groups: tuple[GroupInfo, ...], at: Layout) -> str:
 
 
 def _means(generation: Generation, at: Layout) -> str:
-    """Mean width of each group at its row, beside the width that a fixed allotment of the same target gives it."""
+    """Draws the mean width of each group at its row, and the width that static widths of the same target give it."""
     x = Scale(generation.seed_bits, generation.resident_bits, MARGIN[0] + 4, MARGIN[1] - 4)
     means = np.mean([t.bits for t in generation.tokens], axis=0)
     parts = []
@@ -206,7 +213,9 @@ def _bits_panel(generation: Generation, operating: OperatingPoint, at: Layout) -
 
 def _time_panel(generation: Generation, operating: OperatingPoint, at: Layout) -> str:
     values, spread = [t.tpot_ms for t in generation.tokens], generation.tpot_ms
-    highest = 1.6 * max(spread.p95, operating.target_tpot_ms or 0.0)  # one hiccup must not flatten the rest
+    highest = 1.6 * max(
+        spread.p95, operating.target_tpot_ms or 0.0
+    )  # one slow token must not flatten the rest
     y = Scale(
         0.0, min(highest, 1.05 * max([*values, operating.target_tpot_ms or 0.0])), at.times[1], at.times[0]
     )

@@ -19,12 +19,12 @@ from dpllm.evaluation.evaluate import DocumentScore, evaluate
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
 from dpllm.report import frontier as frontiers
-from dpllm.report import service
+from dpllm.report import query_spread
 from dpllm.report.accounting import held_bytes, read_bytes
 from dpllm.report.data import KeptPairs, Spread
+from dpllm.report.formatting import visible
 from dpllm.report.measure import windows
 from dpllm.report.page import as_script_data, render
-from dpllm.report.words import visible
 
 QUICK = ("--score-tokens", 64, "--queries", 2, "--max-new-tokens", 8, "--targets", "2.5,4")
 
@@ -294,7 +294,7 @@ def test_a_pruned_context(ok, tiny_overlay, calibration_documents, tmp_path):
 
 def test_a_decision_per_matrix_and_no_native_step(ok, quantized, profiles, tmp_path, monkeypatch):
     monkeypatch.setattr(frontiers, "ROUNDS", 1)  # torch takes its time
-    monkeypatch.setattr(service, "NEW", 10)
+    monkeypatch.setattr(query_spread, "NEW", 10)
     profiles["linear"].save(tmp_path / "linear.safetensors")
     arguments = (
         "--profile",
@@ -327,8 +327,8 @@ def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
     [
         (("--target-bits", 9), "target 9 bits is impossible"),
         (("--target-bits", 3, "--tpot-ms", 5), "exclude each other"),
-        (("--tpot-ms", 0), "is no time"),
-        (("--tpot-ms", "nan"), "is no time"),
+        (("--tpot-ms", 0), "is not a time"),
+        (("--tpot-ms", "nan"), "is not a time"),
         (("--tpot-ms", 1e-6), "cannot be kept"),
         (("--policies", "static,nonsense"), "unknown policy 'nonsense'"),
         (("--policies", "uniform", "--targets", "2.5"), "whole bits"),
@@ -377,7 +377,7 @@ def test_a_context_needs_a_question(refused, ok, tiny_overlay, calibration_docum
 
 
 def test_a_disk_that_fills_up(tmp_path):
-    """The old page stays, nothing is left beside it."""
+    """The old page stays, and no other file is left."""
     target = tmp_path / "r.html"
     write_text(target, "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

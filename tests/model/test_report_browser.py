@@ -11,8 +11,8 @@ from browser import browser_page, find_browser
 from PIL import Image
 from report_cases import HOSTILE, hostile
 
+from dpllm.report.formatting import visible
 from dpllm.report.page import render
-from dpllm.report.words import visible
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None,

@@ -17,8 +17,8 @@ from dpllm.decode.step import decode_one
 from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
 from dpllm.planning import quality_model as quality
-from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, measure
-from dpllm.planning.quality_measurement import QualityOptions
+from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, measure_cost
+from dpllm.planning.quality_measurement import KEEPS, STEPS, QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, estimated
 from dpllm.policies.base import begin_text, observe
 from dpllm.policies.make import make_policy
@@ -180,11 +180,11 @@ def test_cost_is_measured_once_and_kept(engine):
     assert cost.bits[0] < 2.2 and cost.bits[-1] > 5.8
     assert cost.step_ms(4, 1e5) > cost.step_ms(4) > 0
     cost_path(engine).write_text("{}")
-    assert cost_of(engine) != cost, "a damaged cache is measured anew"
+    assert cost_of(engine) != cost, "a damaged cache is measured again"
 
 
 def test_a_cost_of_another_device_or_overlay_is_refused(engine, tmp_path):
-    cost, path = measure(engine), tmp_path / "cost.json"
+    cost, path = measure_cost(engine), tmp_path / "cost.json"
     for key, value, says in (
         ("device", "a GPU", "another device"),
         ("overlay_hash", "0" * 64, "another overlay"),
@@ -199,11 +199,11 @@ def test_a_cost_of_another_device_or_overlay_is_refused(engine, tmp_path):
 
 
 def test_quality_is_measured_jointly(engine, tmp_path):
-    found = quality.measure(
+    found = measure_quality(
         engine, reference.heldout_text(), QualityOptions(documents=1, context=64, following=12)
     )
     nats = np.asarray(found.nats)
-    assert nats.shape == (len(quality.STEPS), len(quality.KEEPS)) and found.tokens == 12
+    assert nats.shape == (len(STEPS), len(KEEPS)) and found.tokens == 12
     assert (np.diff(nats, axis=0) <= 1e-9).all() and (np.diff(nats, axis=1) <= 1e-9).all() and nats.min() >= 0
     assert nats[0, 0] > nats[-1, -1]
     found.save(tmp_path / "quality.json")
@@ -211,7 +211,7 @@ def test_quality_is_measured_jointly(engine, tmp_path):
     with pytest.raises(InputError, match="another overlay"):
         QualityModel.load(tmp_path / "quality.json", "0" * 64)
     (tmp_path / "quality.json").write_text("{")
-    with pytest.raises(InputError, match="no measurement of quality"):
+    with pytest.raises(InputError, match="is not a measurement of quality"):
         QualityModel.load(tmp_path / "quality.json", found.overlay_hash)
 
 
@@ -221,7 +221,7 @@ def test_the_bundled_measurement_is_of_the_bundled_overlay(engine):
     assert found.loss(6.0) == 0 < found.loss(3.0) < found.loss(2.5, 0.3) < found.loss(2.0, 0.1)
 
 
-def test_calibration_alone_foretells_the_order(engine):
+def test_calibration_alone_predicts_the_order(engine):
     guess = estimated(engine.profile)
     losses = [guess.loss(b) for b in (2.0, 2.5, 3.0, 4.0, 6.0)]
     assert losses == sorted(losses, reverse=True) and losses[-1] == 0
@@ -233,7 +233,7 @@ def test_calibration_alone_foretells_the_order(engine):
 def test_plan_command(ok, refused, engine, tmp_path):
     path, cost = (
         tmp_path / "cost.json",
-        measure(engine),
+        measure_cost(engine),
     )  # what others do to this machine's times must not matter
     replace(cost, weights_ms=tuple(1.0 + i for i in range(len(cost.bits)))).save(path)
     limits = "--context", "2k", "--max-quality-loss", "2%", "--max-memory", "1GB"
@@ -255,7 +255,7 @@ def test_plan_command(ok, refused, engine, tmp_path):
     )
     refused("plan", "--context", "many", says="no number of tokens")
     refused("plan", "--max-quality-loss", "much", says="no share")
-    refused("plan", "--cost", tmp_path / "none.json", says="no cost profile")
+    refused("plan", "--cost", tmp_path / "none.json", says="is not a cost profile")
 
 
 def test_profile_command(ok, tmp_path):
@@ -295,6 +295,6 @@ def test_a_model_without_a_profile_has_nothing_to_plan_with(tmp_path):
     shutil.copytree(reference.overlay_path(), own)
     (own / "profile.safetensors").unlink()
     bare = load(own, options=LoadOptions())
-    for work in (measure, quality.quality_of):
+    for work in (measure_cost, quality.quality_of):
         with pytest.raises(InputError, match="no calibration profile"):
             work(bare)

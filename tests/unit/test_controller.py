@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
-from dpllm.control.controller import LatencyController, QueryBudget
+from dpllm.control.controller import ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.cost_measurement import Timed, plane_times
 from dpllm.policies.token_limit import Prices
@@ -162,6 +162,19 @@ def test_a_clock_that_says_nothing_changes_nothing(ms):
         controller.retarget(ms)
 
 
+def test_headroom_bounds_a_single_token():
+    """A token may take `headroom` times the target, whatever its bits."""
+    for headroom in (1.0, 1.02, 1.2):
+        controller = LatencyController(COST, 17.0, PRICES, ControlOptions(headroom=headroom))
+        assert controller.order(0).allowance.most == pytest.approx(17e6 * headroom)
+
+
+@pytest.mark.parametrize("headroom", [0.99, 0.0, -1.0, math.nan, math.inf])
+def test_a_headroom_below_one_is_refused(headroom):
+    with pytest.raises(InputError, match=r"headroom is .*; it must be 1 or more"):
+        ControlOptions(headroom=headroom)
+
+
 # -- budgets -------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +232,7 @@ def test_cost_survives_its_file_and_damage_is_named(tmp_path):
         text.replace("14.0", "4.0"),
     ):
         path.write_text(wrong)
-        with pytest.raises(InputError, match="no cost profile"):
+        with pytest.raises(InputError, match="is not a cost profile"):
             CostModel.load(path)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
-from dpllm.planning.planner import Machine, Plan, Planner, Targets
+from dpllm.planning.planner import Plan, PlanInputs, Planner, Targets
 from dpllm.planning.quality_model import QualityModel
 
 COST = CostModel(
@@ -22,11 +22,11 @@ QUALITY = QualityModel(
     "an overlay", "a text", 1000, bits=(2.0, 3.0, 4.0, 6.0), keep=(0.1, 0.3, 1.0),
     nats=((0.5, 0.32, 0.3), (0.25, 0.06, 0.05), (0.2, 0.02, 0.01), (0.19, 0.01, 0.0)),
 )  # fmt: skip
-MACHINE = Machine(
+INPUTS = PlanInputs(
     held={3: 300, 4: 400, 6: 600}, read_bytes=lambda bits: round(bits * 100), pairs=64, pair_bytes=1,
     max_positions=32768, penalty=lambda planes, bits: 0.002 * (6 - planes) * (bits > planes - 1),
 )  # fmt: skip
-PLANNER = Planner(MACHINE, COST, QUALITY)
+PLANNER = Planner(INPUTS, COST, QUALITY)
 
 
 candidates = cache(PLANNER.candidates)
@@ -127,5 +127,5 @@ def test_targets_that_are_none(wrong):
 
 def test_without_a_measurement_of_pruning_the_cache_is_kept():
     weights_only = QualityModel("an overlay", "estimate", 0, (2.0, 6.0), (1.0,), ((0.3,), (0.0,)))
-    planner = Planner(MACHINE, COST, weights_only)
+    planner = Planner(INPUTS, COST, weights_only)
     assert {p.keep_ratio for p in planner.candidates(4096)} == {1.0}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpllm.report.colours import DARK, LEVELS, LIGHT, blend, ink_on, luminance, style
+from dpllm.report.formatting import digits, milliseconds, size, visible
 from dpllm.report.svg import Scale, apart, decimals, element, escape, figure, scale_over, text, ticks
-from dpllm.report.words import digits, milliseconds, size, visible
 
 finite = st.floats(-1e6, 1e6)
 

@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on."""
+"""Describes the machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from dpllm.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where it was measured."""
+class HostFacts:
+    """The machine that a figure was measured on.
+
+    processor: its name. cores: logical cores of the machine. backend: the kernels in use. threads: threads that the
+    kernels use. versions: package name -> version.
+    """
 
     processor: str
     cores: int
@@ -25,7 +29,7 @@ class Machine:
 
 
 def processor_name() -> str:
-    """The processor, as the kernel calls it."""
+    """Returns the processor's name as the operating system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -34,12 +38,12 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine_of(decoder: Decoder) -> Machine:
-    """Processor, cores, backend with its threads, and the versions that decide a figure."""
+def host_facts(decoder: Decoder) -> HostFacts:
+    """Returns the facts of this machine, of the decoder's backend, and of the packages that decide a figure."""
     cpu = decoder.backend.cpu
     versions = {"python": platform.python_version()}
     versions |= {p: metadata.version(p) for p in ("dpllm", "torch", "transformers", "numpy")}
-    return Machine(
+    return HostFacts(
         processor=processor_name(), cores=os.cpu_count() or 1, backend=decoder.backend.name,
         threads=cpu.handle.threads if cpu is not None else torch.get_num_threads(), versions=versions,
     )  # fmt: skip

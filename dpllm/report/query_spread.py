@@ -1,4 +1,4 @@
-"""Service levels: how effective bits and latency spread over queries, as DP-LLM (arXiv:2508.06041) asks."""
+"""Measures how effective bits and latency spread over queries, as DP-LLM (arXiv:2508.06041) does."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import numpy as np
 from dpllm.engine import Engine
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report.data import Service, ServiceLevel
-from dpllm.report.decoding import Progress, forced_steps, read
+from dpllm.report.timed_steps import Progress, forced_steps, read
 
-PROMPT, NEW = 16, 64  # tokens of a query: read, decoded
-SHORTEST = 8  # decoded tokens below which a piece of text is no query
+PROMPT, NEW = 16, 64  # tokens of a query that are read, and that are decoded
+SHORTEST = 8  # fewest tokens of a query that are decoded
 HELD, FIXED = "held on target", "lambda fixed"
 
 
-def measure_service(
+def measure_query_spread(
     engine: Engine, target_bits: float, queries: Sequence[Sequence[int]], progress: Progress
 ) -> Service:
-    """Decodes every query twice, modes taking turns: with the correction that holds the target, and at the one lambda
-    that calibration gives it. queries: token ids, PROMPT of them to be read, the others decoded."""
+    """Decodes every query in two modes, which take turns.
+
+    One mode uses the correction that holds the target; the other uses the single lambda that calibration gives for the
+    target. queries: token ids; the first PROMPT of each are read, the others decoded.
+    """
     assert engine.profile is not None
     modes = {
         HELD: RateDistortionPolicy(engine.profile, engine.decoder, target_bits),

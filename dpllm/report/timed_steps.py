@@ -1,4 +1,4 @@
-"""Real decode steps under a policy, timed as `Engine.generate` times them: observe, decode, pick the token."""
+"""Times real decode steps under a policy, as `Engine.generate` times them: observe, decode, sample the token."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dpllm.policies.base import PrecisionPolicy, begin_text, observe
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Key = TypeVar("Key")
 
-BLOCK = 8  # steps of one policy before the next one's turn: machines change speed from second to second
-LEAST_ROUNDS, LONGEST_S = 3, 40.0  # of turns; a large model is timed no longer than needed
+BLOCK = 8  # steps in a turn of one policy; policies take turns because machines change speed from second to second
+LEAST_ROUNDS, LONGEST_S = 3, 40.0  # fewest turns; seconds after which no further turn starts
 
 
 @dataclass(frozen=True)
 class ForcedStep:
-    """One decode step of a given text: its time in ms, the widths int32 [G] it read."""
+    """One decode step of a given text: its time in ms, and the widths it read, int32 [G]."""
 
     ms: float
     bits: Tensor
@@ -33,7 +33,7 @@ class ForcedStep:
 
 @torch.no_grad()
 def read(engine: Engine, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Reads ids into the cache at the resident maximum. Returns the logits [1, V] behind them."""
+    """Reads ids into the cache at the resident maximum. Returns the logits [1, V] after them."""
     for chunk in torch.tensor(ids, device=engine.decoder.device).split(PREFILL_CHUNK):
         logits = engine.decoder.forward(chunk, cache, last_only=True)
     return logits
@@ -46,7 +46,10 @@ def forced_steps(
     tokens: Sequence[int],
     logits: Tensor | None = None,
 ) -> Iterator[ForcedStep]:
-    """Decodes given tokens one by one behind the cache, as a text of its own. logits [1, V]: of the step before."""
+    """Decodes given tokens one by one after the cache, as a separate text, and yields each step.
+
+    logits: [1, V] of the step before the first token, or None. The cache grows by the tokens.
+    """
     deciding = begin_text(policy)
     for token in tokens:
         began = time.perf_counter()
@@ -61,9 +64,10 @@ def interleaved_ms(
     engine: Engine, policies: Mapping[Key, PrecisionPolicy], cache: KVCache, tokens: Sequence[int], rounds: int,
     progress: Callable[[int, int], None],
 ) -> dict[Key, list[float]]:  # fmt: skip
-    """Times in ms of rounds * BLOCK steps of each policy, policies taking turns; the first step of a turn is left out.
+    """Returns the times, in ms, of rounds * BLOCK steps of each policy. Policies take turns.
 
-    The cache is as before afterwards. Stops early, after LEAST_ROUNDS, once it has taken LONGEST_S.
+    The first step of a turn is left out. The cache is restored. After LEAST_ROUNDS rounds, the measurement stops once
+    it has taken LONGEST_S seconds.
     """
     base = cache.length
     times: dict[Key, list[float]] = {key: [] for key in policies}

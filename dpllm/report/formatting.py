@@ -1,4 +1,4 @@
-"""Figures and tokens as people read them."""
+"""Formats figures and tokens for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍", " ": "␣"}
 
 
 def size(nbytes: float) -> str:
-    """Bytes in the unit that leaves three digits: '3.75 MB'."""
+    """Formats bytes with three significant digits: '3.75 MB'."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale * 0.9995:
             return f"{digits(nbytes / scale)} {unit}"
@@ -19,7 +19,7 @@ def size(nbytes: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three significant digits without exponent."""
+    """Formats a number with three significant digits and without an exponent."""
     if value == 0:
         return "0"
     magnitude = abs(value)
@@ -27,16 +27,16 @@ def digits(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """'1.83 ms'."""
+    """Formats milliseconds: '1.83 ms'."""
     return f"{digits(value)} ms"
 
 
 def several(count: int, noun: str) -> str:
-    """'1 thread', '2 threads'."""
+    """Formats a count with its noun: '1 thread', '2 threads'."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def visible(token: str) -> str:
-    """A token's text with its white space made visible, other controls as codes: '␣def', '↵'."""
+    """Returns a token's text with visible white space and with other control characters as codes: '␣def', '↵'."""
     shown = "".join(_SIGNS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in token)
     return shown or "(nothing)"
