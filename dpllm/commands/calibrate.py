@@ -15,7 +15,6 @@ from dpllm import __version__
 from dpllm.base.errors import InputError
 from dpllm.base.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
-from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.commands.common import (
@@ -157,13 +156,13 @@ def _check(
     """Effective bits of decoding the calibration text at every target under every budget."""
     checked = []
     cells = [(t, b) for b in budgets for t in targets if t <= b]
-    with dense(calibrator.decoder):
-        for i, (t, b) in enumerate(cells):
-            planes = profile.budget(b)
-            lam = profile.lambda_for(min(t, profile.target_range(planes)[1]), planes)
-            used = calibrator.bits_used(profile, lam, calibrator.sequences, planes)
-            checked.append({"target_bits": t, "memory_bits": b, "effective_bits": round(used, 4)})
-            progress("targets", i + 1, len(cells))
+    fast = calibrator.dequantised()
+    for i, (t, b) in enumerate(cells):
+        planes = profile.budget(b)
+        lam = profile.lambda_for(min(t, profile.target_range(planes)[1]), planes)
+        used = fast.bits_used(profile, lam, calibrator.sequences, planes)
+        checked.append({"target_bits": t, "memory_bits": b, "effective_bits": round(used, 4)})
+        progress("targets", i + 1, len(cells))
     return checked
 
 

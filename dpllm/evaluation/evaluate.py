@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dpllm.calib.dequantised import dense
+from dpllm.calib.dequantised import dequantised_view
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.evaluation.side_by_side import steps
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy, Recorder
+from dpllm.policies.oracle import OracleRateDistortion
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.policies.thresholds import own_inputs
 
@@ -76,13 +77,15 @@ def score(
     """One score per document of at least two tokens, in their order."""
     kept = [torch.tensor(d, device=decoder.device) for d in documents if len(d) > 1]
     # The native kernels are quick as they are, and what they compute is what is to be scored.
-    with dense(decoder, products=decoder.backend.cpu is None):
-        native = NativeStep.of(decoder)
-        if native is not None and isinstance(policy, RateDistortionPolicy) and own_inputs(policy):
-            return [_score_native(decoder, native, policy, ids, progress) for ids in kept]
-        if getattr(policy, "stepwise", False):
-            return _score_steps(decoder, policy, kept, progress)
-        return [_score_batch(decoder, policy, ids, progress) for ids in kept]
+    decoder = dequantised_view(decoder, products=decoder.backend.cpu is None)
+    if isinstance(policy, OracleRateDistortion):
+        policy = policy.reading_from(decoder)
+    native = NativeStep.of(decoder)
+    if native is not None and isinstance(policy, RateDistortionPolicy) and own_inputs(policy):
+        return [_score_native(decoder, native, policy, ids, progress) for ids in kept]
+    if getattr(policy, "stepwise", False):
+        return _score_steps(decoder, policy, kept, progress)
+    return [_score_batch(decoder, policy, ids, progress) for ids in kept]
 
 
 def _score_batch(

@@ -78,9 +78,9 @@ def steps(
 
 def _step(decoder: Decoder, ids: Tensor, cache: Any, select: Callable[..., Tensor]) -> Tensor:
     """Logits [R, V] behind one token of each sequence."""
-    x = decoder._embed(ids)
-    rope = decoder._rope(cache.length, 1)
+    x = decoder.embed(ids)
+    rope = decoder.rope(cache.length, 1)
     for layer in decoder.layers:
-        x = decoder._block(layer, x, rope, cache, select, None)
+        x = decoder.block(layer, x, rope, cache, select)
     cache.length += 1
-    return decoder._head(decoder._rms_norm(x, decoder.norm)).float()
+    return decoder.apply_head(decoder.rms_norm(x, decoder.norm)).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class OracleRateDistortion:
                 "this profile holds nothing for policy 'oracle-rate-distortion'. Run: dpllm calibrate OVERLAY"
             )
         device = decoder.device
-        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dequantised.py)
+        self._dequantize = decoder.backend.dequantize
         self.seed_bits = profile.bits[0]
         self.probe = TokenProbe.of(profile.probe, profile.context, device)
         names = [f"oracle.saliency.{g}" for g in range(len(decoder.groups))]
@@ -48,6 +50,13 @@ class OracleRateDistortion:
         self._used: Tensor | None = None  # float64 [R], as in RateDistortionPolicy
         self._multiplier = torch.ones(1)
 
+    def reading_from(self, decoder: Decoder) -> OracleRateDistortion:
+        """A copy that reads its matrices from another view of the same decoder and has learned nothing yet."""
+        own = copy.copy(self)
+        own._dequantize = decoder.backend.dequantize
+        own.reset()
+        return own
+
     def reset(self) -> None:
         """A new text: no previous step, no correction."""
         self.context = self._used = None
@@ -59,11 +68,10 @@ class OracleRateDistortion:
             self._multiplier = self.probe.multiplier(x, self.context, self.correction)
             self._used = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         widths = range(self.seed_bits, group.resident_bits + 1)
-        dequantize = self.decoder.backend.dequantize
-        full = x @ dequantize(group.weight, widths[-1], x.dtype).T
+        full = x @ self._dequantize(group.weight, widths[-1], x.dtype).T
         loss = torch.zeros(len(x), len(widths), device=x.device)
         for i, width in enumerate(widths[:-1]):
-            error = (full - x @ dequantize(group.weight, width, x.dtype).T).float()
+            error = (full - x @ self._dequantize(group.weight, width, x.dtype).T).float()
             loss[:, i] = (error**2) @ self.saliency[group.index]
         total = loss * self._multiplier[:, None] + self.price[group.index, : len(widths)]
         bits = self.seed_bits + total.argmin(dim=1).to(torch.int32)
