@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.machine import processor_name
 from dpllm.policies.base import PrecisionPolicy
@@ -38,8 +39,6 @@ SECONDS = 4.0  # to spend, more or less: slow models get fewer rounds
 ROUNDS = (3, 24)  # at least, at most
 EVENLY = 0.02  # how firmly planes are held to one time, relative to what was measured
 CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
-
-Progress = Callable[[str, int, int], None]
 
 
 class Cell(NamedTuple):
@@ -67,7 +66,7 @@ def cost_path(engine: Engine) -> Path:
     return root / f"{_hash(engine)[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
 
-def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambda *_: None) -> CostModel:
+def cost_of(engine: Engine, path: Path | None = None, progress: Progress = no_progress) -> CostModel:
     """The stored cost model, or a fresh one, which is then stored.
 
     path: a file to use instead of the cache. Raises InputError where it was measured with another overlay or device.
@@ -92,7 +91,7 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
     return found
 
 
-def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+def measure(engine: Engine, progress: Progress = no_progress) -> CostModel:
     """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
     slows all of them alike. Raises InputError for a model without bits to choose."""
     taken: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import encode, read_documents
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.decode.step import decode_one
+from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -24,7 +26,7 @@ from dpllm.policies.make import make_policy
 if TYPE_CHECKING:
     from dpllm.engine import Engine
     from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.planning.quality_model import Progress, QualityModel
+from dpllm.planning.quality_model import QualityModel
 
 KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 
@@ -46,7 +48,7 @@ def measure(
     engine: Engine,
     text: Path,
     options: QualityOptions = QualityOptions(),
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> QualityModel:
     """Decodes at every number of bits over a cache pruned to every ratio. Raises InputError for a text that is too
     short, or a model without bits to choose."""

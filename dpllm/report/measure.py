@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress
 from dpllm.context.kv_context import KVContext
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
@@ -29,7 +30,7 @@ from dpllm.report.data import (
     Service,
     Token,
 )
-from dpllm.report.decoding import BLOCK, Progress, read
+from dpllm.report.decoding import BLOCK, read
 from dpllm.report.frontier import (
     OURS,
     cells_of,
