@@ -9,10 +9,11 @@ import torch
 from kv_documents import Document
 from torch import Tensor
 
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.engine import Engine
+from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
 from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted

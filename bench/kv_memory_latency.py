@@ -28,15 +28,16 @@ from typing import Any
 import torch
 from report import report
 
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
+from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.budget import Budget, over_all
 from dpllm.kvzip_bridge.ragged_cache import SLACK, RaggedKVCache
 from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions
-from dpllm.model.memory import peak_bytes
+from dpllm.model.memory import process_peak_bytes
 from dpllm.model.random_models import random_decoder, shape
 
 KEEP, ROUNDS, BLOCK = 0.3, 9, 2048
@@ -166,7 +167,7 @@ def build(decoder: Decoder, ids: list[int], block: int) -> Built:
         read += milliseconds(partial(pruner.read, ids[start : start + block]))
         room = pruner.room(block) if start + block < len(ids) else SLACK
         prune += milliseconds(partial(pruner.prune, share, room))
-    return Built(read / 1e3, prune / 1e3, (peak_bytes() - before) / 1e6, cache)
+    return Built(read / 1e3, prune / 1e3, (process_peak_bytes() - before) / 1e6, cache)
 
 
 def reset_peak() -> int:
@@ -174,7 +175,7 @@ def reset_peak() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
+    return process_peak_bytes()
 
 
 def of_layers(decoder: Decoder, layers: int) -> Decoder:

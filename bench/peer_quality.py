@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from quality_variants import calibration_sequences
 from report import RESULTS, report
 
 from dpllm import reference
-from dpllm.model.decoder import Decoder
+from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions, load_decoder
 
 GGUF = {
@@ -77,18 +76,14 @@ def hqq_weight(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tenso
 def importance(decoder: Decoder) -> dict[str, np.ndarray]:
     """Mean squared input of every column, float32 [K], by GGUF name."""
     total: dict[str, torch.Tensor] = {}
-    apply = decoder._apply
 
-    def seen(group: Any, x: torch.Tensor, select: Any, observe: Any) -> torch.Tensor:
+    def observe(group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
         name = gguf_name(group.name)
         total[name] = total.get(name, torch.zeros(x.shape[1])) + x.float().square().mean(0)
-        return apply(group, x, select, observe)
 
-    decoder._apply = seen  # type: ignore[method-assign]
     with torch.no_grad():
         for ids in calibration_sequences(IMPORTANCE):
-            decoder.forward(ids)
-    decoder._apply = apply  # type: ignore[method-assign]
+            decoder.forward(ids, observe=observe)
     return {name: (t / IMPORTANCE).numpy() for name, t in total.items()}
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dpllm import reference
 from dpllm.base.errors import InputError
+from dpllm.base.progress import no_progress
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.controls import WeightGradients, weight_gradients
-from dpllm.calib.dequantised import dense
+from dpllm.calib.dequantised import dequantised_view
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.dp_llm_averages import AveragesOptions
 from dpllm.calib.runtime.profile import CalibrationProfile
@@ -88,7 +89,7 @@ def calibrate(work: Path, name: str, threads: int = 1, effort: Effort = Effort()
     calibrator = Calibrator(
         decoder, calibration_sequences(effort.sequences), options, work / f"{name}.partial"
     )
-    profile = calibrator.run(overlay_hash, variant.granularity, {"variant": name}, _quiet)
+    profile = calibrator.run(overlay_hash, variant.granularity, {"variant": name}, no_progress)
     if variant.dp_llm:
         profile = _with_dp_llm(work, decoder, profile, variant, effort)
     profile.save(out)
@@ -119,19 +120,14 @@ def _with_dp_llm(
             zip(found["dp-llm.budgets"], found["dp-llm.targets"], found["dp-llm.averages"], strict=True)
         )
     found = calibrate_dp_llm(
-        decoder, calibration_sequences(effort.tuning), caps, targets, options, _quiet, rows
+        decoder, calibration_sequences(effort.tuning), caps, targets, options, no_progress, rows
     )
     return replace(profile, extra=dict(profile.extra) | found)
 
 
 def gradients(decoder: Decoder) -> WeightGradients:
     """What HAWQ-V2-like and LLM-MQ-like allocations are made from."""
-    with dense(decoder):
-        return weight_gradients(decoder, calibration_sequences(GRADIENTS), 0, _quiet)
-
-
-def _quiet(stage: str, done: int, total: int) -> None:
-    pass
+    return weight_gradients(dequantised_view(decoder), calibration_sequences(GRADIENTS), 0, no_progress)
 
 
 def calibrator_for(work: Path, threads: int = 1, effort: Effort = Effort()) -> Callable[[str], None]:

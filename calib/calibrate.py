@@ -15,6 +15,7 @@ Passes over calibration text through the very decoder that will run:
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,9 +27,11 @@ import torch
 from scipy.optimize import isotonic_regression
 from torch import Tensor
 
+from dpllm.base.progress import Progress
 from dpllm.calib.allocation import memory_allocation
-from dpllm.calib.dequantised import dense
-from dpllm.calib.gradient_passes import LABEL_STREAM, Measurements, Meter, Progress, output_saliency
+from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup
+from dpllm.calib.dequantised import dequantised_view
+from dpllm.calib.gradient_passes import LABEL_STREAM, Measurements, Meter, output_saliency
 from dpllm.calib.lambda_curve import dense_curve, oracle_curve, solve, stored_bits
 from dpllm.calib.partial_results import Partial
 from dpllm.calib.runtime.profile import CalibrationProfile, Resident
@@ -62,17 +65,29 @@ class Calibrator:
     """
 
     def __init__(
-        self, decoder: Any, sequences: Tensor, options: CalibrateOptions, partial: Path | None = None
+        self,
+        decoder: CalibrationDecoder,
+        sequences: Tensor,
+        options: CalibrateOptions,
+        partial: Path | None = None,
     ):
         self.decoder, self.sequences, self.options = decoder, sequences, options
         self.groups = decoder.groups
-        self.backend = decoder.backend
         self.widths = list(range(self.groups[0].seed_bits, self.groups[0].resident_bits + 1))
         self.source: list[int] = list(range(len(self.groups)))
         self.ratio: list[Tensor | None] = [None] * len(self.groups)
         if options.asynchronous:
             self.source, self.ratio = stale_sources(decoder.layers)
         self.partial = Partial(partial)
+
+    def dequantised(self) -> Calibrator:
+        """The same calibration with a decoder whose matrices are dequantised once, where they fit into memory.
+
+        They are freed with the calibrator that is returned (calib/dequantised.py).
+        """
+        fast = copy.copy(self)
+        fast.decoder = dequantised_view(self.decoder)
+        return fast
 
     def run(
         self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress
@@ -86,13 +101,13 @@ class Calibrator:
             repr(self.options),
         ]
         self.partial.open(key)
-        with dense(self.decoder):
-            saliency = self.saliency(progress)
-            diagonals = [self.diagonal(g, s) for g, s in zip(self.groups, saliency, strict=True)]
-            measured = self.measure(saliency, diagonals, progress)
-            profile = self.profile(overlay_hash, granularity, origin, diagonals, measured)
-            profile = self.with_curves(profile, measured, progress)
-            profile = replace(profile, extra=self.oracle(profile, saliency, measured))
+        fast = self.dequantised()
+        saliency = fast.saliency(progress)
+        diagonals = [fast.diagonal(g, s) for g, s in zip(self.groups, saliency, strict=True)]
+        measured = fast.measure(saliency, diagonals, progress)
+        profile = fast.profile(overlay_hash, granularity, origin, diagonals, measured)
+        profile = fast.with_curves(profile, measured, progress)
+        profile = replace(profile, extra=fast.oracle(profile, saliency, measured))
         took = {"seconds": round(time.perf_counter() - began, 1), "tokens": int(self.sequences.numel())}
         self.partial.remove()
         return replace(profile, origin=dict(profile.origin) | took)
@@ -105,7 +120,7 @@ class Calibrator:
             self.partial.add({n: s.cpu().numpy() for n, s in zip(names, found, strict=True)})
         return [torch.from_numpy(self.partial[n]).to(self.decoder.device) for n in names]
 
-    def diagonal(self, group: Any, saliency: Tensor) -> Tensor:
+    def diagonal(self, group: CalibrationGroup, saliency: Tensor) -> Tensor:
         """[K]: expected loss of reading too few planes, per squared input, at the middle step."""
         middle = self.widths[len(self.widths) // 2 - 1]
         dequantize = self.decoder.backend.dequantize
@@ -249,7 +264,7 @@ class Calibrator:
         )
         used = 0.0
 
-        def select(group: Any, x: Tensor) -> Tensor:
+        def select(group: CalibrationGroup, x: Tensor) -> Tensor:
             nonlocal used
             bits = text(group, x)
             used += bits.sum().item() * group.weights

@@ -1,37 +1,44 @@
-"""Static allocations of other systems, rebuilt from their formulas, to compare with: one loss table each.
+"""Static allocations of other systems, implemented from their formulas for comparison: one loss table each.
 
 Every table is [G, B], the predicted loss of reading width b; `calib.allocation` turns it into widths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.gradient_passes import LABEL_STREAM, Progress, backward_from_samples, gradients
+from dpllm.base.progress import Progress
+from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup
+from dpllm.calib.gradient_passes import LABEL_STREAM, backward_from_samples, gradient_leaf
 
 
 @dataclass(frozen=True)
 class WeightGradients:
-    """Per group. mean: float32 [N, K], gradient of the text's own loss per token. square: float32 [N, K],
-    squared gradient under labels drawn from the model, per token (the diagonal of the Fisher matrix)."""
+    """Gradients of every group's matrix.
+
+    mean: float32 [N, K] per group, gradient of the text's own loss per token. square: float32 [N, K] per group,
+    squared gradient under labels drawn from the model, per token (the diagonal of the Fisher matrix).
+    """
 
     mean: list[Tensor]
     square: list[Tensor]
 
 
-def weight_gradients(decoder: Any, sequences: Tensor, seed: int, progress: Progress) -> WeightGradients:
-    """Gradients of every group's matrix. sequences: int64 [S, T]."""
+def weight_gradients(
+    decoder: CalibrationDecoder, sequences: Tensor, seed: int, progress: Progress
+) -> WeightGradients:
+    """Computes the gradients of every group's matrix. sequences: int64 [S, T]."""
     groups = decoder.groups
     mean = [torch.zeros_like(decoder.backend.dequantize(g.weight, g.seed_bits)) for g in groups]
     square = [torch.zeros_like(m) for m in mean]
     into: list[Tensor] = square
 
-    def observe(group: Any, x: Tensor, y: Tensor) -> None:
+    def observe(group: CalibrationGroup, x: Tensor, y: Tensor) -> None:
         x = x.detach().float()
 
         def hook(grad: Tensor) -> None:
@@ -44,37 +51,36 @@ def weight_gradients(decoder: Any, sequences: Tensor, seed: int, progress: Progr
 
         y.register_hook(hook)
 
-    with gradients(decoder):
-        for i, ids in enumerate(sequences):
-            into = square
-            backward_from_samples(decoder, ids, seed * LABEL_STREAM + i, observe=observe)
-            into = mean
-            logits = decoder.forward(ids, observe=observe)
-            torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
-            progress("gradients", i + 1, len(sequences))
+    for i, ids in enumerate(sequences):
+        into = square
+        backward_from_samples(decoder, ids, seed * LABEL_STREAM + i, observe=observe)
+        into = mean
+        logits = decoder.forward(ids, observe=observe, embedded=gradient_leaf(decoder, ids))
+        torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").backward()
+        progress("gradients", i + 1, len(sequences))
     tokens = sequences.numel()
     return WeightGradients([m / tokens for m in mean], [s / tokens for s in square])
 
 
-def hawq_losses(decoder: Any, gradients_: WeightGradients) -> np.ndarray:
-    """HAWQ-V2's measure (arXiv:1911.03852): average Hessian trace times squared perturbation. [G, B]."""
+def hawq_losses(decoder: CalibrationDecoder, gradients_: WeightGradients) -> np.ndarray:
+    """HAWQ-V2's measure [G, B] (arXiv:1911.03852): average Hessian trace times squared perturbation."""
 
-    def loss(group: Any, delta: Tensor) -> float:
+    def loss(group: CalibrationGroup, delta: Tensor) -> float:
         return float(gradients_.square[group.index].mean() * (delta**2).sum())
 
     return _table(decoder, loss)
 
 
-def llm_mq_losses(decoder: Any, gradients_: WeightGradients) -> np.ndarray:
-    """LLM-MQ's measure: the first-order term |gradient . perturbation| of the loss. [G, B]."""
+def llm_mq_losses(decoder: CalibrationDecoder, gradients_: WeightGradients) -> np.ndarray:
+    """LLM-MQ's measure [G, B]: the first-order term |gradient . perturbation| of the loss."""
 
-    def loss(group: Any, delta: Tensor) -> float:
+    def loss(group: CalibrationGroup, delta: Tensor) -> float:
         return float((gradients_.mean[group.index] * delta).sum().abs())
 
     return _table(decoder, loss)
 
 
-def _table(decoder: Any, loss: Any) -> np.ndarray:
+def _table(decoder: CalibrationDecoder, loss: Callable[[CalibrationGroup, Tensor], float]) -> np.ndarray:
     first = decoder.groups[0]
     widths = range(first.seed_bits, first.resident_bits + 1)
     out = np.zeros((len(decoder.groups), len(widths)))

@@ -16,15 +16,16 @@ seed is left alone, whole-numbered averages keep a gradient, and nothing decays 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpllm.calib.dequantised import dense
+from dpllm.base.progress import Progress, no_progress
+from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup
+from dpllm.calib.dequantised import dequantised_view
 from dpllm.calib.dp_llm_averages import AveragesOptions, lower_width, tune_averages
-from dpllm.calib.gradient_passes import LABEL_STREAM, Progress
+from dpllm.calib.gradient_passes import LABEL_STREAM
 from dpllm.calib.runtime.threshold_rule import stale_sources
 
 QUANTILES = 257  # stored points of an estimate's distribution
@@ -65,7 +66,7 @@ class Estimator:
 
 
 def gather_inputs(
-    decoder: Any, sequences: Tensor, options: DPLLMOptions, progress: Progress
+    decoder: CalibrationDecoder, sequences: Tensor, options: DPLLMOptions, progress: Progress
 ) -> dict[int, Tensor]:
     """Inputs [T, K] of every group, at random widths. Groups that read the same input share one tensor."""
     kept: dict[int, list[Tensor]] = {g.index: [] for g in decoder.groups}
@@ -75,13 +76,12 @@ def gather_inputs(
     with torch.no_grad():
         for i, ids in enumerate(sequences[:count]):
             rng = np.random.default_rng([options.seed, i, LABEL_STREAM])
-            last: list[Any] = [None]
 
-            def select(group: Any, x: Tensor, rng: Any = rng) -> Tensor:
+            def select(group: CalibrationGroup, x: Tensor, rng: np.random.Generator = rng) -> Tensor:
                 drawn = rng.choice(widths, size=len(x), p=odds / odds.sum())
                 return torch.as_tensor(drawn, dtype=torch.int32, device=x.device)
 
-            def observe(group: Any, x: Tensor, y: Tensor, last: list[Any] = last) -> None:
+            def observe(group: CalibrationGroup, x: Tensor, y: Tensor) -> None:
                 kept[group.index].append(x)
 
             decoder.forward(ids, select=select, observe=observe)
@@ -138,8 +138,8 @@ Average = tuple[float, float, np.ndarray]  # budget, target, average widths [G]
 
 
 def calibrate_dp_llm(
-    decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
-    options: DPLLMOptions, progress: Progress = lambda stage, done, total: None, rows: list[Average] | None = None,
+    decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
+    options: DPLLMOptions, progress: Progress = no_progress, rows: list[Average] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and the estimators they need.
 
@@ -147,20 +147,20 @@ def calibrate_dp_llm(
     rows: averages tuned before, for other estimators; `targets` then says nothing.
     """
     seed = decoder.groups[0].seed_bits
-    with dense(decoder):
-        if rows is None:
-            rows = _tuned(decoder, sequences, caps, targets, options, progress)
-        pairs = sorted(
-            {(g, lower_width(p[g], seed, int(caps[f"{b:g}"][g])) - seed)
-             for b, _, p in rows for g in range(len(p)) if caps[f"{b:g}"][g] > seed}
-        )  # fmt: skip
-        estimators = _estimators(decoder, sequences, pairs, options, progress)
+    view = dequantised_view(decoder)
+    if rows is None:
+        rows = _tuned(view, sequences, caps, targets, options, progress)
+    pairs = sorted(
+        {(g, lower_width(p[g], seed, int(caps[f"{b:g}"][g])) - seed)
+         for b, _, p in rows for g in range(len(p)) if caps[f"{b:g}"][g] > seed}
+    )  # fmt: skip
+    estimators = _estimators(view, sequences, pairs, options, progress)
     source = stale_sources(decoder.layers)[0] if options.asynchronous else list(range(len(decoder.groups)))
     return _packed(decoder, rows, caps, source, estimators)
 
 
 def _tuned(
-    decoder: Any, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
+    decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
     options: DPLLMOptions, progress: Progress,
 ) -> list[Average]:  # fmt: skip
     """Averages of every budget and target, each going on from its neighbour's."""
@@ -186,7 +186,11 @@ def _tuned(
 
 
 def _estimators(
-    decoder: Any, sequences: Tensor, pairs: list[tuple[int, int]], options: DPLLMOptions, progress: Progress
+    decoder: CalibrationDecoder,
+    sequences: Tensor,
+    pairs: list[tuple[int, int]],
+    options: DPLLMOptions,
+    progress: Progress,
 ) -> dict[tuple[int, int], Estimator]:
     inputs = gather_inputs(decoder, sequences, options, progress)
     source, ratio = stale_sources(decoder.layers)
@@ -204,7 +208,7 @@ def _estimators(
 
 
 def _packed(
-    decoder: Any, rows: list[Average], caps: dict[str, np.ndarray], source: list[int],
+    decoder: CalibrationDecoder, rows: list[Average], caps: dict[str, np.ndarray], source: list[int],
     estimators: dict[tuple[int, int], Estimator],
 ) -> dict[str, np.ndarray]:  # fmt: skip
     first = decoder.groups[0]

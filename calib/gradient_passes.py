@@ -1,29 +1,27 @@
-"""What calibration text shows about a decoder: the two passes with gradients, sequence by sequence.
+"""The two calibration passes that compute gradients, sequence by sequence.
 
-Labels are drawn from the model itself (the true Fisher information, no peeking at the text). Draws depend on
-the seed and the sequence's number only, so a run that was cut off continues to the same result.
+Labels are drawn from the model itself: this gives the true Fisher information, without the text's own next tokens.
+Draws depend on the seed and the sequence's number only, so an interrupted run continues to the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.base.progress import Progress
+from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup, Observe, Select
 from dpllm.calib.runtime.token_sensitivity import FEATURES, sequence_context
 
-Progress = Callable[[str, int, int], None]
-LABEL_STREAM = 1_000_003  # sequences per seed that get streams of their own
+LABEL_STREAM = 1_000_003  # random streams per seed: one for each sequence
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Of T tokens.
+    """What the second pass measures on T tokens.
 
     signal: float32 [G, T], sum_k d_k x_k^2. loss: float32 [G, T, B], expected loss of reading each width
     instead of the widest, by the token's own squared gradients; exact: the same by mean squared gradients.
@@ -40,56 +38,69 @@ class Measurements:
 
     @classmethod
     def join(cls, parts: list[Measurements]) -> Measurements:
-        """All tokens of the parts."""
+        """Joins measurements of different tokens, in the order given."""
         axis = {"signal": 1, "loss": 1, "exact": 1}
         return cls(**{f.name: np.concatenate([getattr(p, f.name) for p in parts], axis.get(f.name, 0)) for f in fields(cls)})  # fmt: skip  # noqa: E501
 
 
-@contextmanager
-def gradients(decoder: Any) -> Iterator[None]:
-    """Lets gradients flow through a decoder whose weights are constants: they need a leaf to start from."""
-    anchor, embed = torch.zeros((), requires_grad=True), decoder._embed
-    decoder._embed = lambda ids: embed(ids) + anchor
-    try:
-        yield
-    finally:
-        decoder._embed = embed
+def gradient_leaf(decoder: CalibrationDecoder, ids: Tensor) -> Tensor:
+    """Embeddings [T, hidden] of ids int64 [T] that require a gradient, for `forward(embedded=...)`.
+
+    The decoder's weights are constants, so autograd needs another leaf to start from.
+    """
+    return decoder.embed(ids).requires_grad_()
 
 
 def backward_from_samples(
-    decoder: Any, ids: Tensor, seed: int, select: Any = None, observe: Any = None
+    decoder: CalibrationDecoder,
+    ids: Tensor,
+    seed: int,
+    *,
+    select: Select | None = None,
+    observe: Observe | None = None,
 ) -> Tensor:
-    """Backward pass of the loss of labels drawn from the model. Returns the logits [T, V]."""
+    """Runs the backward pass of the loss of labels drawn from the model. Returns the logits [T, V].
+
+    ids: int64 [T]. `observe` sees every output and may register hooks for its gradient.
+    """
     generator = torch.Generator().manual_seed(seed)
-    logits = decoder.forward(ids, select=select, observe=observe)
+    logits = decoder.forward(ids, select=select, observe=observe, embedded=gradient_leaf(decoder, ids))
     labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
     torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").backward()
     return logits.detach()
 
 
-def output_saliency(decoder: Any, sequences: Tensor, seed: int, progress: Progress) -> list[Tensor]:
-    """float32 [N] per group: mean over tokens of (dLoss/dy_n)^2, every resident plane read."""
-    total: list[Any] = [0.0] * len(decoder.groups)
+def output_saliency(
+    decoder: CalibrationDecoder, sequences: Tensor, seed: int, progress: Progress
+) -> list[Tensor]:
+    """The mean over tokens of (dLoss/dy_n)^2, float32 [N] per group, with every resident plane read.
 
-    def observe(group: Any, x: Tensor, y: Tensor) -> None:
+    sequences: int64 [S, T].
+    """
+    total = [torch.zeros(())] * len(decoder.groups)
+
+    def observe(group: CalibrationGroup, x: Tensor, y: Tensor) -> None:
         def add(grad: Tensor) -> None:
             total[group.index] = total[group.index] + (grad.float() ** 2).sum(0)
 
         y.register_hook(add)
 
-    with gradients(decoder):
-        for i, ids in enumerate(sequences):
-            backward_from_samples(decoder, ids, seed * LABEL_STREAM + i, observe=observe)
-            progress("saliency", i + 1, len(sequences))
+    for i, ids in enumerate(sequences):
+        backward_from_samples(decoder, ids, seed * LABEL_STREAM + i, observe=observe)
+        progress("saliency", i + 1, len(sequences))
     return [t / sequences.numel() for t in total]
 
 
 class Meter:
-    """Measures one sequence at a time, widths drawn at random so that inputs look as in quantised decoding."""
+    """Measures one sequence at a time, at random widths, so that inputs look as they do in quantised decoding.
+
+    saliency: float32 [N] per group. diagonals: float32 [K] per group. source: the group whose input each group's
+    signal is computed from.
+    """
 
     def __init__(
         self,
-        decoder: Any,
+        decoder: CalibrationDecoder,
         widths: list[int],
         saliency: list[Tensor],
         diagonals: list[Tensor],
@@ -101,7 +112,7 @@ class Meter:
         self.odds = odds / odds.sum()
 
     def sequence(self, ids: Tensor, seed: int) -> Measurements:
-        """One sequence [T], its widths and labels drawn from this seed."""
+        """Measures one sequence of ids int64 [T], with widths and labels drawn from this seed."""
         groups, tokens = len(self.decoder.groups), len(ids)
         signal = np.zeros((groups, tokens), np.float32)
         loss = np.zeros((groups, tokens, len(self.widths)), np.float32)
@@ -109,7 +120,7 @@ class Meter:
         sensitivity = np.zeros((groups, tokens), np.float32)
         inputs: dict[int, Tensor] = {}
 
-        def observe(group: Any, x: Tensor, y: Tensor) -> None:
+        def observe(group: CalibrationGroup, x: Tensor, y: Tensor) -> None:
             g, x = group.index, x.detach()
             inputs[g] = x
             signal[g] = ((inputs[self.source[g]].float() ** 2) @ self.diagonals[g]).cpu().numpy()
@@ -123,8 +134,7 @@ class Meter:
             y.register_hook(hook)
 
         select = _Drawn(self.widths, self.odds, seed)
-        with gradients(self.decoder):
-            logits = backward_from_samples(self.decoder, ids, seed, select, observe)
+        logits = backward_from_samples(self.decoder, ids, seed, select=select, observe=observe)
         context = sequence_context(logits, ids).numpy() if tokens > 1 else np.full((tokens, FEATURES), np.nan)
         return Measurements(
             signal,
@@ -135,9 +145,11 @@ class Meter:
             sensitivity.mean(0),
         )
 
-    def _losses(self, group: Any, x: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, B] twice: squared output error of each width against the widest, weighted by the token's own
-        squared gradients [T, N], and by their mean."""
+    def _losses(self, group: CalibrationGroup, x: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared output errors of each width against the widest, float32 [T, B], weighted in two ways.
+
+        The first result is weighted by the token's own squared gradients [T, N], the second by their mean.
+        """
         dequantize = self.decoder.backend.dequantize
         full = x @ dequantize(group.weight, self.widths[-1], x.dtype).T
         own = torch.zeros(len(x), len(self.widths), device=x.device)
@@ -150,13 +162,14 @@ class Meter:
 
 
 class _Drawn:
-    """Random widths; a group asked twice (blocks are recomputed in the backward pass) answers the same."""
+    """Selects random widths. A second call for the same group gives the same widths, because the backward pass may
+    compute blocks again."""
 
     def __init__(self, widths: list[int], odds: np.ndarray, seed: int):
         self.widths, self.odds, self.rng = widths, odds, np.random.default_rng(seed)
         self.given: dict[int, Tensor] = {}
 
-    def __call__(self, group: Any, x: Tensor) -> Tensor:
+    def __call__(self, group: CalibrationGroup, x: Tensor) -> Tensor:
         if group.index not in self.given:
             drawn = self.rng.choice(self.widths, size=len(x), p=self.odds)
             self.given[group.index] = torch.as_tensor(drawn, dtype=torch.int32, device=x.device)

@@ -211,11 +211,11 @@ class Engine:
     ) -> Generation:
         """Continues a prompt. Returns a Generation: iterate over its steps, or ask for its `text`.
 
-        temperature 0 takes the likeliest token. top_k, top_p, min_p, repetition_penalty, seed: see SamplingOptions. stop:
-        strings that end the text and are not part of it. chat: puts the prompt into the model's chat template.
+        temperature 0 takes the likeliest token. top_k, top_p, min_p, repetition_penalty, seed: see SamplingOptions.
+        stop: strings that end the text and are not part of it. chat: puts the prompt into the model's chat template.
         context: a text read before (`read`), which the prompt is about; the context is as before when the generation
-        ends. keep: the prompt and the generated text stay in the context, for another turn. speculate, draft_bits: see
-        GenerateOptions.
+        ends. keep: the prompt and the generated text stay in the context, for another turn. speculate, draft_bits:
+        see GenerateOptions.
 
         The text ends with an end token, a stop string, max_new_tokens, or the model's positions. Raises InputError for
         arguments that are not possible, before anything is generated.

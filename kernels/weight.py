@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,8 +28,35 @@ def lut_columns(seed_bits: int, bits: int) -> tuple[int, int]:
     return 2**bits - 2**seed_bits, 2 ** (bits + 1) - 2**seed_bits
 
 
+class BitplaneWeight(ABC):
+    """What the memory layouts of nested bitplanes have in common.
+
+    planes: int32 [P, N, words of a row], most significant plane first.
+    """
+
+    planes: Tensor
+
+    @property
+    def out_features(self) -> int:
+        """N, the rows of the matrix."""
+        return self.planes.shape[1]
+
+    @property
+    def resident_bits(self) -> int:
+        """P, the planes held: the widest width that can be used."""
+        return self.planes.shape[0]
+
+    def nbytes(self, bits: int) -> int:
+        """Bytes that one pass reads at this width: planes, tables and scales."""
+        return bits * self.planes[0].numel() * 4 + self.table_bytes(bits)
+
+    @abstractmethod
+    def table_bytes(self, bits: int) -> int:
+        """Bytes that one pass reads at this width apart from the planes: the width's tables, and scales."""
+
+
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(BitplaneWeight):
     """An [N, K] matrix as nested bitplanes.
 
     planes: int32 [P, N, ceil(K/32)], most significant plane first; bit i of word w is column 32*w+i.
@@ -44,16 +72,6 @@ class QuantizedWeight:
     scale: Tensor | None = None
 
     @property
-    def out_features(self) -> int:
-        """N."""
-        return self.planes.shape[1]
-
-    @property
-    def resident_bits(self) -> int:
-        """Planes held, hence the widest width that can be used."""
-        return self.planes.shape[0]
-
-    @property
     def rows_per_table(self) -> int:
         """Rows that share one table."""
         return self.out_features // self.lut.shape[0]
@@ -67,11 +85,10 @@ class QuantizedWeight:
             derived_table(self.lut[:, first:last], bits) if bits > MAX_TABLE_BITS else self.lut[:, first:last]
         )
 
-    def nbytes(self, bits: int) -> int:
-        """Bytes one pass reads at this width: planes, the width's table and the row scales."""
-        planes = bits * self.planes[0].numel() * 4
+    def table_bytes(self, bits: int) -> int:
+        """Bytes of the stored table that this width reads, and of the row scales."""
         table = self.lut.shape[0] * 2 ** min(bits, MAX_TABLE_BITS) * 2
-        return planes + table + (0 if self.scale is None else self.scale.numel() * 2)
+        return table + (0 if self.scale is None else self.scale.numel() * 2)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""

@@ -7,6 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# First tokens of any text. Attention rests on them (StreamingLLM, arXiv:2309.17453), so they are never evicted, and
+# their queries are outliers, so scoring leaves them out.
+SINKS = 4
+
 
 class AttentionKernels(Protocol):
     """Those functions of a kernel backend (kernels/reference.py says what they compute) that caches and the scoring of

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dpllm.kvzip_bridge.attention import AttentionKernels, rotate
+from dpllm.kvzip_bridge.attention import SINKS, AttentionKernels, rotate
 from dpllm.kvzip_bridge.cache import KVCache
 
 if TYPE_CHECKING:
     from dpllm.kvzip_bridge.model_view import ModelView
-
-SINKS = (
-    4  # first tokens of any text: attention rests on them and their queries are outliers (arXiv:2309.17453)
-)
 
 Watch = Callable[[int, Tensor, int], None]  # (layer, rotated queries [T, H, D], position of the first)
 

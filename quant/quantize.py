@@ -11,7 +11,7 @@ import ctypes
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -23,6 +23,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
+from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import documents_sha256, sample_sequences
 from dpllm.kernels.weight import pack
 from dpllm.quant.fisher import FisherPass
@@ -66,7 +67,7 @@ class Quantizer:
         self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}  # of this run, and
         self.weights_done = 0  # what it quantised (a resumed run does less)
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda stage, done, total: None) -> Path:
+    def run(self, progress: Progress = no_progress) -> Path:
         """Quantises everything. progress(stage, done, total) is called as work goes on."""
         if self.out.exists():
             raise InputError(f"{self.out} exists already. Choose another place, or remove it first.")
@@ -152,7 +153,7 @@ class Quantizer:
         """Exists once a layer's shard and the gradient below it are both on disk."""
         return self.scratch / f"done-{index:04d}"
 
-    def _fisher_forward(self, progress: Callable[[str, int, int], None]) -> FisherPass | None:
+    def _fisher_forward(self, progress: Progress) -> FisherPass | None:
         if self.documents is None or all(self._mark(i).exists() for i in range(len(self.model))):
             return None
         o = self.options

@@ -91,7 +91,7 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         linears=linears,
         other_bytes=other,
         output_bytes=out + other,
-        peak_bytes=peak_bytes(head, layer, boundary if fisher else None)
+        peak_bytes=predicted_peak_bytes(head, layer, boundary if fisher else None)
         + (refine_bytes(first, options) if fisher else 0),
         work_bytes=boundary * (len(model) + 2) if fisher else 0,
         refine_products=refine_products(list(linears.values()), options) if fisher else 0,
@@ -116,7 +116,7 @@ def _head_and_embedding_bytes(model: LayerwiseModel, options: QuantizeOptions) -
     return dense + _matrix_bytes((n, k), (2, options.head_bits), options)
 
 
-def peak_bytes(head: int, layer: int, boundary: int | None) -> int:
+def predicted_peak_bytes(head: int, layer: int, boundary: int | None) -> int:
     """Memory above the runtime's own: the embedding, one fp32 layer and (with Fisher, boundary given) its
     Fisher and the boundary states. head, layer: matrix elements."""
     return head * 4 + (layer * 4 if boundary is None else layer * 8 + 4 * boundary)
@@ -152,7 +152,7 @@ def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int
     scale = 32 * layer / weights
     boundary = options.samples * options.sequence_length * 4096 * 4 if fisher else None
     parts = [f"{seconds['k-means'] * scale / 60:.0f} min of k-means"]
-    peak = peak_bytes(head, layer, boundary)
+    peak = predicted_peak_bytes(head, layer, boundary)
     if fisher:
         parts.append(f"{seconds['fisher'] * scale / 3600:.1f} h of gradients")
     if fisher and options.refine != "none":

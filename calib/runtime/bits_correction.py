@@ -23,8 +23,9 @@ LIMIT = 4.0
 
 @dataclass
 class Correction:
-    """The state of the integral control. value: what to add to the log multiplier of the next token; a tensor [R] where R
-    texts are decoded side by side, each with a correction of its own. rate 0: effective bits are not corrected."""
+    """The state of the integral control. value: what to add to the log multiplier of the next token; a tensor [R]
+    where R texts are decoded side by side, each with a correction of its own. rate 0: effective bits are not
+    corrected."""
 
     target_bits: float
     rate: float = RATE
@@ -32,8 +33,8 @@ class Correction:
     value: float | Tensor = 0.0
 
     def update(self, bits: float | Tensor) -> None:
-        """Takes in the effective bits that a token has read; [R] of texts side by side, of which the last may have ended
-        since the step before."""
+        """Takes in the effective bits that a token has read; [R] of texts side by side, of which the last may have
+        ended since the step before."""
         if isinstance(bits, Tensor):
             before = self.value[: len(bits)] if isinstance(self.value, Tensor) else self.value
             self.value = (before + self.rate * (self.target_bits - bits)).clamp(-self.limit, self.limit)

@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress
 from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout
 from dpllm.decode.choose_step import fast_step
 from dpllm.decode.step import decode_one
@@ -22,7 +23,7 @@ from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay, load_decoder
 from dpllm.model.memory import check_memory
-from dpllm.model.random_models import random_decoder, resident_bytes, shape
+from dpllm.model.random_models import random_decoder, shape, shape_resident_bytes
 from dpllm.policies.fixed import StaticPolicy
 
 WARM_UP = 2
@@ -63,7 +64,7 @@ def open_model(args: BenchArguments, widest: int) -> tuple[Decoder, str]:
     config = shape(args.model)
     if not 2 <= widest <= 8:
         raise InputError(f"--bits {args.bits}: a random model holds 2 to 8 planes.")
-    check_memory(args.model, {b: resident_bytes(config, b) for b in range(2, widest + 1)})
+    check_memory(args.model, {b: shape_resident_bytes(config, b) for b in range(2, widest + 1)})
     note(f"making a model of shape {args.model} with {widest} random planes")
     return random_decoder(config, widest, options), "random weights"
 
@@ -107,7 +108,7 @@ def run(args: BenchArguments) -> None:
 
 
 def measure(
-    decoder: Decoder, widths: list[int], args: BenchArguments, progress: Callable[[str, int, int], None]
+    decoder: Decoder, widths: list[int], args: BenchArguments, progress: Progress
 ) -> tuple[list[dict[str, Any]], float | None]:
     """One row per width, widths taking turns; and the bandwidth, measured between them. Medians."""
     step = fast_step(decoder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,9 @@ import transformers
 
 from dpllm import __version__
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress
 from dpllm.base.text import documents_sha256, load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
-from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.commands.common import (
@@ -32,7 +31,7 @@ from dpllm.context.pruner import HEADS
 from dpllm.engine import Engine
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.model.memory import peak_bytes
+from dpllm.model.memory import process_peak_bytes
 from dpllm.quant.overlay import Overlay
 
 LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices
@@ -135,7 +134,7 @@ def _with_dp_llm(
     sequences: torch.Tensor,
     profile: CalibrationProfile,
     targets: list[float],
-    progress: Any,
+    progress: Progress,
     seed: int,
 ) -> CalibrationProfile:
     high = profile.bits[1]
@@ -152,18 +151,18 @@ def _check(
     profile: CalibrationProfile,
     targets: list[float],
     budgets: list[float],
-    progress: Any,
+    progress: Progress,
 ) -> list[dict[str, float]]:
     """Effective bits of decoding the calibration text at every target under every budget."""
     checked = []
     cells = [(t, b) for b in budgets for t in targets if t <= b]
-    with dense(calibrator.decoder):
-        for i, (t, b) in enumerate(cells):
-            planes = profile.budget(b)
-            lam = profile.lambda_for(min(t, profile.target_range(planes)[1]), planes)
-            used = calibrator.bits_used(profile, lam, calibrator.sequences, planes)
-            checked.append({"target_bits": t, "memory_bits": b, "effective_bits": round(used, 4)})
-            progress("targets", i + 1, len(cells))
+    fast = calibrator.dequantised()
+    for i, (t, b) in enumerate(cells):
+        planes = profile.budget(b)
+        lam = profile.lambda_for(min(t, profile.target_range(planes)[1]), planes)
+        used = fast.bits_used(profile, lam, calibrator.sequences, planes)
+        checked.append({"target_bits": t, "memory_bits": b, "effective_bits": round(used, 4)})
+        progress("targets", i + 1, len(cells))
     return checked
 
 
@@ -179,7 +178,7 @@ def _merged(profile: CalibrationProfile, target: Path) -> CalibrationProfile:
 
 def _effort(profile: CalibrationProfile, seconds: float) -> str:
     """Time and memory this took, and the time an 8B model would take: products are all of it, so by weights."""
-    peak = peak_bytes()
+    peak = process_peak_bytes()
     memory = "" if peak is None else f"peak memory {peak / 1e9:.2f} GB; "
     hours = seconds * LLAMA_8B / float(profile.weights.sum()) / 3600
     return f"{memory}at this pace a Llama of 8B weights would take {hours:.1f} hours for as many tokens"
@@ -208,7 +207,7 @@ def _report(
         print_json(
             {"profile": str(target), "overlay_hash": profile.overlay_hash, "groups": len(profile.group_names),
              "granularity": a.granularity, "target_range": [low, high], "seconds": round(seconds, 2),
-             "peak_bytes": peak_bytes(), "estimator_bytes": profile.estimator_bytes(),
+             "peak_bytes": process_peak_bytes(), "estimator_bytes": profile.estimator_bytes(),
              "probe_explains": profile.origin["probe_explains"], "targets": checked,
              "mean_loss": np.round(loss, 6).tolist()}
         )  # fmt: skip

@@ -9,16 +9,17 @@ A question and its answer are forgotten afterwards, unless the conversation is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import check_text, encode
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner, plain_ids
+from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 from dpllm.kvzip_bridge.ragged_cache import SLACK
 
@@ -26,14 +27,11 @@ if TYPE_CHECKING:
     from dpllm.engine import Engine
 
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
-
-
 def build_context(
     engine: Engine,
     text: str,
     options: ContextOptions = ContextOptions(),
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> KVContext:
     """Reads a text at the resident maximum and prunes its cache.
 

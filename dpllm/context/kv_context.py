@@ -14,10 +14,6 @@ from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 if TYPE_CHECKING:
     from dpllm.engine import Engine
 
-SINKS = (
-    4  # first tokens of any text, on which attention rests (StreamingLLM, arXiv:2309.17453): never evicted
-)
-
 
 @dataclass
 class KVContext:

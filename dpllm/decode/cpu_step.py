@@ -149,9 +149,9 @@ class NativeStep(TokenStep):
 
         Returns (logits float32 [T, vocab], bits int32 [T, G], bytes of weights that the pass reads), the tensors
         overwritten by the next call. Weights are read once for all tokens. Row by row the results are, bit for bit,
-        those of T steps of one token at the same widths. corrections: of each token; the features of the previous step are
-        those of the first token. Raises what the policy raises; ValueError for several tokens under a policy that is
-        called back, which may remember one input a group.
+        those of T steps of one token at the same widths. corrections: of each token; the features of the previous
+        step are those of the first token. Raises what the policy raises; ValueError for several tokens under a policy
+        that is called back, which may remember one input a group.
         """
         rows = len(tokens)
         if not 1 <= rows <= native.MAX_ROWS:

@@ -235,14 +235,14 @@ class GpuStep(TokenStep):
         d, ops, table, cache = self.decoder, self.operations, self._table, self._cache
         if self._policy.structure.probes:
             ops.observe(self.logits, cache, table, DECAY)
-        x = d._embed(cache.request[tables.TOKEN : tables.TOKEN + 1])
+        x = d.embed(cache.request[tables.TOKEN : tables.TOKEN + 1])
         angle = cache.request[tables.POSITION].float() * self._inv_freq
         rope = angle.cos() * d.config.rope_scale, angle.sin() * d.config.rope_scale
         delta = None
         for layer, site in zip(d.layers, sites, strict=True):
             delta = self._block(layer, site, x, delta, rope)
         h = ops.norm(x, delta, d.norm, d.config.rms_eps, self._nowhere, table, LIMIT)
-        self.logits.copy_(d._head(h))
+        self.logits.copy_(d.apply_head(h))
         ops.finish(self.logits, self._result[-1:], table, self._partial, self._counter)
 
     def _block(

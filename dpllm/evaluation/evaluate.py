@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from dpllm.calib.dequantised import dense
+from dpllm.calib.dequantised import dequantised_view
 from dpllm.decode.cpu_step import NativeModel, NativeStep
 from dpllm.decode.step import TokenStep
 from dpllm.evaluation.forced_steps import forced_nats
@@ -76,14 +76,15 @@ def score(
     """One score per document of at least two tokens, in their order."""
     kept = [torch.tensor(d, device=decoder.device) for d in documents if len(d) > 1]
     # The native kernels are quick as they are, and what they compute is what is to be scored.
-    with dense(decoder, products=decoder.backend.cpu is None):
-        text = policy.begin_text()
-        if not text.stepwise:
-            return [_score_batch(decoder, policy, ids, progress) for ids in kept]
-        model = NativeModel.of(decoder)
-        if model is not None and text.rule is not None and text.rule.own_inputs:
-            return [_score_one(decoder, NativeStep(model), policy, ids, progress) for ids in kept]
-        return _score_together(decoder, policy, kept, progress)
+    decoder = dequantised_view(decoder, products=decoder.backend.cpu is None)
+    policy = policy.reading_from(decoder)
+    text = policy.begin_text()
+    if not text.stepwise:
+        return [_score_batch(decoder, policy, ids, progress) for ids in kept]
+    model = NativeModel.of(decoder)
+    if model is not None and text.rule is not None and text.rule.own_inputs:
+        return [_score_one(decoder, NativeStep(model), policy, ids, progress) for ids in kept]
+    return _score_together(decoder, policy, kept, progress)
 
 
 def _score_batch(

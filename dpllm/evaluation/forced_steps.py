@@ -26,10 +26,10 @@ def forced_steps(
 ) -> Iterator[Stepped]:
     """Decodes tokens one after the other after what the cache holds, as a text of its own, and yields each step.
 
-    tokens: ids; or, for a step that decodes several texts side by side, int64 [R] of each position. policy: None for a
-    model that is not quantised. logits: float32 [1, V], those from which the first token would have
-    been drawn, where a prompt was read. A yielded step's tensors are valid until the next one. The next token is learnt from when the following step is asked for, so
-    a caller that times the iterations times what a user waits for.
+    tokens: ids; or, for a step that decodes several texts side by side, int64 [R] of each position. policy: None for
+    a model that is not quantised. logits: float32 [1, V], those from which the first token would have been drawn,
+    where a prompt was read. A yielded step's tensors are valid until the next one. The next token is learnt from when
+    the following step is asked for, so a caller that times the iterations times what a user waits for.
     """
     text = None if policy is None else policy.begin_text()
     stepped: Stepped | None = None

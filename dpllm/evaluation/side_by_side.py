@@ -65,12 +65,12 @@ class RowsStep(TokenStep):
         if self.recorder is None or self.recorder.policy is not text:
             self.recorder = Recorder(text, self.decoder.groups)
         d, ids = self.decoder, token.to(self.decoder.device)
-        x = d._embed(ids)
-        rope = d._rope(cache.length, 1)
+        x = d.embed(ids)
+        rope = d.rope(cache.length, 1)
         for layer in d.layers:
-            x = d._block(layer, x, rope, cache, self.recorder, None)
+            x = d.block(layer, x, rope, cache, self.recorder)
         cache.length += 1
-        logits = d._head(d._rms_norm(x, d.norm)).float()
+        logits = d.apply_head(d.rms_norm(x, d.norm)).float()
         return Stepped(logits, self.recorder.bits(), -1, 0.0, 0)
 
     def learn(self, text: TextPolicy | None, stepped: Stepped, token: Any) -> None:

@@ -9,9 +9,10 @@ evaluation equals step-by-step decoding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from dpllm.kvzip_bridge.attention import rotate
 from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -66,7 +70,12 @@ Observe = Callable[[Group, Tensor, Tensor], None]  # (group, x [T, K], y [T, N])
 
 
 class Decoder:
-    """The model. Made by dpllm.model.loading.load_decoder."""
+    """The model. Made by dpllm.model.loading.load_decoder.
+
+    No method changes a decoder, so several threads may use one. `with_backend` makes a decoder that computes the
+    same model in another way. recompute: whether the backward pass computes blocks again instead of keeping
+    their activations.
+    """
 
     def __init__(
         self, config: ModelConfig, backend: Backend, layers: list[Layer], embedding: Tensor | Int8Weight,
@@ -81,7 +90,18 @@ class Decoder:
             group.index = index
         self.inv_freq = config.inv_freq.to(self.device)
         self.bytes_read = 0  # from disk, to load it
-        self.recompute = True  # blocks in the backward pass, so that their activations need not be kept
+        self.recompute = True
+
+    def with_backend(self, backend: Backend, *, recompute: bool | None = None) -> Self:
+        """A decoder over the same weights that computes with another backend; this one stays as it is.
+
+        backend: its functions must accept the weights as this decoder's backend prepared them. recompute: as the
+        attribute; None takes this decoder's.
+        """
+        view = copy.copy(self)
+        view.backend = backend
+        view.recompute = self.recompute if recompute is None else recompute
+        return view
 
     def forward(
         self,
@@ -91,39 +111,55 @@ class Decoder:
         *,
         last_only: bool = False,
         observe: Observe | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits of one sequence.
 
-        ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
+        ids: int64 [T], the tokens after those in `cache` (which they join). select: widths of each token
         at each group; None reads every resident plane. observe: sees every group's input and output.
+        embedded: the first block's input [T, K] in the decoder's dtype; None takes `embed(ids)`. Gradients flow
+        into it.
         Returns [T, vocab] in fp32, or [1, vocab] with last_only; without select, the last layer is then computed
-        for one row behind its attention, the only one that observe sees there. Differentiable when gradients are
-        on and no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
+        for one row after its attention, the only one that observe sees there. Differentiable when gradients are
+        on and no cache is given (blocks are then computed again in the backward pass, unless `recompute` is off).
         """
-        x = self._embed(ids)
-        rope = self._rope(cache.length if cache else 0, len(ids))
-        alone = last_only and select is None  # what selects may keep account of every token in every group
+        x = self.embed(ids) if embedded is None else embedded
+        rope = self.rope(cache.length if cache else 0, len(ids))
+        alone = last_only and select is None  # a policy may keep account of every token in every group
         for layer in self.layers:
             rows = slice(-1, None) if alone and layer is self.layers[-1] else slice(None)
             if torch.is_grad_enabled() and self.recompute:
-                x = checkpoint(self._block, layer, x, rope, cache, select, observe, rows, use_reentrant=False)
+                x = checkpoint(self.block, layer, x, rope, cache, select, observe, rows, use_reentrant=False)
             else:
-                x = self._block(layer, x, rope, cache, select, observe, rows)
+                x = self.block(layer, x, rope, cache, select, observe, rows)
         if cache:
             cache.advance(len(ids))
-        return self._head(self._rms_norm(x[-1:] if last_only else x, self.norm)).float()
+        return self.apply_head(self.rms_norm(x[-1:] if last_only else x, self.norm)).float()
 
-    def _block(self, layer, x, rope, cache, select, observe, rows=slice(None)) -> Tensor:
-        """One layer. rows: those that are wanted of it; behind attention, the others are not computed."""
+    def block(
+        self,
+        layer: Layer,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None,
+        select: Select | None,
+        observe: Observe | None = None,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """One decoder layer's output [R, hidden] in x's dtype.
+
+        x: [T, hidden], the layer's input. rope: as `rope` returns it. rows: the R tokens whose output is wanted;
+        after attention, the others are not computed.
+        """
 
         def apply(groups: list[Group], h: Tensor) -> Tensor:
             outs = [self._apply(g, h, select, observe) for g in groups]
             return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
-        h = self._rms_norm(x, layer.input_norm)
+        h = self.rms_norm(x, layer.input_norm)
         h = self._attention(layer, apply(layer.qkv, h), rope, cache)[rows]
         x = x[rows] + apply([layer.o], h)
-        h = self._rms_norm(x, layer.post_norm)
+        h = self.rms_norm(x, layer.post_norm)
         gate, up = apply(layer.gate_up, h).chunk(2, dim=-1)
         return x + apply([layer.down], F.silu(gate) * up)
 
@@ -140,12 +176,14 @@ class Decoder:
             observe(group, x, y)
         return y
 
-    def _attention(self, layer: Layer, qkv: Tensor, rope, cache: KVCache | None) -> Tensor:
+    def _attention(
+        self, layer: Layer, qkv: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Tensor:
         c = self.config
         heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         q, k, v = (t.unflatten(-1, (-1, c.head_dim)) for t in qkv.split([heads, kv, kv], dim=-1))
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._rms_norm(q, layer.q_norm), self._rms_norm(k, layer.k_norm)
+            q, k = self.rms_norm(q, layer.q_norm), self.rms_norm(k, layer.k_norm)
         if c.uses_rope[layer.index]:
             q, k = rotate(q, *rope), rotate(k, *rope)
         scale, window = c.head_dim**-0.5, c.windows[layer.index]
@@ -159,12 +197,14 @@ class Decoder:
             out = cache.attend(layer.index, q, scale, window, self.backend)
         return out.flatten(1)  # [T, H * D]
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """The embeddings [T, hidden] of token ids int64 [T], in the decoder's dtype. Every call makes a new tensor."""
         if isinstance(self.embedding, Int8Weight):
             return self.embedding.rows(ids, self.dtype)
         return self.embedding[ids].to(self.dtype)
 
-    def _head(self, x: Tensor) -> Tensor:
+    def apply_head(self, x: Tensor) -> Tensor:
+        """Logits [T, vocab], in x's dtype, of normalised hidden states [T, hidden]."""
         if isinstance(self.head, Int8Weight):
             return self.backend.int8_linear(x, self.head)
         if isinstance(self.head, Tensor):
@@ -172,14 +212,15 @@ class Decoder:
         bits = torch.full((len(x),), self.head.resident_bits, dtype=torch.int32, device=x.device)
         return self.backend.gemv(x, self.head, bits)
 
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of x [..., K], computed in float32, times weight [K]. Returns x's shape and dtype."""
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_eps)).to(
             x.dtype
         ) * weight
 
-    def _rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, D/2] of the positions start .. start + tokens - 1."""
+    def rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, D/2] of the positions start .. start + tokens - 1, in the decoder's dtype."""
         position = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
         angle = position[:, None] * self.inv_freq
         scale = self.config.rope_scale

@@ -37,7 +37,7 @@ def resident_bits_within(path: Path, limit: int) -> int:
     return max(fitting)
 
 
-def peak_bytes() -> int | None:
+def process_peak_bytes() -> int | None:
     """The most memory this process has held so far, or None where the system does not say."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -43,7 +43,7 @@ def shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-def resident_bytes(c: ModelConfig, bits: int) -> int:
+def shape_resident_bytes(c: ModelConfig, bits: int) -> int:
     """Planes, tables and head of a model of this shape, in bytes."""
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     h, inner = c.hidden_size, c.intermediate_size

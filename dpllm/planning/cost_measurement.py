@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.host import processor_name
 from dpllm.policies.base import PrecisionPolicy
@@ -39,8 +40,6 @@ SECONDS = 4.0  # approximate time to spend; slow models get fewer rounds
 ROUNDS = (3, 24)  # least and greatest number of rounds
 EVENLY = 0.02  # weight of the prior that all planes take the same time, relative to the measurements
 CONTEXTS = (1024, 4096)  # tokens in the cache when attention is timed; limited to the positions of the model
-
-Progress = Callable[[str, int, int], None]
 
 
 class Cell(NamedTuple):
@@ -71,7 +70,7 @@ def cost_path(engine: Engine) -> Path:
     return root / f"{_hash(engine)[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
 
-def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambda *_: None) -> CostModel:
+def cost_of(engine: Engine, path: Path | None = None, progress: Progress = no_progress) -> CostModel:
     """Returns the stored cost model, or measures one and stores it.
 
     path: a file to read instead of the cache. Raises InputError if `path` was measured with another overlay or device.
@@ -96,7 +95,7 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
     return found
 
 
-def measure_cost(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+def measure_cost(engine: Engine, progress: Progress = no_progress) -> CostModel:
     """Times decode steps and returns the cost model.
 
     The cells take turns, so that a machine that changes its speed meanwhile slows all of them alike. Raises InputError

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import encode, read_documents
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.evaluation.forced_steps import forced_nats
-from dpllm.planning.quality_model import Progress, QualityModel
+from dpllm.kvzip_bridge.attention import SINKS
+from dpllm.planning.quality_model import QualityModel
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -46,7 +48,7 @@ def measure_quality(
     engine: Engine,
     text: Path,
     options: QualityOptions = QualityOptions(),
-    progress: Progress = lambda *_: None,
+    progress: Progress = no_progress,
 ) -> QualityModel:
     """Decodes every document at every number of bits after a cache pruned to every ratio.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NAME = "quality.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Precision policies: the interface, its defaults, and the recorder of what a policy chose.
 
 A `PrecisionPolicy` is immutable and may be shared by any number of texts and threads. `begin_text` gives a
-`TextPolicy`, which belongs to one text: it chooses the widths of the text's tokens and learns from the text's finished steps.
+`TextPolicy`, which belongs to one text: it chooses the widths of the text's tokens and learns from the text's
+finished steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from dpllm.calib.runtime.bits_correction import Correction
 from dpllm.calib.runtime.threshold_rule import ThresholdRule
-from dpllm.model.decoder import Group
+from dpllm.model.decoder import Decoder, Group
 from dpllm.policies.token_limit import Allowance, Pace
 
 
@@ -25,8 +26,8 @@ class TextPolicy:
 
     A decode step evaluates two kinds of policy by itself, without calling: `fixed_bits`, one width for each group; or
     `rule` with `thresholds` float32 [G, steps]. `previous` (float32 [1, 3] or None) and `correction` enter the
-    multiplier of each token; `allowance` with `pace` limits what one token may cost. bits_correction: moves `correction` so that
-    effective bits meet a target; None where a policy has no such target.
+    multiplier of each token; `allowance` with `pace` limits what one token may cost. bits_correction: moves
+    `correction` so that effective bits meet a target; None where a policy has no such target.
     """
 
     name: str
@@ -77,6 +78,11 @@ class PrecisionPolicy:
     def begin_text(self) -> TextPolicy:
         """The state of one new text."""
         raise NotImplementedError
+
+    def reading_from(self, decoder: Decoder) -> PrecisionPolicy:
+        """This policy for another view of the same decoder. Only a policy that reads matrices is another object
+        then."""
+        return self
 
 
 class WidthSums:

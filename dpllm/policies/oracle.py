@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class OracleRateDistortion(PrecisionPolicy):
                 "this profile holds nothing for policy 'oracle-rate-distortion'. Run: dpllm calibrate OVERLAY"
             )
         device = decoder.device
-        self.decoder = decoder  # its backend may be exchanged meanwhile (calib/dequantised.py)
+        self.dequantize = decoder.backend.dequantize
         self.seed_bits, self.target_bits = profile.bits[0], target_bits
         self.correction_rate = RATE if corrected else 0.0
         self.probe = TokenProbe.of(profile.probe, profile.context, device)
@@ -42,6 +44,12 @@ class OracleRateDistortion(PrecisionPolicy):
         log2_lambda = np.interp(wanted, profile.extra["oracle.bits"], profile.extra["oracle.log2_lambda"])
         cost = torch.from_numpy(profile.cost).double().to(device)
         self.price = (2.0**log2_lambda * cost).float()
+
+    def reading_from(self, decoder: Decoder) -> OracleRateDistortion:
+        """A copy that reads its matrices from another view of the same decoder."""
+        own = copy.copy(self)
+        own.dequantize = decoder.backend.dequantize
+        return own
 
     def begin_text(self) -> OracleText:
         """A text without a previous step and without a correction."""
@@ -65,7 +73,7 @@ class OracleText(TextPolicy):
         if group.index == 0:
             self._multiplier = policy.probe.multiplier(x, self.previous, self.correction)
         widths = range(policy.seed_bits, group.resident_bits + 1)
-        dequantize = policy.decoder.backend.dequantize
+        dequantize = policy.dequantize
         full = x @ dequantize(group.weight, widths[-1], x.dtype).T
         loss = torch.zeros(len(x), len(widths), device=x.device)
         for i, width in enumerate(widths[:-1]):

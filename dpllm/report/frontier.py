@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import stdtrit
 
+from dpllm.base.progress import Progress
 from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import DocumentScore, score, summarize
 from dpllm.kvzip_bridge.cache import KVCache
@@ -14,7 +15,7 @@ from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.report.data import CurvePoint, Difference, Frontier, Spread
-from dpllm.report.timed_steps import Progress, interleaved_ms
+from dpllm.report.timed_steps import interleaved_ms
 
 OURS = "rate-distortion"
 WIDEST = "uniform"

@@ -11,6 +11,7 @@ from datetime import datetime
 import numpy as np
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress
 from dpllm.context.kv_context import KVContext
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
@@ -24,7 +25,7 @@ from dpllm.report import query_spread
 from dpllm.report.accounting import bytes_by_kind
 from dpllm.report.data import Generation, GroupInfo, KeptPairs, KindBytes, OperatingPoint, Report, Token
 from dpllm.report.frontier import OURS, cells_of, default_targets, measure_frontier
-from dpllm.report.timed_steps import BLOCK, Progress, read
+from dpllm.report.timed_steps import BLOCK, read
 
 WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces, for the intervals
 
@@ -33,10 +34,10 @@ WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces,
 class ReportOptions:
     """The targets of a report and the amount of text to measure.
 
-    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that is
-    resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was calibrated, DP-LLM.
-    targets: the targets of the curves, in bits; None: five. scored_tokens: tokens to score. queries: queries to decode.
-    Raises InputError for targets that exclude each other or are out of range.
+    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that
+    is resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was
+    calibrated, DP-LLM. targets: the targets of the curves, in bits; None: five. scored_tokens: tokens to score.
+    queries: queries to decode. Raises InputError for targets that exclude each other or are out of range.
     """
 
     target_bits: float | None = None

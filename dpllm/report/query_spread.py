@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dpllm.base.progress import Progress
 from dpllm.engine import Engine
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report.data import Service, ServiceLevel
-from dpllm.report.timed_steps import Progress, forced_steps, read
+from dpllm.report.timed_steps import forced_steps, read
 
 PROMPT, NEW = 16, 64  # tokens of a query that are read, and that are decoded
 SHORTEST = 8  # fewest tokens of a query that are decoded

@@ -16,7 +16,6 @@ from dpllm.engine import PREFILL_CHUNK, Engine
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.policies.base import PrecisionPolicy, begin_text, observe
 
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Key = TypeVar("Key")
 
 BLOCK = 8  # steps in a turn of one policy; policies take turns because machines change speed from second to second

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
-from dpllm.kernels.weight import Int8Weight, QuantizedWeight
+from dpllm.kernels.weight import BitplaneWeight, Int8Weight, QuantizedWeight
 
 BLOCK_BYTES = 16 << 20  # of dequantised weights at a time, where torch multiplies in bfloat16
 FEW_ROWS = 8  # that are multiplied faster than a matrix is dequantised for it
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedWeight:
+class PreparedWeight(BitplaneWeight):
     """Planes as they are stored, tables as digits; `matrix` is what the library reads."""
 
     planes: Tensor
@@ -29,21 +29,10 @@ class PreparedWeight:
     seed_bits: int
     matrix: Matrix = field(repr=False)
 
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.planes.shape[1]
-
-    @property
-    def resident_bits(self) -> int:
-        """Planes held."""
-        return self.planes.shape[0]
-
-    def nbytes(self, bits: int) -> int:
-        """Bytes one pass reads at this width: planes, the width's table and scales."""
-        read = [self.planes[:bits], self.tables[bits], self.scales[bits]]
-        scales = 0 if self.row_scale is None else 4 * self.out_features
-        return sum(t.numel() * t.element_size() for t in read) + scales
+    def table_bytes(self, bits: int) -> int:
+        """Bytes of the width's digits and scales, and of the row scales."""
+        tables = sum(t.numel() * t.element_size() for t in (self.tables[bits], self.scales[bits]))
+        return tables + (0 if self.row_scale is None else 4 * self.out_features)
 
     @property
     def held_bytes(self) -> int:

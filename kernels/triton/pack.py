@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpllm.kernels.weight import MAX_BITS, WORD, QuantizedWeight, unpack
+from dpllm.kernels.weight import MAX_BITS, WORD, BitplaneWeight, QuantizedWeight, unpack
 
 ROW_ALIGN = 4  # words: rows begin at 16 bytes
 TABLE_ALIGN = 128  # bytes: a line of the L1 cache (codes.table_offset knows it too)
@@ -21,7 +21,7 @@ MAX_WORDS = 2**31 - 1  # kernels count a matrix's words in 32 bits
 
 
 @dataclass(frozen=True)
-class TritonWeight:
+class TritonWeight(BitplaneWeight):
     """An [N, K] matrix for the kernels of this folder.
 
     planes: int32 [P, N, KW], the columns in the order above, KW a multiple of 4; columns beyond K are zero bits.
@@ -39,16 +39,6 @@ class TritonWeight:
     widths: tuple[int, int]
 
     @property
-    def out_features(self) -> int:
-        """N."""
-        return self.planes.shape[1]
-
-    @property
-    def resident_bits(self) -> int:
-        """Planes held."""
-        return self.planes.shape[0]
-
-    @property
     def rows_per_table(self) -> int:
         """Rows that share one table."""
         return self.out_features // self.table_count
@@ -58,10 +48,9 @@ class TritonWeight:
         """Columns of the packed matrix: K rounded up to whole words and aligned rows."""
         return self.planes.shape[2] * WORD
 
-    def nbytes(self, bits: int) -> int:
-        """Bytes one pass reads at this width: planes, the width's tables, row scales."""
-        scales = 0 if self.scale is None else 2 * self.out_features
-        return bits * self.planes[0].numel() * 4 + (self.table_count << (bits + 1)) + scales
+    def table_bytes(self, bits: int) -> int:
+        """Bytes of the width's tables and of the row scales."""
+        return (self.table_count << (bits + 1)) + (0 if self.scale is None else 2 * self.out_features)
 
     @property
     def held_bytes(self) -> int:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kvzip_bridge.attention import rotate
+from dpllm.kvzip_bridge.attention import SINKS, rotate
 from dpllm.kvzip_bridge.budget import with_safeguard
 from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, blocks, by_layer
-from dpllm.kvzip_bridge.query_recording import SINKS, QueriesWanted, angles
+from dpllm.kvzip_bridge.query_recording import QueriesWanted, angles
 
 
 class ExpectedAttention(Policy):

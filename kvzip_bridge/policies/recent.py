@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.budget import per_head
 from dpllm.kvzip_bridge.interfaces import Context
 from dpllm.kvzip_bridge.policies.common import Policy, protect
-from dpllm.kvzip_bridge.query_recording import SINKS
 
 
 class Recent(Policy):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
-from dpllm.calib.gradient_passes import LABEL_STREAM, gradients
+from dpllm.calib.gradient_passes import LABEL_STREAM, gradient_leaf
 from dpllm.calib.runtime.threshold_rule import stale_sources
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
@@ -115,7 +115,7 @@ def test_losses_are_weighted_output_errors(decoders, calibration_sequences):
     assert (means[:, :-1] > means[:, 1:]).all(), "more planes, less loss"
     # One group by hand: the first layer's input does not depend on the widths drawn.
     group = decoder.groups[0]
-    x = torch.cat([decoder._rms_norm(decoder._embed(row), decoder.layers[0].input_norm) for row in sequences])
+    x = torch.cat([decoder.rms_norm(decoder.embed(row), decoder.layers[0].input_norm) for row in sequences])
     delta = decoder.backend.dequantize(group.weight, 6) - decoder.backend.dequantize(group.weight, 3)
     errors = (x.double() @ delta.double().T) ** 2
     np.testing.assert_allclose(m.exact[0, :, 1], errors @ saliency[0].double(), rtol=1e-3)
@@ -141,11 +141,10 @@ def own_gradients(decoder, ids, seed, number) -> torch.Tensor:
         if group.index == 0:
             y.register_hook(lambda grad: found.append(grad**2))
 
-    with gradients(decoder):
-        logits = decoder.forward(ids, select=select, observe=observe)
-        generator = torch.Generator().manual_seed(seed * LABEL_STREAM + number)
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    logits = decoder.forward(ids, select=select, observe=observe, embedded=gradient_leaf(decoder, ids))
+    generator = torch.Generator().manual_seed(seed * LABEL_STREAM + number)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     return found[-1]
 
 
@@ -373,7 +372,7 @@ def test_stale_inputs_are_carried_over_by_the_norms(decoders, calibration_sequen
     qkv, gate_up = first.qkv[0].index, first.gate_up[0].index
     assert source[gate_up] == qkv
     residual = seen[qkv] / first.input_norm  # up to its scale, which normalising removes
-    renormed = decoder._rms_norm(residual, first.post_norm)
+    renormed = decoder.rms_norm(residual, first.post_norm)
     torch.testing.assert_close(seen[qkv] * ratio[gate_up], renormed, rtol=1e-2, atol=2e-2)
 
 

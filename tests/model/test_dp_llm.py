@@ -8,7 +8,13 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.calib.dp_llm import LINE, PROJECTION, DPLLMOptions, calibrate_dp_llm, fit_estimator
-from dpllm.calib.dp_llm_averages import AveragesOptions, averages, interpolated, lower_width, tune_averages
+from dpllm.calib.dp_llm_averages import (
+    AveragesOptions,
+    averages,
+    interpolating_view,
+    lower_width,
+    tune_averages,
+)
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.base import Recorder
@@ -36,9 +42,11 @@ def test_interpolated_outputs_and_their_gradient(decoder, six):
     group, x = decoder.groups[4], torch.randn(3, decoder.groups[4].weight.in_features)
     p = torch.tensor(3.3, requires_grad=True)
     low, high = (x @ decoder.backend.dequantize(group.weight, b).T for b in (3, 4))
-    with interpolated(decoder, six):
-        y = decoder.backend.gemv(x, group.weight, p.expand(3))
-        whole = decoder.backend.gemv(x, group.weight, torch.full((3,), 5, dtype=torch.int32))
+    gemv = interpolating_view(decoder, six).backend.gemv
+    y, whole = (
+        gemv(x, group.weight, p.expand(3)),
+        gemv(x, group.weight, torch.full((3,), 5, dtype=torch.int32)),
+    )
     torch.testing.assert_close(y, 0.7 * low + 0.3 * high, rtol=1e-4, atol=1e-5)
     expected = x @ decoder.backend.dequantize(group.weight, 5).T
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4)  # activations of 16 bits
@@ -56,11 +64,11 @@ def test_averages_meet_their_target_within_their_caps(decoder, calibration_seque
 
 def test_tuning_moves_bits_to_where_they_help(decoder, six, calibration_sequences):
     def loss(p):
-        total = 0.0
-        with torch.no_grad(), interpolated(decoder, six):
+        total, view = 0.0, interpolating_view(decoder, six)
+        with torch.no_grad():
             for ids in calibration_sequences[:6, :48]:
                 select = lambda g, x: torch.tensor(float(p[g.index])).expand(len(x))  # noqa: E731
-                logits = decoder.forward(ids[:-1], select=select)
+                logits = view.forward(ids[:-1], select=select)
                 total += torch.nn.functional.cross_entropy(logits, ids[1:]).item()
         return total / 6
 

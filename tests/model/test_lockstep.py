@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpllm.calib.dequantised import dense
+from dpllm.calib.dequantised import dequantised_view
 from dpllm.engine import GenerateOptions, load
 from dpllm.evaluation.evaluate import evaluate, score
 from dpllm.evaluation.side_by_side import steps
@@ -76,14 +76,12 @@ def test_windows_of_attention_are_kept(tmp_path, calibration_documents):
 def test_the_dense_decoder_computes_the_same(decoder, profiles, heldout_sequences):
     policy, ids = make_policy("dp-llm", 3.25, decoder, profiles["fused"]), heldout_sequences[0][:50]
     backend = decoder.backend
+    view = dequantised_view(decoder)
     with torch.no_grad():
-        expected = decoder.forward(ids, select=policy)
-        with dense(decoder):
-            assert decoder.backend is not backend
-            found = decoder.forward(ids, select=policy)
-        with dense(decoder, limit=1000):
-            assert decoder.backend is backend, "too large: as it is"
-    assert decoder.backend is backend
+        expected, found = decoder.forward(ids, select=policy), view.forward(ids, select=policy)
+    assert view.backend is not backend and not view.recompute
+    assert decoder.backend is backend and decoder.recompute, "the decoder itself does not change"
+    assert dequantised_view(decoder, limit=1000) is decoder, "the matrices do not fit"
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # the kernels' activations have 16 bits
 
 

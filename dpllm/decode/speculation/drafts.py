@@ -27,7 +27,8 @@ class Draft(Protocol):
 
     def propose(self, text: Sequence[int], count: int, cache: KVCache, pick: Sampler) -> list[int]:
         """Up to `count` tokens that may follow `text`, of which the cache holds all but the last token. The cache may
-        be written to after its end; the caller rewinds it. pick: draws with the numbers that the check will draw with."""
+        be written to after its end; the caller rewinds it. pick: draws with the numbers that the check will draw
+        with."""
         ...
 
 
