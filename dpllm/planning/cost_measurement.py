@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, silent
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.machine import processor_name
 from dpllm.policies.base import PrecisionPolicy
@@ -39,11 +40,9 @@ ROUNDS = (3, 24)  # at least, at most
 EVENLY = 0.02  # how firmly planes are held to one time, relative to what was measured
 CONTEXTS = (1024, 4096)  # tokens of cache whose attention is timed, as far as the model has the positions
 
-Progress = Callable[[str, int, int], None]
-
 
 class Cell(NamedTuple):
-    """What is timed: effective bits asked for, tokens of context, and whether every group reads the same width."""
+    """One point to time: effective bits asked for, tokens of context, and whether every group reads the same width."""
 
     bits: float
     context: int = 0
@@ -61,13 +60,13 @@ def device_name(engine: Engine) -> str:
 
 
 def cost_path(engine: Engine) -> Path:
-    """Where this machine keeps the cost of this overlay, held with so many planes."""
+    """The file where this machine keeps the cost of this overlay, held with this number of planes."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpllm"
     key = f"{device_name(engine)} {resident_mean(engine.decoder):.4f}"
     return root / f"{_hash(engine)[:16]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
 
-def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambda *_: None) -> CostModel:
+def cost_of(engine: Engine, path: Path | None = None, progress: Progress = silent) -> CostModel:
     """The stored cost model, or a fresh one, which is then stored.
 
     path: a file to use instead of the cache. Raises InputError where it was measured with another overlay or device.
@@ -92,7 +91,7 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = lambd
     return found
 
 
-def measure(engine: Engine, progress: Progress = lambda *_: None) -> CostModel:
+def measure(engine: Engine, progress: Progress = silent) -> CostModel:
     """Times decode steps: effective bits and contexts take turns, so that a machine that changes its speed meanwhile
     slows all of them alike. Raises InputError for a model without bits to choose."""
     taken: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
@@ -123,7 +122,7 @@ def cells_of(engine: Engine) -> list[Cell]:
 
 
 def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[Step]:
-    """A few tokens behind a cache of so many pairs a head (their values change no time), or behind a given one."""
+    """A few tokens after a cache of `cell.context` pairs a head, or after a given one. Values do not change time."""
     groups = engine.decoder.groups
     policy: PrecisionPolicy = (
         StaticPolicy([min(int(cell.bits), g.resident_bits) for g in groups], name="uniform")
@@ -134,7 +133,7 @@ def steps_at(engine: Engine, cell: Cell, behind: KVCache | None = None) -> list[
 
 
 def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
-    """The cost model of what `cells_of` were timed."""
+    """The cost model of the steps that were timed at `cells_of`."""
     ms = {cell: statistics.median(s.tpot_ms for s in steps) for cell, steps in taken.items()}
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
     empty = [cell for cell in taken if not cell.context]
@@ -152,7 +151,7 @@ def fit(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
 
 
 class Timed(NamedTuple):
-    """Steps, what one of them took, and whether they chose their widths, which takes time, too."""
+    """Steps, the milliseconds of one of them, and whether they chose their widths, which takes time too."""
 
     steps: Sequence[Step]
     ms: float

@@ -97,12 +97,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planned:
-    """plan: the best. binding: names of the targets that keep it from being better. alternatives: the frontier of time
-    and quality under the other targets, fastest first."""
+    """The best plan and what it was chosen from.
+
+    binding: names of the targets that keep it from being better. alternatives: the frontier of time and quality under
+    the other targets, fastest first. targets, cost, quality: what was asked for, and the measurements it rests on.
+    """
 
     plan: Plan
     binding: tuple[str, ...]
     alternatives: tuple[Plan, ...]
+    targets: Targets
+    cost: CostModel
+    quality: QualityModel
 
 
 class Planner:
@@ -122,10 +128,13 @@ class Planner:
         best = _best(every, targets)
         if best is None:
             raise InputError(self._impossible(every, targets))
-        return Planned(best, _binding(every, targets, best), _frontier(every, targets, best))
+        return Planned(
+            plan=best, binding=_binding(every, targets, best), alternatives=_frontier(every, targets, best),
+            targets=targets, cost=self.cost, quality=self.quality,
+        )  # fmt: skip
 
     def candidates(self, context: int) -> list[Plan]:
-        """Every plan on the grid, for a context of so many tokens."""
+        """Every plan on the grid, for a context of `context` tokens."""
         keeps = [1.0]
         if context > 1 and len(self.quality.keep) > 1:
             keeps = [round(float(k), 6) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
@@ -141,7 +150,7 @@ class Planner:
         ]
 
     def _priced(self, bits: float, keeps: list[float], context: int) -> list[Plan]:
-        """With every plane held."""
+        """Plans that read these bits, one a share of the cache, with every plane held."""
         m, found = self.machine, []
         planes = max(m.held)
         weights_ms, read = self.cost.step_ms(bits), m.read_bytes(bits)
@@ -153,7 +162,7 @@ class Planner:
         return found
 
     def _held(self, planes: int, plan: Plan) -> Plan:
-        """The same with no more planes than these."""
+        """The same plan with no more planes held than these."""
         penalty, loss = self.machine.penalty(planes, plan.target_bits), plan.quality_loss
         if penalty:
             loss = math.expm1(math.log1p(loss) + penalty)
@@ -186,7 +195,7 @@ class Planner:
 
 
 def machine_of(engine: Engine) -> Machine:
-    """What plans for this engine lean on. Raises InputError for a model without bits to choose."""
+    """The sizes that plans for this engine are computed from. Raises InputError for a model without bits to choose."""
     profile, c = engine.calibration(), engine.decoder.config
     overlay = Overlay.open(engine.path)
     high = max(g.resident_bits for g in engine.decoder.groups)
@@ -224,7 +233,7 @@ def _option(name: str) -> str:
 
 
 def _meeting(every: list[Plan], targets: Targets) -> list[Plan]:
-    """Those that meet the targets."""
+    """The plans that meet the targets."""
     for name, reach, _ in _KINDS:
         most = getattr(targets, name)
         if most is not None:
@@ -233,7 +242,7 @@ def _meeting(every: list[Plan], targets: Targets) -> list[Plan]:
 
 
 def _best(every: list[Plan], targets: Targets, fastest: bool | None = None) -> Plan | None:
-    """Of the best quality; under a bound on quality alone, the fastest. Ties: fewer bytes read, then held."""
+    """The plan of the best quality; under a bound on quality alone, the fastest. Ties: fewer bytes read, then held."""
     if fastest is None:
         fastest = targets.tpot_ms is None and targets.max_quality_loss is not None
     return min(_meeting(every, targets), key=lambda p: _rank(p, fastest), default=None)

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, silent
 from dpllm.base.text import encode, read_documents
 from dpllm.context.kv_context import SINKS, KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.decode.step import decode_one
+from dpllm.planning.quality_model import QualityModel
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -24,7 +26,6 @@ from dpllm.policies.make import make_policy
 if TYPE_CHECKING:
     from dpllm.engine import Engine
     from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.planning.quality_model import Progress, QualityModel
 
 KEEPS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 
@@ -33,8 +34,8 @@ STEPS = (0.0, 0.06, 0.12, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the range of effect
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """documents: texts measured. skip: so many of those that are long enough first. context: tokens of each that are
-    read and pruned. following: tokens decoded then."""
+    """What to measure on. documents: number of texts. skip: number of long enough texts to pass over first. context:
+    tokens of each text that are read and pruned. following: tokens decoded after them."""
 
     documents: int = 12
     skip: int = 0
@@ -46,7 +47,7 @@ def measure(
     engine: Engine,
     text: Path,
     options: QualityOptions = QualityOptions(),
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> QualityModel:
     """Decodes at every number of bits over a cache pruned to every ratio. Raises InputError for a text that is too
     short, or a model without bits to choose."""
@@ -103,7 +104,7 @@ def _read(engine: Engine, ids: Sequence[int]) -> Pruner:
 
 
 def _nats(engine: Engine, policy: PrecisionPolicy, cache: KVCache, ids: Sequence[int]) -> float:
-    """Of the tokens behind the first, each decoded with widths of its own; the cache is as before."""
+    """Nats of the tokens after the first, each decoded with widths of its own; the cache is as before."""
     if hasattr(policy, "reset"):
         policy.reset()
     start, total = cache.length, 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 NAME = "quality.json"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class QualityModel:
 
     @classmethod
     def load(cls, path: Path, overlay_hash: str) -> QualityModel:
-        """Raises InputError for a file that is no such measurement, or one of another overlay."""
+        """Raises InputError for a file that is not such a measurement, or one of another overlay."""
         try:
             stored = json.loads(path.read_text())
             version = stored.pop("quality_version")
@@ -69,7 +66,7 @@ class QualityModel:
                 raise ValueError("its table is not whole")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise InputError(
-                f"{path} is no measurement of quality ({e}). Run: dpllm profile --quality"
+                f"{path} is not a measurement of quality ({e}). Run: dpllm profile --quality"
             ) from None
         if found.overlay_hash != overlay_hash:
             raise InputError(f"{path} was measured with another overlay. Run: dpllm profile --quality")
@@ -83,7 +80,7 @@ def quality_of(engine: Engine) -> QualityModel:
 
 
 def estimated(profile: CalibrationProfile, resident: Resident = None) -> QualityModel:
-    """From calibration alone: the loss its gains foretell at every number of bits, with the whole cache."""
+    """From calibration alone: the loss its gains predict at every number of bits, with the whole cache."""
     low, high = profile.target_range(resident)
     bits = [float(b) for b in np.linspace(low, high, 17)]
     losses = [expected_loss(profile, b, resident) for b in bits]
@@ -92,7 +89,7 @@ def estimated(profile: CalibrationProfile, resident: Resident = None) -> Quality
 
 
 def expected_loss(profile: CalibrationProfile, target_bits: float, resident: Resident = None) -> float:
-    """Nats per token that calibration foretells at these bits, less those of reading the seed width everywhere."""
+    """Nats per token that calibration predicts at these bits, less those of reading the seed width everywhere."""
     planes = profile.planes(resident)
     thresholds = profile.thresholds(profile.lambda_for(target_bits, planes), planes)
     steps = (profile.lower_edges()[:, :, None] >= thresholds[:, None, :]).sum(axis=2)  # [G, M]
@@ -101,6 +98,3 @@ def expected_loss(profile: CalibrationProfile, target_bits: float, resident: Res
         :, 0
     ]  # [G, M]; bins hold equally many tokens
     return -float(taken.mean(axis=1).sum())
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------
