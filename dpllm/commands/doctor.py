@@ -43,13 +43,10 @@ def _show_machine(found: dict[str, Any]) -> None:
 
 
 def _errors(checks: dict[str, dict[str, float]]) -> Table:
-    """The relative error of each backend at each width."""
-    widths = list(next(iter(checks.values())))
-    table = Table(
-        "backend", *(f"{w} bits" for w in widths), title="relative error of a product, against float64"
-    )
-    for name, errors in checks.items():
-        table.add_row(name, *(f"{errors[w]:.1e}" for w in widths))
+    """The relative error of each backend at each width, one width a row."""
+    table = Table("bits", *checks, title="relative error of a product, against float64")
+    for width in next(iter(checks.values())):
+        table.add_row(width, *(f"{errors[width]:.1e}" for errors in checks.values()))
     return table
 
 

@@ -83,6 +83,6 @@ def test_plan(tiny_overlay, tmp_path, monkeypatch):
     numbers = {"max_memory": 1e9, "max_quality_loss": 0.02, "context": 256}
     assert dpllm.plan(engine, **numbers, cost=tmp_path / "cost.json").plan == planned.plan
     for wrong, says in (({"max_memory": "plenty"}, "not a size"), ({"context": "many"}, "not a number of tokens"),
-                        ({"tpot_ms": 1e-6, "cost": cost}, "no plan meets")):  # fmt: skip
+                        ({"tpot_ms": 1e-6, "context": 256, "cost": cost}, "no plan meets")):  # fmt: skip
         with pytest.raises(dpllm.InputError, match=says):
             dpllm.plan(engine, **wrong)

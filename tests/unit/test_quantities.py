@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dpllm.base.errors import InputError
-from dpllm.base.quantities import parse_size
+from dpllm.base.quantities import parse_count, parse_share, parse_size
 
 
 @pytest.mark.parametrize(
