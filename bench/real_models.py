@@ -12,10 +12,10 @@ from report import report
 
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
-from dpllm.commands.calibrate import CalibrateArguments, run
 from dpllm.evaluation.evaluate import score, summarize
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
+from dpllm.prepare.calibrate import calibrate
 from dpllm.quant.overlay import Overlay
 
 TARGETS = "3.25,3.5,3.75,4,4.25,4.5,4.75"
@@ -37,20 +37,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    run(
-        CalibrateArguments(
-            str(args.overlay), args.targets, args.budget, args.calibration, "linear", samples=args.samples,
-            asynchronous=True, dp_llm=True, device=args.device,
-        )
+    targets, budget = [float(t) for t in args.targets.split(",")], float(args.budget)
+    calibrate(
+        args.overlay, targets=targets, memory_bits=budget, data=args.calibration, granularity="linear",
+        samples=args.samples, asynchronous=True, dp_llm=True, device=args.device,
     )  # fmt: skip
     profile = CalibrationProfile.load(args.overlay / PROFILE_NAME, Overlay.open(args.overlay).hash)
-    planes = dict(zip(profile.group_names, profile.budget(float(args.budget)).tolist(), strict=True))
+    planes = dict(zip(profile.group_names, profile.budget(budget).tolist(), strict=True))
     decoder = load_decoder(args.overlay, LoadOptions(planes, "linear", device=args.device))
     tokenizer = load_tokenizer(args.overlay)
     rows = []
     for path in args.text:
         pieces = sample_sequences(read_documents(path), tokenizer, args.pieces, args.context).tolist()
-        for target in (float(t) for t in args.targets.split(",")):
+        for target in targets:
             for name in ("static", "dp-llm", "rate-distortion"):
                 policy = make_policy(name, target, decoder, profile)
                 result = summarize(name, target, score(decoder, policy, pieces), decoder.head_bytes())

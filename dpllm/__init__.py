@@ -31,25 +31,35 @@ if TYPE_CHECKING:
     from dpllm.context.saved import load_context, save_context
     from dpllm.engine import Engine, GenerateOptions, Step, load
     from dpllm.kvzip_bridge.budget import Budget
+    from dpllm.planning.plan import plan
+    from dpllm.planning.planner import Planned
+    from dpllm.prepare.calibrate import CalibrationReport, calibrate
+    from dpllm.prepare.quantize import quantize
 
 _EXPORTS = {
     "Budget": "dpllm.kvzip_bridge.budget",
+    "CalibrationReport": "dpllm.prepare.calibrate",
     "ContextOptions": "dpllm.context.options",
     "Engine": "dpllm.engine",
     "GenerateOptions": "dpllm.engine",
     "InputError": "dpllm.base.errors",
     "KVContext": "dpllm.context.kv_context",
+    "Planned": "dpllm.planning.planner",
     "Step": "dpllm.engine",
     "build_context": "dpllm.context.build",
+    "calibrate": "dpllm.prepare.calibrate",
     "load": "dpllm.engine",
     "load_context": "dpllm.context.saved",
+    "plan": "dpllm.planning.plan",
     "prune_tail": "dpllm.context.build",
+    "quantize": "dpllm.prepare.quantize",
     "save_context": "dpllm.context.saved",
 }
 
 __all__ = [
-    "Budget", "ContextOptions", "Engine", "GenerateOptions", "InputError", "KVContext", "Step", "__version__",
-    "build_context", "load", "load_context", "prune_tail", "save_context",
+    "Budget", "CalibrationReport", "ContextOptions", "Engine", "GenerateOptions", "InputError", "KVContext", "Planned",
+    "Step", "__version__", "build_context", "calibrate", "load", "load_context", "plan", "prune_tail", "quantize",
+    "save_context",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """`python -m dpllm` is the `dpllm` command."""
 
-from dpllm.cli import main
+from dpllm.commands.main import main
 
 if __name__ == "__main__":
     main()

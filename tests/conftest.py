@@ -27,7 +27,15 @@ from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
 
 SEQUENCE = 128
-LONGEST = ("test_cli", "test_step_kernels", "test_triton_products", "test_reference_model", "test_quantize")
+LONGEST = (
+    "test_prepare",
+    "test_generate_and_eval",
+    "test_damaged_input",
+    "test_step_kernels",
+    "test_triton_products",
+    "test_reference_model",
+    "test_quantize",
+)
 torch.set_num_threads(1)  # tiny matrices: more threads only get in each other's way
 
 

@@ -1,1 +1,1 @@
-"""One file per command of the CLI: arguments in, work done, table or JSON out."""
+"""The `dpllm` command: one file a command, with its options and its work. `main.py` is the entry point."""

@@ -1,4 +1,4 @@
-"""`dpllm bench`."""
+"""`dpllm bench`: tokens per second at each width, and the memory bandwidth in the same run."""
 
 from __future__ import annotations
 
@@ -8,131 +8,240 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 from rich.table import Table
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
-from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout
-from dpllm.decode.choose_step import fast_step
-from dpllm.decode.step import decode_one
-from dpllm.kernels.weight import empty_planes
-from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.model.decoder import Decoder
-from dpllm.model.loading import is_overlay, load_decoder
-from dpllm.model.memory import check_memory
-from dpllm.model.random_models import random_decoder, shape, shape_resident_bytes
-from dpllm.policies.fixed import StaticPolicy
+from dpllm.commands.app import (
+    COMMON,
+    MACHINE,
+    TARGETS,
+    Accuracy,
+    Backend,
+    Command,
+    Device,
+    Json,
+    Threads,
+    app,
+)
+from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout, tell
+
+if TYPE_CHECKING:
+    import torch
+
+    from dpllm.kvzip_bridge.cache import DenseKVCache
+    from dpllm.model.decoder import Decoder
 
 WARM_UP = 2
 STREAM_BYTES = 1 << 30  # as large as a model, so that no cache holds it
+USUAL_SHAPE = "1.1B"
+
+Measured = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="OVERLAY", help="Overlay to measure. The default is --shape 1.1B.", show_default=False
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Measure this overlay or this shape.", rich_help_panel=COMMON),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help="Measure random weights of this shape: tiny, 1.1B, 3B or 8B. It needs no download, and neither bytes nor "
+        "time depend on the weights.",
+        rich_help_panel=COMMON,
+    ),
+]
+Bits = Annotated[
+    str,
+    typer.Option("--bits", help="Measure these widths, separated by commas.", rich_help_panel=TARGETS),
+]
+PromptTokens = Annotated[
+    int,
+    typer.Option(
+        "--prompt",
+        help="Time the reading of a prompt of this number of tokens. 0 leaves it out.",
+        rich_help_panel=COMMON,
+    ),
+]
+NewTokens = Annotated[
+    int,
+    typer.Option(
+        "--new-tokens", min=1, help="Decode this number of tokens at each width.", rich_help_panel=COMMON
+    ),
+]
+CacheTokens = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        min=0,
+        help="Begin to decode with this number of tokens in the cache.",
+        rich_help_panel=COMMON,
+    ),
+]
+Pin = Annotated[
+    bool, typer.Option("--pin", help="Keep each CPU thread on its core.", rich_help_panel=MACHINE)
+]
 
 
-@dataclass(frozen=True)
-class BenchArguments:
-    """The command's arguments."""
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is timed. prompt: tokens read at once (0: none). new_tokens: tokens decoded. context: tokens in the cache
+    before them."""
 
-    model: str
-    bits: str
     prompt: int
     new_tokens: int
     context: int
-    hardware: Hardware
-    json: bool
+
+    @property
+    def longest(self) -> int:
+        """Positions that the model needs for it."""
+        return max(self.prompt, self.context + self.new_tokens + WARM_UP)
+
+
+@app.command(cls=Command)
+def bench(
+    *,
+    overlay: Measured = None,
+    model: Model = None,
+    shape: Shape = None,
+    prompt: PromptTokens = 512,
+    new_tokens: NewTokens = 32,
+    context: CacheTokens = 0,
+    json: Json = False,
+    bits: Bits = "3,4,6",
+    device: Device = "cpu",
+    threads: Threads = None,
+    pin: Pin = False,
+    backend: Backend = None,
+    accuracy: Accuracy = "balanced",
+) -> None:
+    """Measure tokens per second at each width, and the memory bandwidth in the same run."""
+    widths, name = widths_of(bits), model_of(overlay=overlay, model=model, shape=shape)
+    load = Load(prompt=prompt, new_tokens=new_tokens, context=context)
+    if prompt < 0:
+        raise InputError(f"--prompt {prompt} is not possible; 0 leaves the prompt out.")
+    hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy, pin=pin)
+    decoder, kind = open_model(name, widths, hardware, random=shape is not None)
+    check_fit(decoder, name, widths, load)
+    note(f"backend {decoder.backend.name}: {decoder.backend.reason}")
+    with stage_bars() as progress:
+        results, stream = measure(decoder, widths, load, progress)
+    if json:
+        facts = {"model": name, "measured_on": kind, "device": device, "context": context}
+        print_json({"results": results, "stream_gb_per_s": stream} | facts | _kernels(decoder, accuracy))
+        return
+    stdout.print(_table(results))
+    if stream is not None:
+        tell(f"read bandwidth in the same run: {stream:.1f} GB/s ({kind})")
 
 
 def widths_of(text: str) -> list[int]:
-    """'3,4,6' -> [3, 4, 6]."""
+    """'3,4,6' -> [3, 4, 6]. Raises InputError for anything else."""
     try:
         return [int(b) for b in text.split(",")]
     except ValueError:
-        raise InputError(f"--bits '{text}' is no list of widths. Write, for example, 3,4,6.") from None
+        raise InputError(f"--bits '{text}' is not a list of widths. Write, for example, 3,4,6.") from None
 
 
-def open_model(args: BenchArguments, widest: int) -> tuple[Decoder, str]:
-    """The decoder to measure, and what it is."""
-    options = args.hardware.load_options()
-    path = Path(args.model).expanduser()
-    if path.is_dir():
+def model_of(*, overlay: str | None, model: str | None, shape: str | None) -> str:
+    """The one model that was named. Raises InputError for more than one."""
+    given = [name for name in (overlay, model, shape) if name is not None]
+    if len(given) > 1:
+        raise InputError("OVERLAY, --model and --shape all name what to measure: give one of them.")
+    return given[0] if given else USUAL_SHAPE
+
+
+def open_model(name: str, widths: list[int], hardware: Hardware, *, random: bool) -> tuple[Decoder, str]:
+    """The decoder to measure, and a word about its weights. random: `name` is a shape, whatever lies there.
+
+    Raises InputError for a name that is neither an overlay nor a shape, and for a shape too large for the memory.
+    """
+    from dpllm.model.loading import is_overlay, load_decoder
+    from dpllm.model.memory import check_memory
+    from dpllm.model.random_models import random_decoder, resident_bytes
+    from dpllm.model.random_models import shape as shape_of
+
+    options = hardware.load_options()
+    path = Path(name).expanduser()
+    if path.is_dir() and not random:
         if not is_overlay(path):
             raise InputError(
                 f"{path} is not quantised, so it has no widths to compare. Run dpllm quantize first."
             )
         return load_decoder(path, options), "overlay"
-    config = shape(args.model)
+    config, widest = shape_of(name), max(widths)
     if not 2 <= widest <= 8:
-        raise InputError(f"--bits {args.bits}: a random model holds 2 to 8 planes.")
-    check_memory(args.model, {b: shape_resident_bytes(config, b) for b in range(2, widest + 1)})
-    note(f"making a model of shape {args.model} with {widest} random planes")
+        raise InputError(f"--bits {','.join(map(str, widths))}: a random model holds 2 to 8 planes.")
+    check_memory(name, {b: resident_bytes(config, b) for b in range(2, widest + 1)})
+    note(f"making a model of shape {name} with {widest} random planes")
     return random_decoder(config, widest, options), "random weights"
 
 
-def run(args: BenchArguments) -> None:
-    """Measures and prints a table or JSON."""
-    widths = widths_of(args.bits)
-    if args.prompt < 0:
-        raise InputError(f"--prompt {args.prompt} is not possible; 0 leaves the prompt out.")
-    decoder, kind = open_model(args, max(widths))
+def check_fit(decoder: Decoder, name: str, widths: list[int], load: Load) -> None:
+    """Raises InputError for widths that the model does not hold, or more tokens than it has positions."""
     first = decoder.groups[0]
     if outside := [b for b in widths if not first.seed_bits <= b <= first.resident_bits]:
         raise InputError(
-            f"{outside[0]} bits cannot be read: {args.model} holds {first.seed_bits}..{first.resident_bits} planes."
+            f"{outside[0]} bits cannot be read: {name} holds {first.seed_bits}..{first.resident_bits} planes. "
+            "Choose among them."
         )
-    longest = max(args.prompt, args.context + args.new_tokens + WARM_UP)
-    if longest > decoder.config.max_positions:
+    if load.longest > decoder.config.max_positions:
         raise InputError(
-            f"{longest} tokens are more than the model's {decoder.config.max_positions} positions."
+            f"{load.longest} tokens are more than the model's {decoder.config.max_positions} positions. "
+            "Ask for fewer."
         )
-    note(f"backend {decoder.backend.name}: {decoder.backend.reason}")
-    with stage_bars() as progress:
-        results, stream = measure(decoder, widths, args, progress)
-    report = {
-        "results": results,
-        "stream_gb_per_s": stream,
-        "model": args.model,
-        "measured_on": kind,
-        "device": args.hardware.device,
-        "threads": decoder.backend.cpu.handle.threads if decoder.backend.cpu else torch.get_num_threads(),
-        "backend": decoder.backend.name,
-        "accuracy": args.hardware.accuracy if decoder.backend.cpu else None,
-        "context": args.context,
-    }
-    if args.json:
-        print_json(report)
-        return
-    stdout.print(_table(results))
-    if stream is not None:
-        stdout.print(f"read bandwidth in the same run: {stream:.1f} GB/s ({kind})")
+
+
+def _kernels(decoder: Decoder, accuracy: str) -> dict[str, Any]:
+    """The kernels that computed, their threads and their accuracy."""
+    import torch
+
+    cpu = decoder.backend.cpu
+    return {
+        "threads": cpu.handle.threads if cpu else torch.get_num_threads(), "backend": decoder.backend.name,
+        "accuracy": accuracy if cpu else None,
+    }  # fmt: skip
 
 
 def measure(
-    decoder: Decoder, widths: list[int], args: BenchArguments, progress: Progress
+    decoder: Decoder, widths: list[int], load: Load, progress: Progress
 ) -> tuple[list[dict[str, Any]], float | None]:
-    """One row per width, widths taking turns; and the bandwidth, measured between them. Medians."""
+    """One row per width, and the read bandwidth in GB/s (None without the CPU kernels). All figures are medians.
+
+    Widths take turns, and the bandwidth is measured between them.
+    """
+    from dpllm.decode.choose_step import fast_step
+    from dpllm.decode.step import decode_one
+    from dpllm.kernels.weight import empty_planes
+    from dpllm.policies.fixed import StaticPolicy
+
     step = fast_step(decoder)
     policies = {b: StaticPolicy([b] * len(decoder.groups), name="uniform") for b in widths}
-    cache = decoder.new_cache(max(args.prompt, args.context + args.new_tokens + WARM_UP))
+    cache = decoder.new_cache(load.longest)
     prefill = None
-    if args.prompt:
+    if load.prompt:
         progress("prefill", 0, 1)
-        prefill = args.prompt / median_seconds(
-            partial(read_prompt, decoder, cache, args.prompt), decoder.device
+        prefill = load.prompt / median_seconds(
+            partial(read_prompt, decoder, cache, load.prompt), decoder.device
         )
         progress("prefill", 1, 1)
     times: dict[int, list[float]] = {b: [] for b in widths}
     streams: list[float] = []
     cpu = decoder.backend.cpu
     memory = empty_planes((1, 1, STREAM_BYTES // 4)).fill_(1)
-    rounds = max(
-        1, -(-args.new_tokens // 8)
-    )  # eight tokens at a time: machines change speed from second to second
+    rounds = max(1, -(-load.new_tokens // 8))  # of eight tokens: machines change speed from second to second
     for r in range(rounds):
         for b in widths:
             cache.rewind(0)
-            cache.advance(args.context)
-            count = min(8, args.new_tokens - 8 * r) + WARM_UP
+            cache.advance(load.context)
+            count = min(8, load.new_tokens - 8 * r) + WARM_UP
             decode = partial(decode_one, decoder, step, 1, cache, policies[b])
             seconds = [timed(decode, decoder.device) for _ in range(count)]
             times[b] += seconds[WARM_UP:]
@@ -140,7 +249,7 @@ def measure(
                 streams.append(cpu.read_bandwidth(memory))
         progress("decode", r + 1, rounds)
     stream = statistics.median(streams) / 1e9 if streams else None
-    return [_row(decoder, b, prefill, times[b], stream, args.context) for b in widths], stream
+    return [_row(decoder, b, prefill, times[b], stream, load.context) for b in widths], stream
 
 
 def _row(
@@ -151,6 +260,7 @@ def _row(
     stream: float | None,
     context: int,
 ) -> dict[str, Any]:
+    """The object of one width in `dpllm bench --json`. seconds: of each decoded token."""
     c = decoder.config
     weights = sum(g.bytes_at[bits - g.seed_bits] for g in decoder.groups) + decoder.head_bytes()
     pairs = 2 * c.num_layers * c.num_kv_heads * c.head_dim * decoder.kv_dtype.itemsize
@@ -171,7 +281,9 @@ def _row(
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a call takes, and what it has started on a GPU."""
+    """Seconds that a call takes, with the work that it has started on a GPU."""
+    import torch
+
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -184,13 +296,15 @@ def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
     return statistics.median([timed(work, device) for _ in range(4)][1:])
 
 
-@torch.no_grad()
 def read_prompt(decoder: Decoder, cache: DenseKVCache, tokens: int) -> None:
-    """Prefill of a prompt of so many tokens, from an empty cache."""
+    """Reads a prompt of `tokens` tokens into an empty cache."""
+    import torch
+
     cache.rewind(0)
     ids = torch.arange(tokens, device=decoder.device) % decoder.config.vocab_size
-    for chunk in ids.split(512):
-        decoder.forward(chunk, cache, last_only=True)
+    with torch.no_grad():
+        for chunk in ids.split(512):
+            decoder.forward(chunk, cache, last_only=True)
 
 
 def _table(results: list[dict[str, Any]]) -> Table:

@@ -1,89 +1,205 @@
-"""`dpllm context`."""
+"""`dpllm context`: reads a text once and keeps the part of its KV cache that matters."""
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from dpllm.base.errors import InputError
-from dpllm.commands.common import (
-    Hardware,
-    note,
-    parse_size,
-    print_json,
-    stage_bars,
-    stdout,
+from dpllm.commands.app import (
+    COMMON,
+    EXPERT,
+    TARGETS,
+    Accuracy,
+    Backend,
+    Command,
+    Device,
+    Json,
+    Overlay,
+    Threads,
+    contexts,
 )
-from dpllm.context.build import build_context
-from dpllm.context.kv_context import KVContext
-from dpllm.context.options import DEFAULT_KEEP, ContextOptions
-from dpllm.context.saved import check_free, save_context
-from dpllm.engine import Engine, load
-from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
-from dpllm.kvzip_bridge.policies import KV_POLICIES
+from dpllm.commands.common import Hardware, command_line, note, print_json, stage_bars, stdout
+
+if TYPE_CHECKING:
+    from dpllm.context.kv_context import KVContext
+    from dpllm.engine import Engine
+    from dpllm.kvzip_bridge.budget import Budget
+
+# What `dpllm context policies` says of each name. Docstrings are not there under `python -OO`.
+KV_POLICY_LINES = {
+    "keep-all": "Keeps every pair and prunes nothing.",
+    "random": "Keeps pairs drawn at random, as a baseline for the others.",
+    "recent": "Keeps the first four tokens and the most recent ones (StreamingLLM, arXiv:2309.17453).",
+    "knorm": "Keeps the pairs whose keys have the smallest L2 norm (arXiv:2406.11430).",
+    "snapkv": "Keeps the pairs that the last tokens of the text attend to most (SnapKV, arXiv:2404.14469).",
+    "pyramidkv": "Scores as snapkv does and gives lower layers more pairs (PyramidKV, arXiv:2406.02069).",
+    "adakv": "Scores as snapkv does and lets the heads of a layer compete (AdaKV, arXiv:2407.11550).",
+    "expected-attention": "Keeps the pairs that future queries, modelled as Gaussian, are expected to attend to "
+    "(Expected Attention, arXiv:2510.00636).",
+    "kvzip": "Keeps the pairs that the model attends to when it repeats the text (KVzip, arXiv:2505.23416).",
+    "kvzip+": "Scores as kvzip does and weights attention by what it adds to the layer (KVzip+, arXiv:2601.07891).",
+    "heads": "Keeps or drops whole heads by a score calibrated once for the model (KVzip, arXiv:2505.23416). "
+    "Needs dpllm calibrate --kv-heads.",
+}
+ALLOCATION_LINES = {
+    "over-all": "Takes the best pairs of all layers and heads together.",
+    "per-layer": "Gives every layer the same number of pairs; its heads compete for them.",
+    "per-head": "Gives every head the same number of pairs.",
+    "safeguard": "Gives every layer the same number and every head a fifth of an even share; the heads compete for "
+    "the rest (AdaKV, arXiv:2407.11550).",
+    "pyramid": "Gives lower layers more pairs than upper ones, and the heads of a layer the same number (PyramidKV, "
+    "arXiv:2406.02069).",
+}
+
+TextFile = Annotated[str, typer.Argument(help="Text to read; '-' reads standard input.")]
+Out = Annotated[
+    str,
+    typer.Option("--out", "-o", help="Make this directory. It must not exist.", rich_help_panel=COMMON),
+]
+OpensChat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Let the text open a chat; questions then follow in the model's chat template.",
+        rich_help_panel=COMMON,
+    ),
+]
+Keep = Annotated[
+    float | None,
+    typer.Option(
+        "--keep",
+        help="Keep this share of the cache, e.g. 0.3, which is the default.",
+        rich_help_panel=TARGETS,
+    ),
+]
+KeepTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--keep-tokens", help="Keep this number of tokens a head, on average.", rich_help_panel=TARGETS
+    ),
+]
+KeepMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-memory", help="Keep as much as fits into this size, e.g. 100MB.", rich_help_panel=TARGETS
+    ),
+]
+KvPolicy = Annotated[
+    str,
+    typer.Option(
+        "--kv-policy",
+        help="Score the key-value pairs by this policy. 'dpllm context policies' lists all of them.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        "--allocation",
+        help="Spread the budget over layers and heads this way. 'dpllm context policies' lists all of them; the "
+        "default is that of the policy's paper.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Block = Annotated[
+    int | None,
+    typer.Option(
+        "--block",
+        help="Prune each time this number of tokens has been read, so that the whole cache never exists. The default "
+        "is to prune once, at the end.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk",
+        help="Let KVzip repeat this number of tokens at a time. The default is 2048, or fewer where the model has no "
+        "positions for them.",
+        rich_help_panel=EXPERT,
+    ),
+]
 
 
-@dataclass(frozen=True)
-class BuildArguments:
-    """The arguments of `dpllm context build`."""
+@contexts.command("build", cls=Command)
+def build(
+    *,
+    text_file: TextFile,
+    out: Out,
+    overlay: Overlay = None,
+    chat: OpensChat = False,
+    json: Json = False,
+    keep: Keep = None,
+    keep_tokens: KeepTokens = None,
+    keep_memory: KeepMemory = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    backend: Backend = None,
+    kv_policy: KvPolicy = "kvzip",
+    allocation: Allocation = None,
+    block: Block = None,
+    chunk: Chunk = None,
+    accuracy: Accuracy = "balanced",
+) -> None:
+    """Read a text once, keep the part of its KV cache that matters, and save it for any number of questions.
 
-    text_file: str
-    out: str
-    keep: float | None
-    keep_tokens: int | None
-    keep_memory: str | None
-    policy: str
-    allocation: str | None
-    block: int | None
-    chunk: int | None
-    chat: bool
-    overlay: str | None
-    hardware: Hardware
-    json: bool
+    Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
+    """
+    from dpllm.context.build import build_context
+    from dpllm.context.options import ContextOptions
+    from dpllm.context.saved import check_free, save_context
+    from dpllm.engine import load
 
-
-def run(args: BuildArguments) -> None:
-    """Reads, prunes, saves; a summary for people or for machines."""
-    options = ContextOptions(budget_of(args), args.policy, args.allocation, args.block, args.chunk, args.chat)
-    out = Path(args.out).expanduser()
-    check_free(out)
-    text = read_text(args.text_file)
-    engine = load(args.overlay, options=args.hardware.load_options())
-    args.hardware.note_if_slow(engine.decoder.backend)
+    budget = budget_of(keep=keep, keep_tokens=keep_tokens, keep_memory=keep_memory)
+    options = ContextOptions(
+        budget=budget, policy=kv_policy, allocation=allocation, block=block, chunk=chunk, chat=chat
+    )
+    target = Path(out).expanduser()
+    check_free(target)
+    text = read_text(text_file)
+    hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
+    engine = load(overlay, options=hardware.load_options())
+    hardware.note_if_slow(engine.decoder.backend)
     began = time.perf_counter()
     with stage_bars() as bars:
         context = build_context(engine, text, options, bars)
     seconds = time.perf_counter() - began
-    save_context(context, out, engine)
-    summary = summarize(engine, context, out) | {"seconds": round(seconds, 2)}
-    if args.json:
+    save_context(context, target, engine)
+    summary = summarize(engine, context, target) | {"seconds": round(seconds, 2)}
+    if json:
         print_json(summary)
         return
     note(
-        f"{out}: {summary['tokens']} tokens, {summary['kept_ratio']:.1%} of their pairs kept by {args.policy}: "
+        f"{target}: {summary['tokens']} tokens, {summary['kept_ratio']:.1%} of their pairs kept by {kv_policy}: "
         f"{summary['nbytes'] / 1e6:.2f} MB of {summary['full_nbytes'] / 1e6:.2f} MB, in {seconds:.1f} s"
     )
-    note(f'ask it: dpllm generate --context {out} "your question"')
+    model = [] if overlay is None else ["--overlay", overlay]
+    note(f"ask it: {command_line('generate', *model, '--context', target, 'your question')}")
 
 
-def budget_of(args: BuildArguments) -> Budget:
-    """The budget in one of its three forms."""
-    given = [v for v in (args.keep, args.keep_tokens, args.keep_memory) if v is not None]
+def budget_of(*, keep: float | None, keep_tokens: int | None, keep_memory: str | None) -> Budget:
+    """The budget in one of its three forms. Raises InputError for more than one."""
+    from dpllm.base.quantities import parse_size
+    from dpllm.context.options import DEFAULT_KEEP
+    from dpllm.kvzip_bridge.budget import Budget
+
+    given = [v for v in (keep, keep_tokens, keep_memory) if v is not None]
     if len(given) > 1:
         raise InputError("--keep, --keep-tokens and --keep-memory exclude each other: give one of them.")
     if not given:
         return Budget(keep_ratio=DEFAULT_KEEP)
-    size = None if args.keep_memory is None else parse_size(args.keep_memory)
-    return Budget(keep_ratio=args.keep, tokens=args.keep_tokens, nbytes=size)
+    size = None if keep_memory is None else parse_size(keep_memory)
+    return Budget(keep_ratio=keep, tokens=keep_tokens, nbytes=size)
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or standard input for '-'."""
+    """The text of a file, or standard input for '-'. Raises InputError where there is no text."""
     path = Path(name).expanduser()
     if name != "-" and not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
@@ -107,23 +223,17 @@ def summarize(engine: Engine, context: KVContext, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show_policies(as_json: bool) -> None:
-    """Names with the first line of what each is."""
-    policies = {name: first_line(policy) for name, policy in KV_POLICIES.items()}
-    allocations = {name: first_line(allocation) for name, allocation in ALLOCATIONS.items()}
-    if as_json:
-        print_json({"policies": policies, "allocations": allocations})
+@contexts.command("policies", cls=Command)
+def policies(*, json: Json = False) -> None:
+    """List the policies that score the pairs of a cache, and the ways to spread a budget."""
+    if json:
+        print_json({"policies": KV_POLICY_LINES, "allocations": ALLOCATION_LINES})
         return
-    table = Table("--kv-policy", "what it keeps")
-    for name, text in policies.items():
-        table.add_row(name, text)
-    stdout.print(table)
-    table = Table("--allocation", "how it spreads a budget")
-    for name, text in allocations.items():
-        table.add_row(name, text)
-    stdout.print(table)
-
-
-def first_line(thing: Any) -> str:
-    """The first line of a docstring."""
-    return (thing.__doc__ or "").strip().splitlines()[0]
+    for option, title, lines in (
+        ("--kv-policy", "what it keeps", KV_POLICY_LINES),
+        ("--allocation", "how it spreads a budget", ALLOCATION_LINES),
+    ):
+        table = Table(option, title)
+        for name, line in lines.items():
+            table.add_row(name, line)
+        stdout.print(table)

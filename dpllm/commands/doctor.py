@@ -1,81 +1,70 @@
-"""`dpllm doctor`."""
+"""`dpllm doctor`: what this machine has, and whether the kernels compute correctly on it."""
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib import metadata
 from typing import Any
 
-import torch
+from rich.table import Table
 
-from dpllm import __version__
-from dpllm.commands.common import print_json, stdout
-from dpllm.diagnostics import gpu as gpu_info
-from dpllm.diagnostics.cpu import check_kernels, instruction_set_states
-from dpllm.kernels.backend import choose_backend
-
-TOLERANCE = 1e-4  # of 16-bit activations and tables
-HALF_TOLERANCE = 5e-3  # of kernels that write half precision
+from dpllm.commands.app import Command, Json, app
+from dpllm.commands.common import print_json, stdout, tell
 
 
-def run(as_json: bool) -> None:
-    """Reports versions, devices, and the chosen backend checked against float64."""
-    backend = choose_backend()
-    checks = check_kernels()
-    gpu = _gpu()
-    report = {
-        "dpllm": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", "safetensors", "triton")},
-        "cuda": gpu,
-        "backend": {"name": backend.name, "reason": backend.reason},
-        "instruction_sets": instruction_set_states(),
-        "gemv_relative_error": checks,
-        "ok": all(e < TOLERANCE for errors in checks.values() for e in errors.values())
-        and (gpu is None or gpu["ok"]),
-    }
-    if as_json:
-        print_json(report)
+@app.command(cls=Command)
+def doctor(*, json: Json = False) -> None:
+    """Show what this machine has, which backend will be used, and whether it computes correctly."""
+    from dpllm.diagnostics.examination import examine
+
+    found = examine()
+    if json:
+        print_json(found)
         return
-    for key, value in report.items():
-        stdout.print(f"[bold]{key}[/bold]: {value}")
+    _show_machine(found)
+    stdout.print(_errors(found["gemv_relative_error"]))
+    _show_gpu(found["cuda"])
+    verdict = (
+        "Every kernel computes correctly."
+        if found["ok"]
+        else "Some kernel is wrong or cannot run: see above."
+    )
+    tell(verdict)
 
 
-def _gpu() -> dict[str, Any] | None:
-    """The GPU, its bandwidth, the backend that will be used on it, and each of its kernels against its definition."""
-    found = gpu_info.describe()
-    if found is None:
-        return None
-    backend = choose_backend(device="cuda")
-    found |= _copy() | {"backend": {"name": backend.name, "reason": backend.reason}}
-    try:
-        device = torch.device("cuda", torch.cuda.current_device())
-        errors = {f"step: {k}": e for k, e in gpu_info.check_step_kernels(device).items()}
-        errors |= gpu_info.check_products(device)
-    except Exception as e:  # a compiler's or a driver's: what is wrong is what the user wants to know
-        return found | {"kernels": _cannot_run(e), "ok": False}
-    return found | {"kernel_errors": errors, "ok": all(e < HALF_TOLERANCE for e in errors.values())}
+def _show_machine(found: dict[str, Any]) -> None:
+    """Prints versions, cores, instruction sets and the backend, one line each."""
+    versions = ", ".join(f"{p} {v or 'not installed'}" for p, v in found["versions"].items())
+    tell(f"dpllm {found['dpllm']}, Python {found['python']}, {versions}")
+    tell(f"processor: {found['machine']}, {found['cores']} cores, {found['torch_threads']} threads of torch")
+    sets = ", ".join(f"{name} ({state})" for name, state in found["instruction_sets"].items())
+    tell(
+        f"instruction sets of the native kernels: {sets or 'none, because the native library cannot be loaded'}"
+    )
+    tell(f"backend: {found['backend']['name']}, {found['backend']['reason']}")
 
 
-def _copy() -> dict[str, Any]:
-    """The bandwidth of a copy; where there is none, as on a GPU that others fill, why."""
-    try:
-        return {"copy_gb_per_s": round(gpu_info.copy_gb_per_s(), 1)}
-    except Exception as e:
-        return {"copy_gb_per_s": None, "copy": _cannot_run(e)}
+def _errors(checks: dict[str, dict[str, float]]) -> Table:
+    """The relative error of each backend at each width, one width a row."""
+    table = Table("bits", *checks, title="relative error of a product, against float64")
+    for width in next(iter(checks.values())):
+        table.add_row(width, *(f"{errors[width]:.1e}" for errors in checks.values()))
+    return table
 
 
-def _cannot_run(e: Exception) -> str:
-    """In a line."""
-    return f"cannot run: {' '.join(str(e).split())[:300]}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _show_gpu(gpu: dict[str, Any] | None) -> None:
+    """Prints the GPU's facts, one line each, and the error of each of its kernels."""
+    if gpu is None:
+        tell("GPU: none, torch sees no CUDA device")
+        return
+    shown = {"name", "backend", "kernel_errors", "kernels", "ok", "copy_gb_per_s", "copy"}
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in gpu.items() if key not in shown)
+    tell(f"GPU: {gpu['name']}, {facts}")
+    speed = gpu["copy"] if gpu["copy_gb_per_s"] is None else f"{gpu['copy_gb_per_s']:.0f} GB/s"
+    tell(f"GPU copy: {speed}")
+    tell(f"GPU backend: {gpu['backend']['name']}, {gpu['backend']['reason']}")
+    if "kernels" in gpu:
+        tell(f"GPU kernels: {gpu['kernels']}")
+        return
+    table = Table("GPU kernel", "relative error")
+    for name, error in gpu["kernel_errors"].items():
+        table.add_row(name, f"{error:.1e}")
+    stdout.print(table)

@@ -1,29 +1,124 @@
-"""`dpllm eval`."""
+"""`dpllm eval`: perplexity and effective bits of policies at targets."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 
-from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.base.text import encode, read_documents
+from dpllm.commands.app import (
+    COMMON,
+    EXPERT,
+    TARGETS,
+    Accuracy,
+    Backend,
+    Command,
+    Device,
+    Json,
+    Overlay,
+    Seed,
+    Threads,
+    app,
+)
 from dpllm.commands.common import (
     Hardware,
     note,
-    parse_targets,
+    parse_numbers,
+    parse_policies,
     print_json,
     stage_bars,
     stdout,
 )
-from dpllm.engine import Engine, load
-from dpllm.evaluation.evaluate import EvalResult, evaluate
-from dpllm.policies.make import POLICIES, make_policy
+
+if TYPE_CHECKING:
+    from dpllm.engine import Engine
+    from dpllm.evaluation.evaluate import EvalResult
+
+TextFile = Annotated[
+    str | None, typer.Argument(help="Text to score. The default is the bundled held-out files.")
+]
+EachContext = Annotated[
+    int,
+    typer.Option("--context", help="Score this number of tokens of each document.", rich_help_panel=COMMON),
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens",
+        min=0,
+        help="Stop after about this number of tokens. 0 scores all.",
+        rich_help_panel=COMMON,
+    ),
+]
+Targets = Annotated[
+    str,
+    typer.Option(
+        "--target-bits",
+        help="Score at these mean bits per weight, separated by commas.",
+        rich_help_panel=TARGETS,
+    ),
+]
+Policies = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="Score these policies, separated by commas: rate-distortion, dp-llm, static, uniform, random, "
+        "oracle-rate-distortion, oracle-dp-llm.",
+        rich_help_panel=EXPERT,
+    ),
+]
+
+
+@app.command("eval", cls=Command)
+def evaluate(
+    *,
+    text_file: TextFile = None,
+    overlay: Overlay = None,
+    context: EachContext = 1024,
+    max_tokens: MaxTokens = 0,
+    json: Json = False,
+    target_bits: Targets = "2.5,3.25,4",
+    device: Device = "cpu",
+    threads: Threads = None,
+    backend: Backend = None,
+    policy: Policies = "rate-distortion",
+    seed: Seed = 0,
+    accuracy: Accuracy = "balanced",
+) -> None:
+    """Measure perplexity and effective bits of policies at targets, by decoding a text.
+
+    The seed is that of policy 'random'.
+    """
+    from dpllm import reference
+    from dpllm.engine import load
+
+    targets, names = parse_numbers(target_bits, "--target-bits"), parse_policies(policy)
+    path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
+    hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
+    engine = load(overlay, options=hardware.load_options())
+    hardware.note_if_slow(engine.decoder.backend)
+    if not engine.quantized:
+        raise InputError(
+            f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
+        )
+    documents = token_documents(engine, path, context, max_tokens)
+    results = score(engine, cells_of(names, targets), documents, seed=seed)
+    if json:
+        print_json({"results": [r.as_json() for r in results]})
+    else:
+        stdout.print(_table(results))
 
 
 def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> list[list[int]]:
-    """The first `context` tokens of each document, about max_tokens in all (0: everything)."""
+    """The first `context` tokens of each document, about `max_tokens` in all (0: everything).
+
+    Raises InputError for a text without two tokens.
+    """
+    from dpllm.base.text import encode, read_documents
+
     if context < 2:
         raise InputError(f"--context {context} is too short; at least 2 tokens are needed to score one.")
     limit = min(context, engine.decoder.config.max_positions)
@@ -40,40 +135,25 @@ def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 
     return documents
 
 
-def run(
-    text_file: str | None, overlay: str | None, policy: str, target_bits: str, context: int, max_tokens: int,
-    hardware: Hardware, seed: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Scores every policy at every target and prints a table or JSON."""
-    targets, names = parse_targets(target_bits), [p.strip() for p in policy.split(",")]
-    for name in names:
-        if name not in POLICIES:
-            raise InputError(f"unknown policy '{name}'. Choose from: {', '.join(POLICIES)}.")
-    path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
-    engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
-    if not engine.quantized:
-        raise InputError(
-            f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
-        )
-    documents = token_documents(engine, path, context, max_tokens)
+def cells_of(names: list[str], targets: list[float]) -> list[tuple[str, float]]:
+    """Every policy at every target that it can meet. Raises InputError where that leaves nothing."""
     cells = [(n, t) for t in targets for n in names if n != "uniform" or t == int(t)]
     if skipped := len(targets) * len(names) - len(cells):
-        note(f"uniform reads whole bits only: {skipped} fractional target(s) left out for it")
+        note(f"policy uniform reads whole bits only: fractional targets left out for it: {skipped}")
     if not cells:
         raise InputError(
             "policy 'uniform' reads whole bits only. Give a whole --target-bits, such as 3 or 4."
         )
-    results = _score(engine, cells, documents, seed)
-    if as_json:
-        print_json({"results": [r.as_json() for r in results]})
-    else:
-        stdout.print(_table(results))
+    return cells
 
 
-def _score(
-    engine: Engine, cells: list[tuple[str, float]], documents: list[list[int]], seed: int
+def score(
+    engine: Engine, cells: list[tuple[str, float]], documents: list[list[int]], *, seed: int
 ) -> list[EvalResult]:
+    """Scores the documents with each policy at its target."""
+    from dpllm.evaluation.evaluate import evaluate as score_policy
+    from dpllm.policies.make import make_policy
+
     total = sum(len(d) - 1 for d in documents)
     # All before the first is scored: an impossible target should not cost the minutes of the others.
     policies = [make_policy(name, target, engine.decoder, engine.profile, seed) for name, target in cells]
@@ -87,20 +167,15 @@ def _score(
                 done += tokens
                 progress(label, done, total)
 
-            results.append(evaluate(engine.decoder, chosen, target, documents, tick))
+            results.append(score_policy(engine.decoder, chosen, target, documents, tick))
     return results
 
 
 def _table(results: list[EvalResult]) -> Table:
     table = Table("policy", "target bits", "effective bits", "perplexity", "MB of weights / token", "tokens")
     for r in results:
-        megabytes = f"{r.weight_bytes_per_token / 1e6:.2f}"
         table.add_row(
-            r.policy,
-            f"{r.target_bits:g}",
-            f"{r.effective_bits:.3f}",
-            f"{r.perplexity:.3f}",
-            megabytes,
-            f"{r.tokens:,}",
-        )
+            r.policy, f"{r.target_bits:g}", f"{r.effective_bits:.3f}", f"{r.perplexity:.3f}",
+            f"{r.weight_bytes_per_token / 1e6:.2f}", f"{r.tokens:,}",
+        )  # fmt: skip
     return table

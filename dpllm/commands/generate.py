@@ -1,52 +1,183 @@
-"""`dpllm generate`."""
+"""`dpllm generate`: continues a text at a chosen precision."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.commands.common import (
-    Hardware,
-    note,
-    parse_share,
-    parse_size,
-    print_json,
-    stage_bars,
+from dpllm.commands.app import (
+    COMMON,
+    EXPERT,
+    MACHINE,
+    TARGETS,
+    Accuracy,
+    Backend,
+    Chat,
+    Command,
+    Context,
+    Device,
+    Json,
+    MaxNewTokens,
+    MaxQualityLoss,
+    Overlay,
+    TargetBits,
+    Temperature,
+    Threads,
+    TpotMs,
+    app,
+    check_seed,
 )
-from dpllm.context.saved import load_context
-from dpllm.control.controller import LatencyController
-from dpllm.engine import Engine, GenerateOptions, Step, load
-from dpllm.model.loading import is_overlay
-from dpllm.model.memory import resident_bits_within
-from dpllm.planning.cost_measurement import cost_of
-from dpllm.planning.quality_model import quality_of
+from dpllm.commands.common import Hardware, note, print_json, stage_bars
+
+if TYPE_CHECKING:
+    from dpllm.context.kv_context import KVContext
+    from dpllm.decode.options import GenerateOptions
+    from dpllm.engine import Engine, Step
+
+Prompt = Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End the text before this string. May be repeated.", rich_help_panel=COMMON),
+]
+Guarantee = Annotated[
+    bool,
+    typer.Option(
+        "--guarantee",
+        help="Keep every text within --target-bits. Without this option, that is an average over texts.",
+        rich_help_panel=TARGETS,
+    ),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option("--bits", help="Read exactly this width in every matrix.", rich_help_panel=TARGETS),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Hold as many planes as fit, e.g. 4GB.", rich_help_panel=TARGETS),
+]
+ResidentBits = Annotated[
+    int | None,
+    typer.Option(
+        "--resident-bits", help="Read this number of planes from disk and hold them.", rich_help_panel=MACHINE
+    ),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help="Choose the bits by this policy: rate-distortion (the default after calibration), dp-llm, static, "
+        "uniform, random, oracle-rate-distortion or oracle-dp-llm.",
+        rich_help_panel=EXPERT,
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        help="Sample from the likeliest tokens whose probabilities add up to this.",
+        rich_help_panel=EXPERT,
+    ),
+]
+RandomSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        callback=check_seed,
+        help="Repeat the same sampling at every run with this seed. The default is a new one each time.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        "--speculate",
+        help="Draft tokens and check several in one pass. 'self' drafts with the overlay at --draft-bits, 'lookup' "
+        "from the text so far, 'auto' with both from 6 bits on where that is faster, and 'off' drafts nothing.",
+        rich_help_panel=EXPERT,
+    ),
+]
+DraftBits = Annotated[
+    int | None,
+    typer.Option("--draft-bits", help="Draft at this width. The default is 3.", rich_help_panel=EXPERT),
+]
 
 
-@dataclass(frozen=True)
-class GenerateArguments:
-    """The command's arguments but the sampling ones."""
+@app.command(cls=Command)
+def generate(
+    *,
+    prompt: Prompt = None,
+    overlay: Overlay = None,
+    max_new_tokens: MaxNewTokens = 128,
+    stop: Stop = None,
+    chat: Chat = False,
+    context: Context = None,
+    json: Json = False,
+    target_bits: TargetBits = None,
+    tpot_ms: TpotMs = None,
+    max_quality_loss: MaxQualityLoss = None,
+    max_memory: MaxMemory = None,
+    bits: Bits = None,
+    guarantee: Guarantee = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    backend: Backend = None,
+    resident_bits: ResidentBits = None,
+    policy: Policy = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: RandomSeed = None,
+    speculate: Speculate = "auto",
+    draft_bits: DraftBits = None,
+    accuracy: Accuracy = "balanced",
+) -> None:
+    """Continue a text at a chosen precision and print it as it is generated.
 
-    prompt: str | None
-    overlay: str | None
-    target_bits: float | None
-    bits: int | None
-    policy: str | None
-    resident_bits: int | None
-    max_memory: str | None
-    hardware: Hardware
-    json: bool
-    context: str | None
-    tpot_ms: float | None = None
-    max_quality_loss: str | None = None
-    guarantee: bool = False
+    Examples: dpllm generate 'def fibonacci(n):' --target-bits 3.25. With --tpot-ms 25 it reads as many bits as that
+    time allows.
+    """
+    from dpllm.context.saved import load_context
+    from dpllm.decode.options import GenerateOptions
+
+    options = GenerateOptions(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()),
+        chat=chat, speculate=speculate, draft_bits=draft_bits,
+    )  # fmt: skip
+    text = read_prompt(prompt)
+    if not text:
+        raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+    check_precision(bits=bits, target_bits=target_bits, policy=policy, guarantee=guarantee)
+    check_targets(
+        tpot_ms=tpot_ms, max_quality_loss=max_quality_loss, bits=bits, target_bits=target_bits, policy=policy
+    )
+    hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
+    engine = open_engine(
+        overlay, hardware, bits=bits, target_bits=target_bits, policy=policy,
+        resident=planes_to_hold(overlay, resident_bits=resident_bits, max_memory=max_memory),
+    )  # fmt: skip
+    about = None if context is None else load_context(Path(context).expanduser(), engine)
+    hardware.note_if_slow(engine.decoder.backend)
+    if guarantee:
+        assert target_bits is not None
+        engine.hold_budget(target_bits)
+    if tpot_ms is not None:
+        pairs = 0.0 if about is None else float(about.cache.lengths.sum())
+        hold_time(engine, tpot_ms, max_quality_loss=max_quality_loss, pairs=pairs)
+    if resident_bits is not None or max_memory is not None:
+        resident = engine.decoder.groups[0].resident_bits
+        note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
+    steps = stream(engine, text, options, context=about, show=not json)
+    summary = summarize(engine, steps)
+    if json:
+        print_json(summary)
+        return
+    sys.stdout.write("\n")
+    note(closing_line(summary, about))
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -61,115 +192,141 @@ def read_prompt(prompt: str | None) -> str:
         raise InputError(f"standard input is not UTF-8 text ({e}).") from None
 
 
-def open_engine(args: GenerateArguments) -> Engine:
-    """Loads what the arguments name, at the precision they ask for."""
-    if args.bits is not None and args.target_bits is not None:
+def check_precision(
+    *, bits: int | None, target_bits: float | None, policy: str | None, guarantee: bool
+) -> None:
+    """Raises InputError for ways to choose the bits that exclude each other."""
+    if bits is not None and target_bits is not None:
         raise InputError(
             "--bits and --target-bits exclude each other: one fixes every width, one their mean."
         )
-    if args.bits is not None and args.policy not in (None, "uniform"):
+    if bits is not None and policy not in (None, "uniform"):
         raise InputError(
-            f"--bits fixes every width, so --policy {args.policy} has nothing to choose. Use --target-bits."
+            f"--bits fixes every width, so --policy {policy} has nothing to choose. Use --target-bits."
         )
-    if args.tpot_ms is not None and (args.bits is not None or args.target_bits is not None):
-        raise InputError("--tpot-ms chooses the bits itself: leave out --bits and --target-bits.")
-    if args.tpot_ms is not None and args.policy not in (None, "rate-distortion"):
-        raise InputError(
-            f"--tpot-ms steers policy rate-distortion; --policy {args.policy} cannot be steered."
-        )
-    if args.max_quality_loss is not None and args.tpot_ms is None:
-        raise InputError("--max-quality-loss is a bound for --tpot-ms here. For a plan, run: dpllm plan")
-    if args.guarantee and (args.target_bits is None or args.policy not in (None, "rate-distortion")):
+    if guarantee and (target_bits is None or policy not in (None, "rate-distortion")):
         raise InputError("--guarantee bounds what policy rate-distortion reads: it needs --target-bits.")
-    if args.resident_bits is not None and args.max_memory is not None:
+
+
+def check_targets(
+    *,
+    tpot_ms: float | None,
+    max_quality_loss: str | None,
+    bits: int | None,
+    target_bits: float | None,
+    policy: str | None,
+) -> None:
+    """Raises InputError for options that --tpot-ms excludes, or that need it."""
+    if tpot_ms is not None and (bits is not None or target_bits is not None):
+        raise InputError("--tpot-ms chooses the bits itself: leave out --bits and --target-bits.")
+    if tpot_ms is not None and policy not in (None, "rate-distortion"):
+        raise InputError(f"--tpot-ms steers policy rate-distortion; --policy {policy} cannot be steered.")
+    if max_quality_loss is not None and tpot_ms is None:
+        raise InputError("--max-quality-loss is a bound for --tpot-ms here. For a plan, run: dpllm plan")
+
+
+def planes_to_hold(overlay: str | None, *, resident_bits: int | None, max_memory: str | None) -> int | None:
+    """The number of planes to read from disk; None for all of them. Raises InputError where none fits."""
+    from dpllm import reference
+    from dpllm.base.quantities import parse_size
+    from dpllm.model.loading import is_overlay
+    from dpllm.model.memory import resident_bits_within
+
+    if resident_bits is not None and max_memory is not None:
         raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")
-    resident = args.resident_bits
-    if resident is not None or args.max_memory is not None:
-        path = reference.overlay_path() if args.overlay is None else Path(args.overlay)
-        if path.is_dir() and not is_overlay(path):
-            raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
-        if args.max_memory is not None:
-            resident = resident_bits_within(path, parse_size(args.max_memory))
-    options = args.hardware.load_options(resident)
-    if args.bits is not None:
-        return load(
-            args.overlay, target_bits=float(args.bits), policy="uniform", options=options, progress=note
-        )
-    return load(
-        args.overlay, target_bits=args.target_bits, policy=args.policy, options=options, progress=note
-    )
+    if resident_bits is None and max_memory is None:
+        return None
+    path = reference.overlay_path() if overlay is None else Path(overlay)
+    if path.is_dir() and not is_overlay(path):
+        raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
+    return resident_bits if max_memory is None else resident_bits_within(path, parse_size(max_memory))
 
 
-def aim(engine: Engine, args: GenerateArguments, pairs: float) -> None:
-    """Hands the target to a controller. pairs: already in the cache. Raises InputError for a time that even the fewest
-    bits do not keep to."""
-    if args.guarantee:
-        assert args.target_bits is not None
-        engine.hold_budget(args.target_bits)
-    if args.tpot_ms is None:
-        return
+def open_engine(
+    overlay: str | None,
+    hardware: Hardware,
+    *,
+    bits: int | None,
+    target_bits: float | None,
+    policy: str | None,
+    resident: int | None,
+) -> Engine:
+    """The model at the precision asked for; `resident` is the number of planes to hold, None for all."""
+    from dpllm.engine import load
+
+    if bits is not None:
+        target_bits, policy = float(bits), "uniform"
+    options = hardware.load_options(resident)
+    return load(overlay, target_bits=target_bits, policy=policy, options=options, progress=note)
+
+
+def hold_time(engine: Engine, tpot_ms: float, *, max_quality_loss: str | None, pairs: float) -> None:
+    """Lets a controller hold the time per token.
+
+    pairs: key-value pairs in the cache already. Raises InputError for a time that even the fewest bits exceed.
+    """
+    from dpllm.base.quantities import parse_share
+    from dpllm.planning.cost_measurement import cost_of
+    from dpllm.planning.quality_model import quality_of
+
     with stage_bars() as progress:
         cost = cost_of(engine, progress=progress)
     least = 0.0
-    if args.max_quality_loss is not None:
-        quality, share = quality_of(engine), parse_share(args.max_quality_loss)
+    if max_quality_loss is not None:
+        quality, share = quality_of(engine), parse_share(max_quality_loss)
         least = next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
-    cost.check(args.tpot_ms, pairs, least)
-    engine.hold_latency(args.tpot_ms, cost, least)
+    cost.check(tpot_ms, pairs, least)
+    engine.hold_latency(tpot_ms, cost, least)
 
 
-def run(args: GenerateArguments, options: GenerateOptions) -> None:
-    """Streams the text to stdout, a summary to stderr (or JSON to stdout)."""
-    prompt = read_prompt(args.prompt)
-    if not prompt:
-        raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-    engine = open_engine(args)
-    context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
-    args.hardware.note_if_slow(engine.decoder.backend)
-    aim(engine, args, 0.0 if context is None else float(context.cache.lengths.sum()))
-    if args.resident_bits is not None or args.max_memory is not None:
-        resident = engine.decoder.groups[0].resident_bits
-        note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
+def stream(
+    engine: Engine, prompt: str, options: GenerateOptions, *, context: KVContext | None, show: bool
+) -> list[Step]:
+    """Generates, and with `show` prints the text as it comes. Returns the steps."""
     steps = []
     for step in engine.generate(prompt, options, context=context):
         steps.append(step)
-        if not args.json:
+        if show:
             sys.stdout.write(step.text)
             sys.stdout.flush()
-    summary = summarize(engine, steps)
-    if args.json:
-        print_json(summary)
-        return
-    sys.stdout.write("\n")
-    tpot = summary["tpot_ms"]
-    bits = "" if summary["effective_bits"] is None else f" · {summary['effective_bits']:.2f} bits"
-    speed = "" if tpot is None else f" · {tpot['p50']:.1f} ms/token (p95 {tpot['p95']:.1f})"
-    traffic = f" · {summary['weight_bytes_per_token'] / 1e6:.2f} MB of weights a token" if bits else ""
+    return steps
+
+
+def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:
+    """The figures of a generation in one line, for people. summary: the object of `summarize`."""
+    parts = [f"{summary['new_tokens']} tokens"]
+    if summary["effective_bits"] is not None:
+        parts.append(f"{summary['effective_bits']:.2f} bits")
+    if (tpot := summary["tpot_ms"]) is not None:
+        parts.append(f"{tpot['p50']:.1f} ms/token (p95 {tpot['p95']:.1f})")
+    if summary["effective_bits"] is not None:
+        parts.append(f"{summary['weight_bytes_per_token'] / 1e6:.2f} MB of weights a token")
     if context is not None:
         kept = f"{context.kept_ratio:.0%} of a context of {context.cache.length} tokens kept"
-        traffic += f" · {summary['kv_bytes'] / 1e6:.2f} MB of cache ({kept})"
+        parts.append(f"{summary['kv_bytes'] / 1e6:.2f} MB of cache ({kept})")
     if (rate := summary["speculation"]["acceptance_rate"]) is not None:
-        traffic += (
-            f" · {rate:.0%} of drafts accepted, {summary['speculation']['tokens_per_pass']:.1f} tokens a pass"
-        )
-    note(
-        f"[{summary['new_tokens']} tokens{bits}{speed}{traffic} · {summary['policy']} · {summary['backend']} backend]"
-    )
-
-
-def _target(engine: Engine) -> dict[str, float | None]:
-    held = engine.controller
-    return (
-        {"tpot_ms": held.target_ms} if isinstance(held, LatencyController) else {"bits": engine.target_bits}
-    )
+        several = summary["speculation"]["tokens_per_pass"]
+        parts.append(f"{rate:.0%} of drafts accepted, {several:.1f} tokens a pass")
+    parts += [str(summary["policy"]), f"{summary['backend']} backend"]
+    return f"[{' · '.join(parts)}]"
 
 
 def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
-    """The object of `dpllm generate --json`. Figures are over decode steps: the first token, which comes from
-    reading the prompt at the resident maximum, counts as ttft only."""
-    decoded = steps[1:]
+    """The object of `dpllm generate --json`.
+
+    Figures are over decode steps. The first token comes from reading the prompt at the resident maximum, and counts as
+    ttft_ms only.
+    """
+    import numpy as np
+
+    from dpllm.control.controller import LatencyController
+
+    decoded, held = steps[1:], engine.controller
     times = [s.tpot_ms for s in decoded]
     dynamic = engine.quantized and bool(decoded)
+    target: dict[str, float | None] = {"bits": engine.target_bits}
+    if isinstance(held, LatencyController):
+        target = {"tpot_ms": held.target_ms}
     return {
         "text": "".join(s.text for s in steps),
         "new_tokens": len(steps),
@@ -177,7 +334,7 @@ def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
         "ttft_ms": round(steps[0].tpot_ms, 3),
         "tpot_ms": {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
         "policy": engine.policy.name if engine.policy else None,
-        "target": _target(engine),
+        "target": target,
         "backend": engine.decoder.backend.name,
         "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded])))
         if dynamic

@@ -1,38 +1,35 @@
-"""`dpllm inspect`."""
+"""`dpllm inspect`: what a directory holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 from rich.table import Table
 from rich.text import Text
 
 from dpllm.base.errors import InputError
-from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
+from dpllm.commands.app import COMMON, Command, Json, app
 from dpllm.commands.common import print_json, stage_bars, stdout
-from dpllm.context.saved import is_context, read_manifest
-from dpllm.model.loading import is_overlay
-from dpllm.model.memory import resident_bytes
-from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import ModelSource
+
+if TYPE_CHECKING:
+    from dpllm.calib.runtime.profile import CalibrationProfile
+
+Directory = Annotated[
+    str, typer.Argument(help="Overlay, checkpoint, calibration profile or saved context to describe.")
+]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Also read every tensor and check its sha256.", rich_help_panel=COMMON),
+]
 
 
-def run(directory: str, verify: bool, as_json: bool) -> None:
-    """Describes an overlay, a checkpoint, a profile or a saved context."""
-    path = Path(directory).expanduser()
-    if path.is_file():
-        facts = {"kind": "profile", "path": str(path), **describe_profile(CalibrationProfile.load(path))}
-    elif not path.is_dir():
-        raise InputError(f"{path} does not exist. Give an overlay, a checkpoint directory or a profile.")
-    elif is_context(path):
-        facts = {"kind": "context", "path": str(path), **read_manifest(path)}
-    elif is_overlay(path):
-        facts = describe_overlay(path, verify)
-    else:
-        facts = describe_checkpoint(path, verify)
-    if as_json:
+@app.command(cls=Command)
+def inspect(*, directory: Directory, verify: Verify = False, json: Json = False) -> None:
+    """Describe what a directory holds: shapes, widths, bytes by kind, and how it was made."""
+    facts = describe(Path(directory).expanduser(), verify=verify)
+    if json:
         print_json(facts)
         return
     table = Table(show_header=False)
@@ -41,8 +38,27 @@ def run(directory: str, verify: bool, as_json: bool) -> None:
     stdout.print(table)
 
 
+def describe(path: Path, *, verify: bool) -> dict[str, Any]:
+    """The object of `dpllm inspect --json`. Raises InputError for a path that holds none of the four kinds."""
+    from dpllm.calib.runtime.profile import CalibrationProfile
+    from dpllm.context.saved import is_context, read_manifest
+    from dpllm.model.loading import is_overlay
+
+    if path.is_file():
+        return {"kind": "profile", "path": str(path), **describe_profile(CalibrationProfile.load(path))}
+    if not path.is_dir():
+        raise InputError(f"{path} does not exist. Give an overlay, a checkpoint directory or a profile.")
+    if is_context(path):
+        return {"kind": "context", "path": str(path), **read_manifest(path)}
+    return describe_overlay(path, verify) if is_overlay(path) else describe_checkpoint(path, verify)
+
+
 def describe_overlay(path: Path, verify: bool) -> dict[str, Any]:
-    """Widths, bytes by kind, memory at each resident width, provenance, the profile beside it."""
+    """Widths, bytes by kind, memory at each resident width, provenance, and its profile."""
+    from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
+    from dpllm.model.memory import resident_bytes
+    from dpllm.quant.overlay import Overlay
+
     overlay = Overlay.open(path)
     if verify:
         _read_all(overlay, [name for name, _ in overlay.entries()])
@@ -70,7 +86,7 @@ def describe_overlay(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def describe_profile(profile: CalibrationProfile) -> dict[str, Any]:
-    """Targets, granularity, size of the selector, provenance."""
+    """Targets, granularity, size of the selector, and provenance of a profile."""
     low, high = profile.target_range()
     return {
         "overlay_hash": profile.overlay_hash,
@@ -78,7 +94,7 @@ def describe_profile(profile: CalibrationProfile) -> dict[str, Any]:
         "groups": len(profile.group_names),
         "targets": [round(low, 3), round(high, 3)],
         "estimator_bytes": profile.estimator_bytes(),
-        "asynchronous": bool((profile.source != np.arange(len(profile.source))).any()),
+        "asynchronous": any(source != group for group, source in enumerate(profile.source)),
         "budgets": sorted(float(b) for b in profile.origin.get("budgets", {})),
         "dp_llm_targets": sorted({float(t) for t in profile.extra.get("dp-llm.targets", [])}),
         "origin": dict(profile.origin),
@@ -86,7 +102,9 @@ def describe_profile(profile: CalibrationProfile) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
-    """A plain checkpoint's tensors and bytes."""
+    """Tensors, parameters and types of a plain checkpoint."""
+    from dpllm.quant.source import ModelSource
+
     source = ModelSource.open(path)
     names = list(source.names())
     if verify:

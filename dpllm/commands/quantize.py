@@ -1,48 +1,143 @@
-"""`dpllm quantize`."""
+"""`dpllm quantize`: stores a model once as nested bitplanes."""
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from dpllm.base.errors import InputError
-from dpllm.base.text import load_tokenizer, read_documents
-from dpllm.commands.common import check_device, default_text, note, parse_bits, print_json, stage_bars
-from dpllm.model.loading import check_checkpoint
-from dpllm.quant.overlay import Overlay
-from dpllm.quant.quantize import Quantizer
-from dpllm.quant.quantize_plan import QuantizeOptions, llama_3_8b, multiply_adds_per_second
-from dpllm.quant.source import ModelSource, resolve_model
+import typer
+
+from dpllm.commands.app import (
+    EXPERT,
+    MACHINE,
+    TARGETS,
+    Command,
+    Data,
+    Device,
+    Json,
+    Seed,
+    app,
+)
+from dpllm.commands.common import command_line, note, parse_bits, print_json, stage_bars
+
+if TYPE_CHECKING:
+    from dpllm.quant.quantize import Quantizer
+
+Model = Annotated[
+    str, typer.Argument(help="Model to store: a Hugging Face directory with safetensors, or a hub id.")
+]
+Out = Annotated[str, typer.Argument(help="Directory to make. It must not exist.")]
+Bits = Annotated[
+    str,
+    typer.Option(
+        "--bits", help="Store every width of this range, which lies within 2-8.", rich_help_panel=TARGETS
+    ),
+]
+HeadBits = Annotated[
+    int,
+    typer.Option(
+        "--head-bits",
+        help="Store lm_head at this width: 8 is int8, 2 to 7 are planes, 16 leaves it alone.",
+        rich_help_panel=TARGETS,
+    ),
+]
+Fisher = Annotated[
+    str,
+    typer.Option(
+        "--fisher",
+        help="Weight the errors of k-means by the gradient of the loss ('text'), or not at all ('none').",
+        rich_help_panel=EXPERT,
+    ),
+]
+Refine = Annotated[
+    str,
+    typer.Option(
+        "--refine",
+        help="Lower the error of each layer's output after k-means: 'full' moves codes and tables, 'tables' moves only "
+        "tables, 'none' moves neither. It needs --fisher text.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        help="Take this number of calibration sequences for the gradients.",
+        rich_help_panel=EXPERT,
+    ),
+]
+SequenceLength = Annotated[
+    int,
+    typer.Option(
+        "--sequence-length", help="Take this number of tokens per sequence.", rich_help_panel=EXPERT
+    ),
+]
+RowsPerTable = Annotated[
+    int,
+    typer.Option(
+        "--rows-per-table",
+        min=0,
+        help="Let this number of rows share a table. 0 is one row, or more where rows are short.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=0,
+        help="Use this number of CPU threads. 0 is one per core. The result does not depend on it.",
+        rich_help_panel=MACHINE,
+    ),
+]
 
 
-def run(
-    model: str, out: str, bits: str, head_bits: int, fisher: str, refine: str, data: str | None,
-    samples: int, sequence_length: int, rows_per_table: int, device: str, jobs: int, seed: int, as_json: bool,
-) -> None:  # fmt: skip
-    """Quantises and reports size, time and speed."""
+@app.command(cls=Command)
+def quantize(
+    *,
+    model: Model,
+    out: Out,
+    data: Data = None,
+    json: Json = False,
+    bits: Bits = "2-6",
+    head_bits: HeadBits = 8,
+    device: Device = "cpu",
+    jobs: Jobs = 0,
+    fisher: Fisher = "text",
+    refine: Refine = "full",
+    samples: Samples = 64,
+    sequence_length: SequenceLength = 512,
+    rows_per_table: RowsPerTable = 0,
+    seed: Seed = 0,
+) -> None:
+    """Store a model once as nested bitplanes that can be read at every width of a range.
+
+    A run that is stopped at any moment continues where it was when the same command is given again. It works layer by
+    layer: memory stays at about two decoder layers above the embedding.
+    """
+    from dpllm.prepare.quantize import make_quantizer
+    from dpllm.quant.quantize_plan import QuantizeOptions
+
     options = QuantizeOptions(
-        parse_bits(bits), head_bits, rows_per_table, samples, sequence_length, seed, refine
-    )
-    if fisher not in ("text", "none"):
-        raise InputError(f"--fisher {fisher} is unknown. Use 'text' or 'none'.")
-    source_path = resolve_model(model)
-    source = ModelSource.open(source_path)
-    if "quantization_config" in source.config:
-        raise InputError(f"{source_path} is quantised already. Give the original checkpoint.")
-    check_checkpoint(source)
-    documents = read_documents(default_text(data)) if fisher == "text" else None
-    tokenizer = load_tokenizer(source_path) if documents else None
-    workers = jobs or os.cpu_count() or 1
-    job = Quantizer(
-        source, Path(out).expanduser(), options, documents=documents, tokenizer=tokenizer,
-        device=check_device(device), jobs=workers,
+        bits=parse_bits(bits), head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
+        sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
-    weights = sum(n * k for n, k in job.plan.linears.values())
+    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    _announce(job)
+    began = time.perf_counter()
+    with stage_bars() as progress:
+        job.run(progress)
+    _report(job, seconds=time.perf_counter() - began, json=json)
+
+
+def _announce(job: Quantizer) -> None:
+    """Says what the job will take, before it begins."""
+    from dpllm.quant.quantize_plan import multiply_adds_per_second
+
     note(
-        f"{weights / 1e6:.1f} M weights in {len(job.plan.linears)} matrices -> {job.plan.output_bytes / 1e6:.1f} MB; "
-        f"peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the runtime, "
-        f"scratch {job.plan.work_bytes / 1e6:.0f} MB"
+        f"{_weights(job) / 1e6:.1f} M weights in {len(job.plan.linears)} matrices -> "
+        f"{job.plan.output_bytes / 1e6:.1f} MB; peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the "
+        f"runtime, scratch {job.plan.work_bytes / 1e6:.0f} MB"
     )
     if job.plan.refine_products and job.model.device == "cpu":
         hours = job.plan.refine_products / multiply_adds_per_second() / 3600
@@ -50,24 +145,33 @@ def run(
             note(
                 f"refinement will take about {hours:.1f} h on this CPU (--refine tables: a quarter; none: none)"
             )
-    began = time.perf_counter()
-    with stage_bars() as progress:
-        path = job.run(progress)
-    seconds = time.perf_counter() - began
-    overlay = Overlay.open(path)
+
+
+def _report(job: Quantizer, *, seconds: float, json: bool) -> None:
+    """Says what was stored, how long it took, and what to do next."""
+    from dpllm.quant.overlay import Overlay
+    from dpllm.quant.quantize_plan import llama_3_8b
+
+    overlay = Overlay.open(job.out)
     stored = overlay.stored_bytes()
-    speed = job.weights_done / job.seconds["k-means"] / workers if job.weights_done else 0.0
+    speed = job.weights_done / job.seconds["k-means"] / job.jobs if job.weights_done else 0.0
     note(
-        f"{path}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s "
+        f"{job.out}: {sum(stored.values()) / 1e6:.1f} MB in {seconds:.1f} s "
         f"(k-means {speed / 1e6:.2f} M weights/s per thread, gradients {job.seconds['fisher']:.1f} s, "
         f"refinement {job.seconds['refine']:.1f} s)"
     )
     if job.weights_done:
-        note(llama_3_8b(options, job.seconds, job.weights_done, documents is not None))
-    note(f"next: dpllm calibrate {path}")
-    if as_json:
-        result = {
-            "overlay": str(path), "hash": overlay.hash, "bits": list(overlay.bits), "weights": weights,
-            "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_thread": round(speed),
-        }  # fmt: skip
-        print_json(result)
+        note(llama_3_8b(job.options, job.seconds, job.weights_done, job.documents is not None))
+    note(f"next: {command_line('calibrate', job.out)}")
+    if json:
+        print_json(
+            {
+                "overlay": str(job.out), "hash": overlay.hash, "bits": list(overlay.bits), "weights": _weights(job),
+                "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_thread": round(speed),
+            }
+        )  # fmt: skip
+
+
+def _weights(job: Quantizer) -> int:
+    """Weights of the decoder matrices."""
+    return sum(n * k for n, k in job.plan.linears.values())

@@ -117,6 +117,9 @@ class Planned:
     plan: Plan
     binding: tuple[str, ...]
     alternatives: tuple[Plan, ...]
+    targets: Targets
+    cost: CostModel
+    quality: QualityModel
 
 
 class Planner:
@@ -139,7 +142,10 @@ class Planner:
         best = _best(every, targets)
         if best is None:
             raise InputError(self._impossible(every, targets))
-        return Planned(best, _binding(every, targets, best), _frontier(every, targets, best))
+        return Planned(
+            plan=best, binding=_binding(every, targets, best), alternatives=_frontier(every, targets, best),
+            targets=targets, cost=self.cost, quality=self.quality,
+        )  # fmt: skip
 
     def candidates(self, context: int) -> list[Plan]:
         """Returns every plan on the grid for a context of `context` tokens."""

@@ -12,7 +12,7 @@ from command_line import Result, complaint
 from report_cases import tiny_report
 
 from dpllm.base.text import encode
-from dpllm.cli import main
+from dpllm.commands.main import main
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def test_other_budgets(ok, tiny_overlay, text_file, tmp_path, budget, kept):
         assert 63_000 < said["nbytes"] <= 64_000
     else:
         assert said["kept_ratio"] == pytest.approx(kept(said["tokens"]), abs=1e-3)
+
+
+def test_the_command_that_asks(ok, tiny_overlay, text_file, tmp_path, monkeypatch):
+    """Names the overlay, is quoted, and is not broken."""
+    monkeypatch.setenv("COLUMNS", "40")
+    out = tmp_path / "my notes"
+    said = ok("context", "build", text_file, "--overlay", tiny_overlay, *SMALL, "-o", out).err
+    asked = shlex.split(said.splitlines()[-1].removeprefix("ask it: "))
+    assert asked == [
+        "dpllm", "generate", "--overlay", str(tiny_overlay), "--context", str(out), "your question",
+    ]  # fmt: skip
 
 
 def test_ask(ok, tiny_overlay, built):
@@ -100,7 +112,7 @@ def test_what_build_refuses(refused, tiny_overlay, text_file, tmp_path):
     build("--keep", 0, says="above 0")
     build("--keep", 1.5, says="above 0, up to 1")
     build("--keep", 0.3, "--keep-tokens", 5, says="exclude each other")
-    build("--keep-memory", "lots", says="is no size")
+    build("--keep-memory", "lots", says="is not a size")
     build("--keep-tokens", 1, says="are the least")
     build("--kv-policy", "h2o", says="Choose one of")
     build("--allocation", "even", says="Choose one of")

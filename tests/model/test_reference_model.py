@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dpllm import reference
-from dpllm.cli import main
 from dpllm.commands import demo
 from dpllm.commands.evaluate import token_documents
+from dpllm.commands.main import main
 from dpllm.engine import load
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.model.loading import load_decoder

@@ -11,11 +11,11 @@ import torch
 from cpu_cases import needs_library
 
 from dpllm.base.errors import InputError
-from dpllm.commands import doctor
-from dpllm.commands.common import cpu_options
+from dpllm.diagnostics import examination
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu import library
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions, choose_isa, usable_cores
+from dpllm.model.hardware import cpu_options
 
 
 def refuses(says: str):
@@ -131,7 +131,11 @@ def test_impossible_thread_counts(threads):
 
 @pytest.mark.parametrize(
     ("threads", "says"),
-    [(0, "--threads 0.*at least 1"), (-1, "--threads -1.*at least 1"), (4096, "4096 threads")],
+    [
+        (0, "0 threads are not possible.*at least 1"),
+        (-1, "-1 threads are not possible.*at least 1"),
+        (4096, "4096 threads"),
+    ],
 )
 def test_impossible_thread_counts_of_a_command(threads, says):
     before = torch.get_num_threads()
@@ -208,7 +212,7 @@ def report(capsys, monkeypatch):
     """What `dpllm doctor --json` says."""
     import json
 
-    from dpllm.cli import main
+    from dpllm.commands.main import main
 
     def run():
         monkeypatch.setattr(sys, "argv", ["dpllm", "doctor", "--json"])
@@ -246,7 +250,7 @@ def test_doctor_without_the_library(without_library, report):
 
 @needs_library
 def test_doctor_notices_wrong_results(report, monkeypatch):
-    monkeypatch.setattr(doctor, "TOLERANCE", 1e-9)
+    monkeypatch.setattr(examination, "TOLERANCE", 1e-9)
     assert report()["ok"] is False
 
 
@@ -254,10 +258,10 @@ def test_doctor_of_a_gpu_that_does_not_work(monkeypatch):
     """Says so in a line and is not well; there is none here, so its kernels cannot run."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert doctor._gpu() is None
-    monkeypatch.setattr(doctor.gpu_info, "describe", lambda: {"name": "a GPU", "capability": "9.0"})
-    monkeypatch.setattr(doctor.gpu_info, "copy_gb_per_s", lambda: 123.45)
-    found = doctor._gpu()
+    assert examination.examine_gpu() is None
+    monkeypatch.setattr(examination.gpu_info, "describe", lambda: {"name": "a GPU", "capability": "9.0"})
+    monkeypatch.setattr(examination.gpu_info, "copy_gb_per_s", lambda: 123.45)
+    found = examination.examine_gpu()
     assert found["ok"] is False
     assert found["kernels"].startswith("cannot run: ") and "\n" not in found["kernels"]
     assert abs(found["copy_gb_per_s"] - 123.45) < 0.1
@@ -266,14 +270,16 @@ def test_doctor_of_a_gpu_that_does_not_work(monkeypatch):
 
 def test_doctor_of_a_gpu_that_others_fill(monkeypatch):
     """Its bandwidth is left out, with the reason; its kernels are looked at all the same."""
-    monkeypatch.setattr(doctor.gpu_info, "describe", lambda: {"name": "a GPU"})
-    monkeypatch.setattr(doctor, "choose_backend", lambda device: SimpleNamespace(name="triton", reason=""))
+    monkeypatch.setattr(examination.gpu_info, "describe", lambda: {"name": "a GPU"})
+    monkeypatch.setattr(
+        examination, "choose_backend", lambda device: SimpleNamespace(name="triton", reason="")
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 10**8, 10**10))
-    monkeypatch.setattr(doctor.gpu_info, "check_step_kernels", lambda device: {"norm": 1e-4})
-    monkeypatch.setattr(doctor.gpu_info, "check_products", lambda device: {"gemm": wrong})
+    monkeypatch.setattr(examination.gpu_info, "check_step_kernels", lambda device: {"norm": 1e-4})
+    monkeypatch.setattr(examination.gpu_info, "check_products", lambda device: {"gemm": wrong})
     for wrong in (1e-4, 1.0):
-        found = doctor._gpu()
+        found = examination.examine_gpu()
         assert found["copy_gb_per_s"] is None
         assert found["copy"] == "cannot run: 300 MB of the GPU's memory are free, 537 are needed"
         assert found["kernel_errors"] == {"step: norm": 1e-4, "gemm": wrong}
@@ -283,4 +289,4 @@ def test_doctor_of_a_gpu_that_others_fill(monkeypatch):
 def test_a_copy_fits_into_what_is_free(monkeypatch):
     for free, size in ((10**11, 1 << 30), (10**9, 25 * 10**7)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
-        assert doctor.gpu_info.copy_bytes() == size
+        assert examination.gpu_info.copy_bytes() == size

@@ -9,8 +9,8 @@ import pytest
 import torch
 from cpu_cases import needs_library
 
-from dpllm.cli import main
 from dpllm.commands import bench
+from dpllm.commands.main import main
 from dpllm.kernels.cpu.library import usable_cores
 from dpllm.model import memory
 
@@ -117,6 +117,16 @@ def test_without_a_prompt(report):
     assert found["backend"] == "cpu:portable"
 
 
+@needs_library
+def test_three_ways_to_name_a_model(report, refused, tiny_overlay):
+    short = ("--bits", "3", *SHORT)
+    assert report(tiny_overlay, *short)["measured_on"] == "overlay"
+    assert report("--shape", "tiny", *short)["measured_on"] == "random weights"
+    refused(tiny_overlay, "--shape", "tiny", says="give one of them")
+    refused("--model", "tiny", "--shape", "tiny", says="give one of them")
+    refused("--shape", tiny_overlay, says="no known shape")
+
+
 def test_the_reference_backend(report):
     found = report("--model", "tiny", "--bits", "3", *SHORT, "--backend", "reference")
     assert (found["backend"], found["accuracy"], found["stream_gb_per_s"]) == ("reference", None, None)
@@ -137,7 +147,7 @@ def test_the_table_for_people(run):
 
 @pytest.mark.parametrize("bits", ["abc", "", "3,,4", "3-5", "3.5"])
 def test_widths_that_are_no_list(refused, bits):
-    refused("--model", "tiny", "--bits", bits, says="is no list of widths")
+    refused("--model", "tiny", "--bits", bits, says="is not a list of widths")
 
 
 @pytest.mark.parametrize("bits", ["9", "3,9", "0", "1", "-2"])

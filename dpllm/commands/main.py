@@ -1,6 +1,6 @@
-"""The `dpllm` command: arguments, one clear line for bad input, nothing else.
+"""The entry point of the `dpllm` command: one clear line for bad input, and the exit code.
 
-Each command's work is a function in dpllm/commands/. Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
+Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from types import FrameType
 import typer
 
 from dpllm.base.errors import InputError
-from dpllm.cli.app import app
+from dpllm.commands.app import app
 
 # isort: off
-from dpllm.cli import store, text, machine  # noqa: F401  # they register their commands, in the order of --help
+from dpllm.commands import quantize, calibrate, inspect  # noqa: F401  # each registers itself, in the order of --help
+from dpllm.commands import generate, evaluate, context, demo, report  # noqa: F401
+from dpllm.commands import profile, plan, doctor, bench  # noqa: F401
 
 # isort: on
 
 
 class _Interrupt:
-    """Notes that Ctrl-C was pressed before it raises: what Python code in the middle of a library's call raises, the
-    library may take for an error of its own and raise another."""
+    """Notes that Ctrl-C was pressed before KeyboardInterrupt is raised: a library that is interrupted in the middle of
+    a call may take it for an error of its own and raise another exception."""
 
     def __init__(self) -> None:
         self.came = False
@@ -37,7 +39,7 @@ class _Interrupt:
 
 
 def main() -> None:
-    """Entry point: runs the app, turns bad input into one line and exit code 2."""
+    """Runs the app. Bad input is printed as one line, with exit code 2."""
     interrupt = _Interrupt()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def _explained(e: BaseException) -> str | None:
-    """What the user can do something about, in a line; None for what is a fault of ours."""
+    """A line about an error that the user can mend; None for an error of the program."""
     if isinstance(e, InputError):
         return str(e)
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
@@ -65,6 +67,6 @@ def _explained(e: BaseException) -> str | None:
 
 
 def _fail(message: str) -> None:
-    if message:  # none where no command was given: the help was shown
+    if message:  # empty where no command was given: the help was shown
         print(f"dpllm: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)

@@ -1,0 +1,51 @@
+"""Sizes, shares and counts as people write them: '4GB', '2%', '16k'."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from dpllm.base.errors import InputError
+
+
+def parse_size(size: str | float) -> int:
+    """Bytes of a size such as '4GB', '600 MiB' or '1e9'; a number is a number of bytes.
+
+    Raises InputError for anything that is not a finite size above 0.
+    """
+    found = re.fullmatch(r"\s*([\d.]+(?:e[+]?\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size).lower())
+    try:
+        value = float(found[1]) if found else 0.0
+    except ValueError:
+        value = 0.0
+    if found is None or not 0 < value < math.inf:
+        raise InputError(f"'{size}' is not a size. Write, for example, 4GB or 600MiB.")
+    return int(value * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
+def parse_share(share: str | float) -> float:
+    """A loss of quality as a fraction: '2%', '0.02' and 0.02 are all 0.02.
+
+    Raises InputError for anything that is not a finite number of at least 0.
+    """
+    text = str(share).strip()
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"a quality loss of '{share}' is not a share. Write, for example, 2% or 0.02.")
+    return value / 100 if text.endswith("%") else value
+
+
+def parse_count(count: str | int) -> int:
+    """A number of tokens: '16k' is 16384, '4096' and 4096 are 4096.
+
+    Raises InputError for anything that is not a whole number of at least 0.
+    """
+    found = re.fullmatch(r"\s*(\d+)\s*(k?)\s*", str(count).lower())
+    if not found:
+        raise InputError(
+            f"a context of '{count}' is not a number of tokens. Write, for example, 4096 or 16k."
+        )
+    return int(found[1]) * (1024 if found[2] else 1)

@@ -1,0 +1,87 @@
+"""Stores a model as an overlay of nested bitplanes.
+
+path = quantize("meta-llama/Llama-3.2-1B", "llama-1b")
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
+from dpllm.base.text import load_tokenizer
+from dpllm.model.hardware import check_device
+from dpllm.model.loading import check_checkpoint
+from dpllm.prepare.data import calibration_documents
+from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
+from dpllm.quant.source import ModelSource, resolve_model
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: tuple[int, int] = (2, 6),
+    head_bits: int = 8,
+    fisher: str = "text",
+    refine: str = "full",
+    data: str | Path | None = None,
+    samples: int = 64,
+    sequence_length: int = 512,
+    rows_per_table: int = 0,
+    device: str = "cpu",
+    jobs: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """Stores a model as nested bitplanes that can be read at every width of a range. Returns the overlay's directory.
+
+    A run that is stopped continues where it was when it is called again with the same arguments.
+
+    model: a directory with safetensors, or a hub id. out: the directory to make; it must not exist. bits: the
+    narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are planes, 16
+    leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means. refine: what
+    is improved after k-means, 'full' (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is
+    the bundled Python code. samples, sequence_length: how many sequences of how many tokens. rows_per_table: rows that
+    share a table; 0 is 1, or more where rows are short. jobs: threads; 0 is one per core. seed: of the sample.
+    progress: called with (stage, done, total).
+
+    Raises InputError for a model, a place or an option that cannot be used.
+    """
+    options = QuantizeOptions(
+        bits=bits, head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
+        sequence_length=sequence_length, seed=seed, refine=refine,
+    )  # fmt: skip
+    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    return job.run(progress or no_progress)
+
+
+def make_quantizer(
+    model: str | Path,
+    out: str | Path,
+    *,
+    options: QuantizeOptions,
+    fisher: str = "text",
+    data: str | Path | None = None,
+    device: str = "cpu",
+    jobs: int = 0,
+) -> Quantizer:
+    """The job of `quantize`, checked and planned; no weight has been read yet. Its `plan` says what it will cost.
+
+    The arguments are those of `quantize`. Raises InputError for a model or an option that cannot be used.
+    """
+    if fisher not in ("text", "none"):
+        raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
+    path = resolve_model(str(model))
+    source = ModelSource.open(path)
+    if "quantization_config" in source.config:
+        raise InputError(f"{path} is quantised already. Give the original checkpoint.")
+    check_checkpoint(source)
+    documents = calibration_documents(data) if fisher == "text" else None
+    return Quantizer(
+        source, Path(out).expanduser(), options, documents=documents,
+        tokenizer=load_tokenizer(path) if documents else None, device=check_device(device),
+        jobs=jobs or os.cpu_count() or 1,
+    )  # fmt: skip
