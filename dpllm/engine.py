@@ -20,7 +20,7 @@ import torch
 
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.base.text import check_text, encode, load_tokenizer
+from dpllm.base.text import load_tokenizer
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.control.controller import LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
@@ -29,6 +29,7 @@ from dpllm.decode.continuation import Continuation, Passed, Tally
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions
+from dpllm.decode.prompting import Prompts
 from dpllm.decode.sampling import Sampler
 from dpllm.decode.speculation.draft_choice import Drafting
 from dpllm.decode.speculation.drafts import Draft
@@ -70,7 +71,8 @@ class Engine:
     """A loaded model, its tokenizer, and the policy that answers to the target."""
 
     def __init__(self, path: Path, decoder: Decoder, tokenizer: Any, profile: CalibrationProfile | None):
-        self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
+        self.path, self.decoder, self.profile = path, decoder, profile
+        self.prompts = Prompts(tokenizer, decoder.config, path)
         self.quantized = not decoder.groups[0].dense
         self.step = fast_step(decoder)
         self.native = self.step if isinstance(self.step, NativeStep) else None
@@ -82,6 +84,11 @@ class Engine:
         self.tally = Tally()  # of the drafts of the last generation
         self.controller: LatencyController | QueryBudget | None = None
         self.drafting = Drafting(decoder)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self.prompts.tokenizer
 
     @property
     def planes(self) -> np.ndarray:
@@ -134,39 +141,6 @@ class Engine:
         )
         return math.floor(below + (bits - low) * (above - below))
 
-    def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
-        if not prompt:
-            raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-        check_text(prompt, "the prompt")
-        if chat:
-            return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
-        return encode(self.tokenizer, prompt)
-
-    def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
-        """Messages in the model's own frame, up to where its answer begins: text, or token ids."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(f"{self.path} has no chat template. Leave out --chat.")
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
-        )
-
-    def check_prompt(self, ids: Sequence[int], read: int = 0) -> None:
-        """Raises InputError where the model cannot continue these tokens behind `read` others."""
-        c = self.decoder.config
-        if not ids:
-            raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
-        if max(ids) >= c.vocab_size:
-            raise InputError(
-                f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
-                "Copy the model's own tokenizer files there."
-            )
-        if read + len(ids) >= c.max_positions:
-            behind = f" behind {read} of context" if read else ""
-            raise InputError(
-                f"the prompt has {len(ids)} tokens{behind}; the model has {c.max_positions} positions. Shorten it."
-            )
-
     def generate(
         self,
         prompt: str,
@@ -183,12 +157,12 @@ class Engine:
         """
         began = clock()
         ids = (
-            self.prompt_ids(prompt, options.chat)
+            self.prompts.prompt_ids(prompt, options.chat)
             if context is None
-            else context.question(self, prompt, options.chat)
+            else context.question(self.prompts, prompt, options.chat)
         )
         read = 0 if context is None else context.cache.length
-        self.check_prompt(ids, read)
+        self.prompts.check_prompt(ids, read)
         budget = min(options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache = self.decoder.new_cache(len(ids) + budget) if context is None else context.cache
         ahead = Continuation(self.decoder, self.step, cache, _sampler(options), clock)

@@ -29,7 +29,7 @@ from dpllm.commands.common import (
 )
 from dpllm.context.head_profile import head_profile
 from dpllm.context.pruner import HEADS
-from dpllm.engine import Engine
+from dpllm.decode.prompting import Prompts
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.memory import peak_bytes
@@ -99,10 +99,10 @@ def run(a: CalibrateArguments) -> None:
         if a.dp_llm:
             profile = _with_dp_llm(decoder, sequences, profile, wanted, progress, a.seed)
         if a.kv_heads:
-            engine = Engine(path, decoder, load_tokenizer(path), profile)
             heads = head_profile(
-                engine, sequences.tolist(), lambda done: progress("KV heads", done, len(sequences))
-            )
+                sequences.tolist(), lambda done: progress("KV heads", done, len(sequences)),
+                decoder=decoder, prompts=Prompts(load_tokenizer(path), decoder.config, path),
+            )  # fmt: skip
             profile = replace(profile, extra=dict(profile.extra) | {HEADS: heads.cpu().numpy()})
         checked = _check(calibrator, profile, wanted, budgets or [float(hi)], progress)
     _merged(profile, target).save(target)

@@ -57,9 +57,11 @@ def run(args: BuildArguments) -> None:
     args.hardware.note_if_slow(engine.decoder.backend)
     began = time.perf_counter()
     with stage_bars() as bars:
-        context = build_context(engine, text, options, bars)
+        context = build_context(
+            text, options, bars, decoder=engine.decoder, prompts=engine.prompts, profile=engine.profile
+        )
     seconds = time.perf_counter() - began
-    save_context(context, out, engine)
+    save_context(context, out, model=engine.path)
     summary = summarize(engine, context, out) | {"seconds": round(seconds, 2)}
     if args.json:
         print_json(summary)

@@ -124,7 +124,11 @@ def run(args: GenerateArguments, options: GenerateOptions) -> None:
     if not prompt:
         raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
     engine = open_engine(args)
-    context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
+    context = (
+        None
+        if args.context is None
+        else load_context(Path(args.context).expanduser(), decoder=engine.decoder, model=engine.path)
+    )
     args.hardware.note_if_slow(engine.decoder.backend)
     aim(engine, args, 0.0 if context is None else float(context.cache.lengths.sum()))
     if args.resident_bits is not None or args.max_memory is not None:

@@ -81,7 +81,11 @@ def run(args: ReportArguments, options: ReportOptions, generate: GenerateOptions
         raise InputError(
             f"{engine.path} has no calibration profile to choose by. Run: dpllm calibrate {engine.path}"
         )
-    context = None if args.context is None else load_context(Path(args.context).expanduser(), engine)
+    context = (
+        None
+        if args.context is None
+        else load_context(Path(args.context).expanduser(), decoder=engine.decoder, model=engine.path)
+    )
     args.hardware.note_if_slow(engine.decoder.backend)
     documents = token_documents(engine, text, engine.decoder.config.max_positions)
     prompt = given if given is not None else default_prompt(engine, args, documents)

@@ -13,10 +13,11 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import encode, read_documents
-from dpllm.context.kv_context import SINKS, KVContext
+from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.decode.step import decode_one
+from dpllm.kvzip_bridge.query_recording import SINKS
 from dpllm.policies.base import PrecisionPolicy, observe
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
@@ -61,10 +62,10 @@ def measure(
     for number, ids in enumerate(documents):
         progress("quality", number, len(documents))
         pruner = _read(engine, ids[: options.context])
-        scores, whole = pruner.policy.score(pruner.seen()), pruner.context.cache
+        scores, whole = pruner.policy.score(pruner.scoring_input()), pruner.context.cache
         for j, keep in enumerate(KEEPS):
             pruner.context.cache = cache = whole.fork(options.following + 8)
-            pairs, every = pruner.pairs(keep)
+            pairs, every = pruner.pairs_to_keep(keep)
             pruner.drop(
                 None if pairs == every else pruner.policy.allocate(scores, pairs), options.following + 8
             )
@@ -97,7 +98,10 @@ def _documents(engine: Engine, text: Path, options: QualityOptions) -> list[list
 
 def _read(engine: Engine, ids: Sequence[int]) -> Pruner:
     context = KVContext(engine.decoder.new_ragged_cache(0), protected=min(SINKS, len(ids)))
-    pruner = Pruner(engine, context, ContextOptions(), len(ids))
+    pruner = Pruner(
+        context, ContextOptions(), len(ids),
+        decoder=engine.decoder, prompts=engine.prompts, profile=engine.profile,
+    )  # fmt: skip
     pruner.read(ids)
     return pruner
 

@@ -77,7 +77,7 @@ def test_heads(ok, refused, tiny_overlay, text_file, tmp_path):
         "--overlay",
         overlay,
         "--kv-policy",
-        "heads",
+        "whole-heads",
         "-o",
         tmp_path / "ctx",
     )
@@ -101,7 +101,7 @@ def test_what_build_refuses(refused, tiny_overlay, text_file, tmp_path):
     build("--keep", 1.5, says="above 0, up to 1")
     build("--keep", 0.3, "--keep-tokens", 5, says="exclude each other")
     build("--keep-memory", "lots", says="is no size")
-    build("--keep-tokens", 1, says="are the least")
+    build("--keep-tokens", 1, says="are needed")
     build("--kv-policy", "h2o", says="Choose one of")
     build("--allocation", "even", says="Choose one of")
     build("--block", 1, says="at least 32")
@@ -117,7 +117,7 @@ def test_what_generate_refuses(refused, tiny_overlay, tiny_checkpoint, built, tm
     def ask(*arguments, says):
         refused("generate", "x", *arguments, says=says, alone=False)
 
-    ask("--overlay", tiny_overlay, "--context", tmp_path / "nowhere", says="is no saved context")
+    ask("--overlay", tiny_overlay, "--context", tmp_path / "nowhere", says="is not a saved context")
     ask("--overlay", tiny_checkpoint, "--context", built, says="another model")
     ask("--overlay", tiny_overlay, "--context", built, "--chat", says="not built as a chat")
     manifest = json.loads((built / "context.json").read_text())
