@@ -22,7 +22,7 @@ from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay, load_decoder
 from dpllm.model.memory import check_memory
-from dpllm.model.random_models import random_decoder, resident_bytes, shape
+from dpllm.model.random_models import random_decoder, shape, shape_bytes
 from dpllm.policies.fixed import StaticPolicy
 
 WARM_UP = 2
@@ -63,7 +63,7 @@ def open_model(args: BenchArguments, widest: int) -> tuple[Decoder, str]:
     config = shape(args.model)
     if not 2 <= widest <= 8:
         raise InputError(f"--bits {args.bits}: a random model holds 2 to 8 planes.")
-    check_memory(args.model, {b: resident_bytes(config, b) for b in range(2, widest + 1)})
+    check_memory(args.model, {b: shape_bytes(config, b) for b in range(2, widest + 1)})
     note(f"making a model of shape {args.model} with {widest} random planes")
     return random_decoder(config, widest, options), "random weights"
 

@@ -1,10 +1,9 @@
 """The decoder: a Llama-family model whose matrices are read at a width chosen for every token.
 
-Top to bottom: `Decoder.forward` embeds the tokens, runs the blocks, applies the head. A block is norm,
-q/k/v, attention, o, norm, gate/up, down. Matrices that share an input form a `Group`; before a group is
-applied, `select(group, x)` says how many planes each token reads. One token or a thousand go through the
-same code, each with its own widths over the keys and values such decoding produced, so a batched
-evaluation equals step-by-step decoding.
+`Decoder.forward` embeds the tokens, runs the blocks and applies the head. A block is norm, q/k/v, attention, o, norm,
+gate/up, down. Matrices that share an input form a `Group`. Before a group is applied, `select(group, x)` chooses how
+many planes each token reads. One token and a thousand tokens go through the same code, and each token reads its own
+widths, so evaluating a batch gives the same result as decoding step by step.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from dpllm.model.config import ModelConfig
 
 @dataclass
 class Group:
-    """Matrices read together: one decision, one product. `weight` is dense [N, K] or prepared planes."""
+    """Matrices that share a decision and a product. `weight` is dense [N, K] or prepared planes."""
 
     name: str
     weight: Any
     bias: Tensor | None
-    index: int = 0  # in the model, set by the decoder
+    index: int = 0  # its number in the model, set by the decoder
     seed_bits: int = 0
     resident_bits: int = 0
-    weights: int = 0  # N * K, the group's share in effective bits
-    bytes_at: tuple[int, ...] = ()  # bytes one pass reads at width seed_bits, seed_bits + 1, ...
+    weights: int = 0  # N * K, the group's share in the effective bits
+    bytes_at: tuple[int, ...] = ()  # bytes that one pass reads at width seed_bits, seed_bits + 1, ...
 
     @property
     def dense(self) -> bool:
-        """Whether this group was never quantised."""
+        """Whether the group's matrices are not quantised."""
         return isinstance(self.weight, Tensor)
 
 
 @dataclass
 class Layer:
-    """One decoder block's weights. qkv and gate_up are one fused group, or one group per matrix."""
+    """The weights of one decoder block. qkv and gate_up each hold one fused group, or one group per matrix."""
 
     index: int
     input_norm: Tensor
@@ -66,7 +65,7 @@ Observe = Callable[[Group, Tensor, Tensor], None]  # (group, x [T, K], y [T, N])
 
 
 class Decoder:
-    """The model. Made by dpllm.model.loading.load_decoder."""
+    """The model: embedding, blocks and head. dpllm.model.loading.load_decoder makes one."""
 
     def __init__(
         self, config: ModelConfig, backend: Backend, layers: list[Layer], embedding: Tensor | Int8Weight,
@@ -80,8 +79,8 @@ class Decoder:
         for index, group in enumerate(self.groups):
             group.index = index
         self.inv_freq = config.inv_freq.to(self.device)
-        self.bytes_read = 0  # from disk, to load it
-        self.recompute = True  # blocks in the backward pass, so that their activations need not be kept
+        self.bytes_read = 0  # bytes read from disk to load the model
+        self.recompute = True  # run blocks again in the backward pass instead of keeping their activations
 
     def forward(
         self,
@@ -92,17 +91,17 @@ class Decoder:
         last_only: bool = False,
         observe: Observe | None = None,
     ) -> Tensor:
-        """Next-token logits of one sequence.
+        """Computes the next-token logits of one sequence.
 
-        ids: int64 [T], the tokens behind those in `cache` (which they join). select: widths of each token
-        at each group; None reads every resident plane. observe: sees every group's input and output.
-        Returns [T, vocab] in fp32, or [1, vocab] with last_only; without select, the last layer is then computed
-        for one row behind its attention, the only one that observe sees there. Differentiable when gradients are
-        on and no cache is given (blocks are then recomputed in the backward pass, unless `recompute` is off).
+        ids: int64 [T], the tokens after those in `cache`, of which they become part. select: chooses the width of each
+        token at each group; None reads every resident plane. observe: called with every group's input and output.
+        Returns float32 [T, vocab], or [1, vocab] with `last_only`. With `last_only` and without `select`, the last
+        layer computes only the last row after its attention, and `observe` sees only that row there. The result is
+        differentiable when gradients are on and no cache is given.
         """
         x = self._embed(ids)
         rope = self._rope(cache.length if cache else 0, len(ids))
-        alone = last_only and select is None  # what selects may keep account of every token in every group
+        alone = last_only and select is None  # `select` may count every token in every group
         for layer in self.layers:
             rows = slice(-1, None) if alone and layer is self.layers[-1] else slice(None)
             if torch.is_grad_enabled() and self.recompute:
@@ -114,7 +113,7 @@ class Decoder:
         return self._head(self._rms_norm(x[-1:] if last_only else x, self.norm)).float()
 
     def _block(self, layer, x, rope, cache, select, observe, rows=slice(None)) -> Tensor:
-        """One layer. rows: those that are wanted of it; behind attention, the others are not computed."""
+        """Runs one layer. rows: the rows to compute after attention; the other rows are dropped there."""
 
         def apply(groups: list[Group], h: Tensor) -> Tensor:
             outs = [self._apply(g, h, select, observe) for g in groups]
@@ -128,7 +127,7 @@ class Decoder:
         return x + apply([layer.down], F.silu(gate) * up)
 
     def _apply(self, group: Group, x: Tensor, select: Select | None, observe: Observe | None) -> Tensor:
-        """y [T, N] = x [T, K] times the group's matrix, each row at its own width."""
+        """Returns x [T, K] times the group's matrix, [T, N], each row at its own width."""
         if group.dense:
             y = F.linear(x, group.weight)
         elif select is None:
@@ -179,7 +178,7 @@ class Decoder:
         ) * weight
 
     def _rope(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, D/2] of the positions start .. start + tokens - 1."""
+        """Returns cos and sin, [T, 1, D / 2], of the positions start .. start + tokens - 1."""
         position = torch.arange(start, start + tokens, device=self.device, dtype=torch.float32)
         angle = position[:, None] * self.inv_freq
         scale = self.config.rope_scale
@@ -188,17 +187,17 @@ class Decoder:
     # -- accounting --------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int) -> DenseKVCache:
-        """An empty cache for `capacity` tokens."""
+        """Returns an empty cache for `capacity` tokens."""
         c = self.config
         return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
     def new_ragged_cache(self, capacity: int) -> RaggedKVCache:
-        """An empty cache that can be pruned; it grows where `capacity` is exceeded."""
+        """Returns an empty cache that can be pruned. It grows where `capacity` tokens are exceeded."""
         c = self.config
         return RaggedKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
     def head_bytes(self) -> int:
-        """Bytes of the head that every token reads."""
+        """Returns the bytes of the head, which every token reads."""
         if isinstance(self.head, Int8Weight):
             return self.head.nbytes()
         if isinstance(self.head, Tensor):

@@ -9,7 +9,7 @@ from dpllm.base.errors import InputError
 from dpllm.model import memory
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.memory import available_bytes, check_memory
-from dpllm.model.random_models import SHAPES, random_decoder, resident_bytes, shape
+from dpllm.model.random_models import SHAPES, random_decoder, shape, shape_bytes
 from dpllm.quant.overlay import Overlay
 
 SIZES = {2: 2_000_000_000, 3: 3_000_000_000, 4: 4_000_000_000}
@@ -63,7 +63,10 @@ def test_loading_checks_the_planes_it_is_asked_to_hold(quantized, monkeypatch):
 def test_known_shapes():
     for name in SHAPES:
         assert shape(name) is SHAPES[name]
-    with pytest.raises(InputError, match=r"'70B' is no directory and no known shape \(tiny, 1.1B, 3B, 8B\)"):
+    with pytest.raises(
+        InputError,
+        match=r"'70B' is neither a directory nor a known shape\. Choose one of: tiny, 1.1B, 3B, 8B",
+    ):
         shape("70B")
 
 
@@ -74,6 +77,6 @@ def test_resident_bytes_of_a_shape(bits):
     decoder = random_decoder(shape("tiny"), bits)
     matrices = sum(g.weight.held_bytes for g in decoder.groups)
     tables = decoder.embedding.nbytes() + decoder.head.nbytes()
-    assert resident_bytes(shape("tiny"), bits) == pytest.approx(matrices + tables, rel=0.03)
+    assert shape_bytes(shape("tiny"), bits) == pytest.approx(matrices + tables, rel=0.03)
     planes = sum(g.weight.planes.numel() * 4 for g in decoder.groups)
     assert planes == sum(g.weights for g in decoder.groups) * bits // 8
