@@ -23,7 +23,7 @@ Allocation = Callable[[Tensor, int], Tensor]  # (scores float32 [P, KVH, n], pai
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a cache to keep, given in exactly one of three units. Protected pairs count.
+    """The part of a cache to keep, given in exactly one of three units. Protected pairs count.
 
     keep_ratio: share of all pairs. tokens: average number of pairs of a head. nbytes: bytes of the pruned layers'
     keys and values. Raises InputError where not exactly one of them is given, or where it is out of range.

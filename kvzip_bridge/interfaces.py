@@ -30,7 +30,7 @@ class RepeatPrompts:
 
 @dataclass(frozen=True)
 class ScoringInput:
-    """What a policy scores: a context that was just read. The cache still holds every pair to be scored.
+    """The input of a policy: a context that was just read. The cache still holds every pair to be scored.
 
     ids: int64 [n], all tokens that the cache has read. first: positions first .. n - 1 are scored. protected: the
     number of leading positions that are never evicted (a system prompt). queries: the queries recorded while ids were

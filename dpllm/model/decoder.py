@@ -41,7 +41,7 @@ class Group:
 
     @property
     def dense(self) -> bool:
-        """Whether the group's matrices are not quantised."""
+        """True where the group's matrices are not quantised."""
         return isinstance(self.weight, Tensor)
 
 

@@ -54,7 +54,7 @@ class Model(ctypes.Structure):
 
 
 class Selection(ctypes.Structure):
-    """How a step chooses widths: fixed widths, thresholds on a weighted square of the input, or a callback."""
+    """The rule by which a step chooses widths: fixed, thresholds on a weighted square of the input, or a callback."""
 
     __slots__ = ()
     _fields_ = (

@@ -78,7 +78,7 @@ class CacheTable:
 
 @dataclass(frozen=True)
 class Heads:
-    """How a layer's attention treats its queries and keys.
+    """The shapes and constants of one layer's attention.
 
     dim: D. norms: the weights [D] of the norms of q and k, which use eps. rope: cos and sin, float32 [D / 2], of the
     position. window: the most pairs that a token attends to; 0: all."""
@@ -92,7 +92,7 @@ class Heads:
 
 @dataclass
 class PolicyTable:
-    """How a step chooses widths: bits[g] = base[g] + the number of thresholds[g] that the group's signal exceeds.
+    """The rule for widths: bits[g] = base[g] + the number of thresholds[g] that the group's signal exceeds.
 
     kind: NONE: bits are fixed. WEIGHTED: the signal is m * sum_k d_k x_k^2, where m is the token's multiplier. The
     kernel that produces x writes the sum to signals[g] in parts (see Site), and the group's product decides. ESTIMATED:

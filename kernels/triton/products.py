@@ -28,7 +28,7 @@ __all__ = ["chosen_gemv", "dequantize", "gemv", "int8_linear", "matmul", "prepar
 ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter does not support inline assembly
 WARPS = 4
 FEW_ROWS = 4  # so few rows are computed one by one, independently of each other
-MANY_ROWS = 128  # from so many rows on, cuBLAS multiplies dequantised float16 blocks
+MANY_ROWS = 128  # from this number of rows on, cuBLAS multiplies dequantised float16 blocks
 BLOCK_BYTES = 64 << 20  # bytes of such a block: about the L2 cache of large GPUs
 BLOCK_ROWS = 256  # its rows are a multiple of this: whole tiles of a tensor core's product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -124,7 +124,7 @@ def test_what_generate_refuses(refused, tiny_overlay, tiny_checkpoint, built, tm
     for broken, says in (
         ("[]", "context.json"),
         ("{", "context.json"),
-        (json.dumps(manifest | {"tokens": "x"}), "of another kind"),
+        (json.dumps(manifest | {"tokens": "x"}), "has the wrong type"),
     ):
         (built / "context.json").write_text(broken)
         ask("--overlay", tiny_overlay, "--context", built, says=says)
