@@ -197,7 +197,7 @@ def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 
 
 def limited(engine: Engine, texts: list[str]) -> list[dict]:
     """What keeping each token within a share of the mean's bytes costs, beside no limit and static widths."""
-    documents = [engine.prompt_ids(text) for text in texts]
+    documents = [engine.prompts.prompt_ids(text) for text in texts]
     prices, rows = Prices.in_bytes(engine.decoder.groups), []
     for bits in (3.0, 4.0, 5.0):
         for limit in (None, 1.1, ControlOptions().headroom, "static"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dpllm.engine import load
 from dpllm.kvzip_bridge.budget import over_all
-from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.interfaces import ScoringInput
 from dpllm.kvzip_bridge.policies.common import protect
 from dpllm.kvzip_bridge.policies.kvzip import KVzip
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
@@ -33,12 +33,12 @@ from dpllm.kvzip_bridge.repetition import Repetition, repetitions
 SPAN, ASKING, RATIOS, TOKENS, FACTS = 64, 24, (0.5, 0.3, 0.2, 0.1), 1024, 10
 
 
-def exact(context: Context) -> Tensor:
+def exact(context: ScoringInput) -> Tensor:
     """KVzip as it is."""
     return KVzip(CHUNK).score(context)
 
 
-def first_half(context: Context) -> Tensor:
+def first_half(context: ScoringInput) -> Tensor:
     """What the layers of the second half would have said is not looked at."""
     scores = exact(context)
     half = len(scores) // 2
@@ -54,7 +54,7 @@ class Sparse(KVzip):
         super().__init__(SPAN)
         self.every = every
 
-    def score(self, context: Context) -> Tensor:
+    def score(self, context: ScoringInput) -> Tensor:
         """float32 [P, KVH, tokens]."""
         model = context.model
         scores = torch.zeros(len(model.layers), model.kv_heads, context.tokens)
@@ -67,11 +67,11 @@ class Sparse(KVzip):
                 scores[..., self._at(context, r)] = own.mean(-1, keepdim=True)
         return protect(scores, context)
 
-    def _at(self, context: Context, r: Repetition) -> slice:
+    def _at(self, context: ScoringInput, r: Repetition) -> slice:
         return slice(r.start - context.first, r.end - context.first)
 
 
-def while_reading(context: Context) -> Tensor:
+def while_reading(context: ScoringInput) -> Tensor:
     """The queries of the text itself, which have met every pair once already: what they would be is recomputed by
     reading it again, so that nothing need be stored; a real implementation would look while it reads."""
     model, n = context.model, len(context.ids)
@@ -104,7 +104,7 @@ def while_reading(context: Context) -> Tensor:
     return protect(best.exp(), context)
 
 
-VARIANTS: dict[str, tuple[Callable[[Context], Tensor], float]] = {
+VARIANTS: dict[str, tuple[Callable[[ScoringInput], Tensor], float]] = {
     "exact": (exact, 1.0),
     "first half of the layers": (first_half, 0.5),
     "every other 64 tokens": (Sparse(2).score, (SPAN + ASKING) / SPAN / 2),
@@ -124,10 +124,10 @@ def main() -> None:
         pruner = read(engine, document, QueriesWanted())
         whole = pruner.context.cache
         for name, (score, _) in VARIANTS.items():
-            scores = score(pruner.seen())
+            scores = score(pruner.scoring_input())
             for ratio in RATIOS:
                 pruner.context.cache = whole.fork(0)
-                pruner.drop(over_all(scores, pruner.pairs(ratio)[0]))
+                pruner.drop(over_all(scores, pruner.pairs_to_keep(ratio)[0]))
                 right[name, ratio].append(sum(o[0] for o in asked(engine, pruner.context, document)))
             pruner.context.cache = whole
     count = np.full(args.documents, float(FACTS))

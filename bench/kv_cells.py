@@ -68,10 +68,18 @@ def _outcome(logits: Tensor, answer: Tensor) -> Outcome:
 def read(engine: Engine, document: Document, wants: QueriesWanted) -> Pruner:
     """The document's context in a cache of its own, with what `wants` says recorded."""
     context = KVContext(engine.decoder.new_ragged_cache(0), protected=SINKS)
-    pruner = Pruner(engine, context, ContextOptions(chunk=CHUNK), len(document.context))
+    options = ContextOptions(chunk=CHUNK)
+    pruner = _pruner(engine, context, options, document)
     pruner.queries = Queries(wants, pruner.view)
     pruner.read(document.context)
     return pruner
+
+
+def _pruner(engine: Engine, context: KVContext, options: ContextOptions, document: Document) -> Pruner:
+    return Pruner(
+        context, options, len(document.context),
+        decoder=engine.decoder, prompts=engine.prompts, profile=engine.profile,
+    )  # fmt: skip
 
 
 def measure(engine: Engine, document: Document, heads: Tensor, widths: bool) -> dict[str, list[Outcome]]:
@@ -90,10 +98,10 @@ def _pruned(pruner: Pruner, heads: Tensor) -> Iterator[tuple[str, float, KVConte
     whole = pruner.context.cache
     for name, options in POLICIES.items():
         policy = make_kv_policy(name, **(options | ({"profile": heads} if name == "heads" else {})))
-        scores = policy.score(pruner.seen())
+        scores = policy.score(pruner.scoring_input())
         for ratio in RATIOS:
             pruner.context.cache = whole.fork(0)
-            pruner.drop(policy.allocate(scores, pruner.pairs(ratio)[0]))
+            pruner.drop(policy.allocate(scores, pruner.pairs_to_keep(ratio)[0]))
             yield name, ratio, pruner.context
         pruner.context.cache = whole
     pruner.drop(None)
@@ -107,7 +115,7 @@ def _blockwise(engine: Engine, document: Document) -> Iterator[tuple[str, float,
     for ratio in RATIOS[1::2]:  # the dearest: everything is read anew
         context = KVContext(engine.decoder.new_ragged_cache(0), protected=SINKS)
         options = ContextOptions(Budget(keep_ratio=ratio), chunk=CHUNK)
-        pruner = Pruner(engine, context, options, len(document.context))
+        pruner = _pruner(engine, context, options, document)
         for start in range(0, len(document.context), CHUNK):
             pruner.read(document.context[start : start + CHUNK])
             pruner.prune(ratio, pruner.room(CHUNK))

@@ -22,8 +22,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from report import report
@@ -31,6 +29,7 @@ from report import report
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
+from dpllm.decode.prompting import Prompts
 from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.budget import Budget, over_all
 from dpllm.kvzip_bridge.ragged_cache import SLACK, RaggedKVCache
@@ -154,14 +153,13 @@ class Built:
 
 def build(decoder: Decoder, ids: list[int], block: int) -> Built:
     """Reads ids and prunes them to KEEP, block by block."""
-    engine: Any = SimpleNamespace(
-        decoder=decoder, tokenizer=lambda text, **_: {"input_ids": [1] * 12}, profile=None
-    )
+    prompts = Prompts(lambda text, **_: {"input_ids": [1] * 12}, decoder.config, Path("random"))
     before = reset_peak()
     c = decoder.config
     cache = WatchedCache(c.num_layers, c.num_kv_heads, c.head_dim, 0, decoder.kv_dtype)
     context = KVContext(cache, protected=SINKS)
-    pruner = Pruner(engine, context, ContextOptions(Budget(keep_ratio=KEEP)), len(ids))
+    options = ContextOptions(Budget(keep_ratio=KEEP))
+    pruner = Pruner(context, options, len(ids), decoder=decoder, prompts=prompts)
     share, read, prune = pruner.share(), 0.0, 0.0
     for start in range(0, len(ids), block):
         read += milliseconds(partial(pruner.read, ids[start : start + block]))

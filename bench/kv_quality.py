@@ -63,7 +63,9 @@ def _measure(task: str, number: int) -> tuple[str, int, dict]:
 
 def profile_of_heads() -> torch.Tensor:
     """The largest KVzip score of every head over texts of facts, float32 [P, KVH]."""
-    return head_profile(load(), [kv_documents.recall(-1 - i, 1024, 10).context for i in range(CALIBRATION)])
+    engine = load()
+    texts = [kv_documents.recall(-1 - i, 1024, 10).context for i in range(CALIBRATION)]
+    return head_profile(texts, decoder=engine.decoder, prompts=engine.prompts)
 
 
 def results(work: Path, jobs: int) -> dict[str, dict[int, dict]]:

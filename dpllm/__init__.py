@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dpllm.version import __version__
 
 # torch's OpenMP threads spin for a while after each operation and would take the cores that the native kernels need:
 # 15% of the time of a prompt on two cores. Read when torch loads its OpenMP; a user's own setting stands.

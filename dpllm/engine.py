@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from dpllm.base.errors import InputError
-from dpllm.base.text import check_text, encode
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.context.build import build_context
 from dpllm.context.kv_context import KVContext
@@ -33,6 +32,7 @@ from dpllm.decode.continuation import Continuation
 from dpllm.decode.generation import Generation, Step
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions
+from dpllm.decode.prompting import Prompts
 from dpllm.decode.sampling import Sampler
 from dpllm.decode.speculation.continuation import SpeculativeContinuation, Tally
 from dpllm.decode.speculation.draft_choice import DraftChoice
@@ -75,7 +75,8 @@ class Engine:
         measure_cost: Callable[[Engine], CostModel] | None = None,
     ):  # fmt: skip
         """measure_cost: gives the cost model of an engine, stored or measured, for targets in milliseconds."""
-        self.path, self.decoder, self.tokenizer, self.profile = path, decoder, tokenizer, profile
+        self.path, self.decoder, self.profile = path, decoder, profile
+        self.prompts = Prompts(tokenizer, decoder.config, path)
         self.quantized = not decoder.groups[0].dense
         self.policy: PrecisionPolicy | None = None
         self.target_bits: float | None = None
@@ -89,6 +90,11 @@ class Engine:
         policy = "no policy" if self.policy is None else f"policy {self.policy.name}"
         target = "" if self.target_bits is None else f" at {self.target_bits:g} bits"
         return f"<Engine {self.path}: {policy}{target}, backend {self.decoder.backend.name}>"
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer of the model."""
+        return self.prompts.tokenizer
 
     @property
     def planes(self) -> np.ndarray:
@@ -238,9 +244,9 @@ class Engine:
     ) -> Generation:
         """`generate` with its options as one object. clock: gives the time in seconds."""
         if context is None:
-            ids = self.prompt_ids(prompt, options.chat)
+            ids = self.prompts.prompt_ids(prompt, options.chat)
         else:
-            ids = context.question(self, prompt, options.chat)
+            ids = context.question(self.prompts, prompt, options.chat)
         return self._generation(_Text(ids, options, context, keep, clock))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
@@ -249,7 +255,7 @@ class Engine:
         options: those of `generate`. Raises InputError where the model has no chat template.
         """
         chosen = options_of(options)
-        ids = list(self.chat_template([dict(m) for m in messages], tokenize=True))
+        ids = list(self.prompts.chat_template([dict(m) for m in messages], tokenize=True))
         return self._generation(_Text(ids, chosen))
 
     def read(self, text: str, keep: float | None = None, **options: Any) -> KVContext:
@@ -261,15 +267,17 @@ class Engine:
         """
         if keep is not None:
             options["budget"] = Budget(keep_ratio=keep)
-        return build_context(self, text, ContextOptions(**options))
+        return build_context(
+            text, ContextOptions(**options), decoder=self.decoder, prompts=self.prompts, profile=self.profile
+        )
 
     def score(self, text: str) -> TextScore:
         """Log probabilities of a text's tokens, every token decoded as `generate` would: at its own widths.
 
         Raises InputError for a text of fewer than two tokens, or of more than the model's positions.
         """
-        ids = self.prompt_ids(text)
-        self.check_prompt(ids[:-1] or ids)
+        ids = self.prompts.prompt_ids(text)
+        self.prompts.check_prompt(ids[:-1] or ids)
         if len(ids) < 2:
             raise InputError("a text of one token has no token to predict. Give a longer text.")
         cache = self.decoder.new_cache(len(ids))
@@ -280,7 +288,7 @@ class Engine:
         """Checks the rest of what can be checked, and prepares the loop."""
         context, ids = text.context, text.ids
         read = 0 if context is None else context.cache.length
-        self.check_prompt(ids, read)
+        self.prompts.check_prompt(ids, read)
         limit = min(text.options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache: KVCache = self.decoder.new_cache(len(ids) + limit) if context is None else context.cache
         before = [] if context is None else context.ids
@@ -364,41 +372,6 @@ class Engine:
             if last or stream.stopped:
                 return
             began = clock()
-
-    # -- prompts -----------------------------------------------------------------------------------------
-
-    def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt. Raises InputError where it is empty, or a chat template is missing."""
-        if not prompt:
-            raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
-        check_text(prompt, "the prompt")
-        if chat:
-            return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
-        return encode(self.tokenizer, prompt)
-
-    def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
-        """Messages in the model's own frame, up to where its answer begins: text, or token ids."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(f"{self.path} has no chat template. Leave out --chat.")
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
-        )
-
-    def check_prompt(self, ids: Sequence[int], read: int = 0) -> None:
-        """Raises InputError where the model cannot continue these tokens behind `read` others."""
-        c = self.decoder.config
-        if not ids:
-            raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
-        if max(ids) >= c.vocab_size:
-            raise InputError(
-                f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
-                "Copy the model's own tokenizer files there."
-            )
-        if read + len(ids) >= c.max_positions:
-            behind = f" behind {read} of context" if read else ""
-            raise InputError(
-                f"the prompt has {len(ids)} tokens{behind}; the model has {c.max_positions} positions. Shorten it."
-            )
 
     # -- measuring ---------------------------------------------------------------------------------------
 

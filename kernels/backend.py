@@ -1,4 +1,4 @@
-"""One backend of plain functions, chosen once at load and reported with the reason."""
+"""Chooses one backend of plain kernel functions when a model is loaded, and gives the reason."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from dpllm.kernels.cpu.kernels import CpuKernels, prepare
 from dpllm.kernels.cpu.library import CpuOptions, Handle
 
 NAMES = ("cpu", "triton", "reference")
-TRITON = (3, 6)  # oldest version the GPU kernels are checked with
-CAPABILITY = (8, 0)  # tensor cores that multiply 16 x 8 x 16 float16
+TRITON = (3, 6)  # the oldest version with which the GPU kernels are tested
+CAPABILITY = (8, 0)  # the first one whose tensor cores multiply 16 x 8 x 16 float16
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Functions of the signatures in kernels/reference.py; `reason` says why this one was chosen.
+    """Kernel functions with the signatures of kernels/reference.py.
 
-    cpu: the native kernels' handle, None for other backends; with it a whole decode step can run natively.
+    reason: why this backend was chosen. cpu: the native CPU kernels, with which a whole decode step can run natively;
+    None for other backends.
     """
 
     name: str
@@ -75,7 +76,7 @@ def _cpu(options: CpuOptions, reason: str) -> Backend:
 
 
 def _triton(device: torch.device, reason: str) -> Backend:
-    """The GPU's kernels, where nothing is `lacking_for_triton`."""
+    """Makes the backend of the GPU kernels. `lacking_for_triton` must have returned None."""
     from dpllm.kernels.triton import attention, products, select
 
     return Backend(
@@ -94,11 +95,11 @@ def _triton(device: torch.device, reason: str) -> Backend:
 
 
 def lacking_for_triton(device: torch.device) -> str | None:
-    """Why the GPU's kernels cannot run on a device, with what to do; None where they can."""
+    """Returns why the GPU kernels cannot run on a device and what to do about it; None where they can run."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: it needs a CUDA build of torch and an NVIDIA driver"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"the GPU is {_capability(device)}, and they need sm_80 (Ampere) or newer"
+        return f"the GPU is {_capability(device)}, but the GPU kernels need sm_80 (Ampere) or newer"
     try:
         import triton
     except ImportError as e:
@@ -106,10 +107,13 @@ def lacking_for_triton(device: torch.device) -> str | None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TRITON:
         oldest = ".".join(map(str, TRITON))
         return f"triton is {triton.__version__}: pip install --upgrade 'triton>={oldest}'"
-    from dpllm.kernels.triton import self_test as trial
+    from dpllm.kernels.triton import self_test
 
-    failed = trial.lacking(device)
-    return failed and f"{failed} with triton {triton.__version__}; a C compiler and the driver must be there"
+    failed = self_test.lacking(device)
+    return (
+        failed
+        and f"{failed} with triton {triton.__version__}; a C compiler and the NVIDIA driver must be installed"
+    )
 
 
 def _capability(device: torch.device) -> str:
@@ -120,16 +124,16 @@ def _capability(device: torch.device) -> str:
 def _choose_for_gpu(name: str | None, device: torch.device) -> Backend:
     lacking = lacking_for_triton(device)
     if lacking is None:
-        return _triton(device, "asked for by name" if name else "compiled for this GPU")
+        return _triton(device, "requested by name" if name else "compiled for this GPU")
     if name is not None:
         raise InputError(f"backend 'triton' cannot be used on {device}: {lacking}.")
-    return _reference(f"torch operations on {device}; no kernels of ours there: {lacking}")
+    return _reference(f"torch operations on {device}; the GPU kernels cannot run there: {lacking}")
 
 
 def choose_backend(
     name: str | None = None, device: torch.device | str = "cpu", options: CpuOptions | None = None
 ) -> Backend:
-    """The named backend, or the best this machine has for the device.
+    """Returns the named backend, or the fastest that this machine has for the device.
 
     name: 'cpu' (or 'cpu:ISA' for one instruction set), 'triton' (CUDA devices), 'reference', or None to choose.
     Raises InputError for a name that does not exist or cannot run here.
@@ -142,7 +146,7 @@ def choose_backend(
                 f"unknown kernel backend '{name}'. Choose one of: {', '.join(NAMES)}, cpu:INSTRUCTION_SET."
             )
         if kind == "reference":
-            return _reference("asked for by name")
+            return _reference("requested by name")
         if kind == "triton" and where.type != "cuda":
             raise InputError(f"backend 'triton' runs on CUDA devices, not on {device}. Use --device cuda.")
         if kind == "triton":
@@ -153,14 +157,12 @@ def choose_backend(
     elif where.type == "cuda":
         return _choose_for_gpu(None, where)
     elif where.type != "cpu":
-        return _reference(
-            f"torch operations on {device}; no faster backend for it is built into this version"
-        )
+        return _reference(f"torch operations on {device}; this version has no faster backend for it")
     try:
-        return _cpu(options, "asked for by name" if name else "the best this processor runs")
+        return _cpu(options, "requested by name" if name else "the fastest for this processor")
     except OSError as e:
-        why = f"the native kernels are not there ({' '.join(str(e).split())[:120]})"
+        why = f"the native kernels cannot be loaded ({' '.join(str(e).split())[:120]})"
         mend = "install a C++ compiler (gcc or clang) and run: pip install --force-reinstall --no-deps dpllm"
         if name is not None:
-            raise InputError(f"backend '{name}' cannot be used: {why}. To have them, {mend}.") from None
-        return _reference(f"torch operations, many times slower: {why}. To have them, {mend}")
+            raise InputError(f"backend '{name}' cannot be used: {why}. To build them, {mend}.") from None
+        return _reference(f"torch operations, many times slower: {why}. To build them, {mend}")

@@ -1,1 +1,1 @@
-"""The KV cache: storage the decoder writes to, and what decides which pairs stay."""
+"""The KV cache: the storage that the decoder writes to, and the policies that decide which pairs stay in it."""

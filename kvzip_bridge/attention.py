@@ -1,4 +1,4 @@
-"""How the caches ask kernels for attention, and rotary positions."""
+"""Attention over a cache by a kernel backend, and rotary position embedding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ SINKS = 4
 
 
 class AttentionKernels(Protocol):
-    """Those functions of a kernel backend (kernels/reference.py says what they compute) that caches and the scoring of
-    pairs use."""
+    """The kernel functions that caches and policies use. kernels/reference.py defines what they compute."""
 
     def decode_attention(
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float, /
     ) -> Tensor:
-        """Of one token."""
+        """Computes the attention of one token."""
         ...
 
     def prompt_attention(
@@ -33,13 +32,13 @@ class AttentionKernels(Protocol):
         window: int | None,
         /,
     ) -> Tensor:
-        """Of many tokens."""
+        """Computes the attention of many tokens."""
         ...
 
     def attention_peaks(
         self, q: Tensor, k: Tensor, columns: slice, scale: float, cost: Tensor | None, /
     ) -> Tensor:
-        """The most attention that any of many tokens pays to some of the keys."""
+        """Computes the largest attention that any of many tokens pays to each of some keys."""
         ...
 
 
@@ -47,8 +46,11 @@ def attend(
     kernels: AttentionKernels, q: Tensor, pairs: tuple[Tensor, Tensor], runs: tuple[Tensor, Tensor],
     scale: float, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Attention of T tokens, the last of every head's run. q: [T, H, D]; pairs: k, v [slots, D]; runs: start int64,
-    length [KVH], own pairs included. Returns [T, H, D]."""
+    """Computes the attention of T tokens, whose pairs are the last T of every head's run.
+
+    q: [T, H, D]. pairs: k and v, each [slots, D]. runs: start int64 [KVH] and length int32 [KVH] of each head, the T
+    tokens included. scale: factor on q.k. window: the number of latest pairs that a token sees; None: all. Returns
+    [T, H, D]."""
     start, length = runs
     if len(q) > 1:
         return kernels.prompt_attention(q, *pairs, start, length, scale, window)
@@ -59,7 +61,8 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [..., D], halves paired as in Hugging Face checkpoints. cos, sin: broadcast
-    against [..., D / 2]; a negative sin turns back."""
+    """Applies rotary position embedding to x [..., D], whose halves are paired as in Hugging Face checkpoints.
+
+    cos, sin: broadcast against [..., D / 2]; a negative sin undoes a rotation."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

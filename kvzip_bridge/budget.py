@@ -1,8 +1,8 @@
-"""How many pairs a budget allows, and which: allocations turn scores into a keep mask of exactly so many pairs.
+"""Budgets say how many pairs to keep; allocations turn scores into a keep mask of exactly that many pairs.
 
-Every allocation takes the best scores of some set of heads. Among equal scores the smaller position comes first, then
-the lower layer, then the lower head: the result does not depend on the device. Where a number of pairs does not divide
-evenly, the first heads (or layers) get one more.
+Every allocation takes the best scores of some set of heads. Among equal scores, the smaller position comes first,
+then the lower layer, then the lower head, so the result does not depend on the device. Where a number of pairs does
+not divide evenly, the first heads (or layers) get one more pair each.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ Allocation = Callable[[Tensor, int], Tensor]  # (scores float32 [P, KVH, n], pai
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a cache to keep, said in one of three ways. Protected pairs count.
+    """The part of a cache to keep, given in exactly one of three units. Protected pairs count.
 
-    keep_ratio: share of all pairs. tokens: pairs a head, on average. nbytes: of the pruned layers' keys and values.
+    keep_ratio: share of all pairs. tokens: average number of pairs of a head. nbytes: bytes of the pruned layers'
+    keys and values. Raises InputError where not exactly one of them is given, or where it is out of range.
     """
 
     keep_ratio: float | None = None
@@ -38,16 +39,16 @@ class Budget:
             raise InputError("a KV budget is one of keep_ratio, tokens and nbytes. Give exactly one of them.")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise InputError(
-                f"a share of {self.keep_ratio:g} of the pairs cannot be kept. Choose a ratio above 0, up to 1."
+                f"keep_ratio is {self.keep_ratio:g}, which is not a share. Choose a ratio above 0, up to 1."
             )
         if not 0 < given[0] < math.inf:
             raise InputError(f"a KV budget of {given[0]:g} holds nothing. Choose a number above 0.")
 
-    def pairs(self, layers: int, kv_heads: int, length: int, protected: int, pair_bytes: int) -> int:
-        """Pairs to keep of layers * kv_heads * length, the protected ones included.
+    def pair_count(self, layers: int, kv_heads: int, length: int, protected: int, pair_bytes: int) -> int:
+        """Returns how many of the layers * kv_heads * length pairs to keep, the protected pairs included.
 
-        protected: leading positions that every head keeps. pair_bytes: of one key and its value. Raises InputError
-        where the protected pairs alone are more than the budget.
+        protected: number of leading positions that every head keeps. pair_bytes: bytes of one key and its value.
+        Raises InputError where the protected pairs alone exceed the budget.
         """
         heads = layers * kv_heads
         if self.keep_ratio is not None:
@@ -59,13 +60,13 @@ class Budget:
         needed = max(1, heads * min(protected, length))
         if pairs < needed:
             raise InputError(
-                f"a KV budget of {self} keeps {pairs:,} pairs, but {needed:,} are the least: {protected} leading "
+                f"a KV budget of {self} keeps {pairs:,} pairs, but at least {needed:,} are needed: {protected} leading "
                 f"tokens stay in each of {heads} heads. Give {self._least(needed, heads, length, pair_bytes)} or more."
             )
         return min(pairs, heads * length)
 
     def _least(self, needed: int, heads: int, length: int, pair_bytes: int) -> Budget:
-        """The smallest budget of the same kind that holds the needed pairs."""
+        """Returns the smallest budget in the same unit that holds the needed pairs."""
         if self.keep_ratio is not None:
             return Budget(keep_ratio=math.ceil(needed / (heads * length) * 1e4) / 1e4)
         if self.tokens is not None:
@@ -82,27 +83,29 @@ class Budget:
 
 
 def over_all(scores: Tensor, pairs: int) -> Tensor:
-    """The best pairs of all layers and heads together (KVzip, arXiv:2505.23416)."""
+    """Keeps the best pairs of all layers and heads together (KVzip, arXiv:2505.23416)."""
     _check(scores, pairs)
     return _best(scores.flatten(0, 1), pairs).view(scores.shape)
 
 
 def per_layer(scores: Tensor, pairs: int) -> Tensor:
-    """Equally many pairs a layer, the best of its heads together."""
+    """Gives every layer equally many pairs, and keeps the best of all its heads together."""
     _check(scores, pairs)
     counts = _split(pairs, len(scores))
     return torch.stack([_best(s, count) for s, count in zip(scores, counts, strict=True)])
 
 
 def per_head(scores: Tensor, pairs: int) -> Tensor:
-    """Equally many pairs a head."""
+    """Gives every head equally many pairs, and keeps its best."""
     _check(scores, pairs)
     return _best_rows(scores, _split(pairs, scores.shape[0] * scores.shape[1]))
 
 
 def with_safeguard(scores: Tensor, pairs: int, share: float = 0.2) -> Tensor:
-    """Equally many pairs a layer, of which each head first gets a share of its even part; the best get the rest (AdaKV,
-    arXiv:2407.11550)."""
+    """Gives every layer equally many pairs, of which each head is guaranteed a part (AdaKV, arXiv:2407.11550).
+
+    share: the guaranteed part, relative to an even split over the heads. The layer's best other pairs get the
+    rest."""
     _check(scores, pairs)
     own = int(share * pairs / (scores.shape[0] * scores.shape[1]))
     first = _best_rows(scores, [own] * (scores.shape[0] * scores.shape[1]))
@@ -110,12 +113,12 @@ def with_safeguard(scores: Tensor, pairs: int, share: float = 0.2) -> Tensor:
 
 
 def pyramid(scores: Tensor, pairs: int, forced: int = 0, steep: int = 20) -> Tensor:
-    """Fewer pairs the higher the layer, falling linearly; equally many for the heads of a layer (PyramidKV,
-    arXiv:2406.02069).
+    """Gives higher layers fewer pairs, falling linearly, and the heads of a layer equally many (PyramidKV).
 
-    Beyond what every head must hold (scores of +inf and `forced` more), the highest layer's heads get a `steep`-th of
-    the mean and the lowest one's as much above it as that is below. Equal for all layers where the lowest has too few
-    pairs for that.
+    The paper is arXiv:2406.02069. Every head holds its scores of +inf and `forced` more pairs. Of the other pairs,
+    the highest layer's heads get the mean over all heads divided by `steep`, and the lowest layer's heads exceed the
+    mean by as much as the highest layer's fall short of it. All layers get equally many pairs where the lowest layer
+    has too few pairs for its part.
     """
     _check(scores, pairs)
     layers, heads, length = scores.shape
@@ -140,22 +143,23 @@ ALLOCATIONS: dict[str, Allocation] = {
 
 
 def head_level(profile: Tensor, length: int) -> Tensor:
-    """Scores float32 [P, KVH, length] from one a head [P, KVH]: with `over_all` whole heads survive or vanish, all but
-    the one where the budget ends (and its equals)."""
+    """Repeats one score per head, [P, KVH], along a text: float32 [P, KVH, length].
+
+    With `over_all`, whole heads are kept or dropped, except the heads with the score at which the budget ends."""
     return profile.float()[..., None].repeat(1, 1, length)
 
 
 def _best_rows(scores: Tensor, counts: Sequence[int]) -> Tensor:
-    """The best counts[i] pairs of each head i of [P, KVH, n]."""
+    """Returns the mask of the best counts[i] pairs of each head i of scores [P, KVH, n]."""
     rows = zip(scores.flatten(0, 1), counts, strict=True)
     return torch.stack([_best(row[None], count)[0] for row, count in rows]).view(scores.shape)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Mask of the `count` best of scores [heads, n]; of equal ones those of smaller position, then of lower head."""
+    """Returns the mask of the `count` best scores of [heads, n]. Ties go to the smaller position, then head."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    # Finding the least score kept is linear in time, where sorting 8 million scores takes seconds.
+    # Finding the least score that is kept takes linear time; sorting 8 million scores would take seconds.
     least = scores.flatten().kthvalue(scores.numel() - count + 1).values
     keep = scores > least
     position, head = (scores == least).T.nonzero()[: count - int(keep.sum())].unbind(1)
@@ -164,7 +168,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _split(total: int, parts: int) -> list[int]:
-    """Evenly, one more for the first ones."""
+    """Splits a total evenly into parts; the first parts get one more where it does not divide."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 

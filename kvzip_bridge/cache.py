@@ -1,8 +1,8 @@
-"""The KV caches' common ground, and the dense cache: every pair of every head is kept.
+"""The interface of the KV caches, and the dense cache, which keeps every pair of every head.
 
-Storage is head-major and flat per layer, so a decode kernel sees each KV head as a run (start, length) of slots; a
-pruned cache (ragged.py) differs only in having runs of different lengths. Position is counted apart from stored
-length: `length` is where the next token stands, whatever was evicted.
+Storage is head-major and flat per layer, so a decode kernel sees each KV head as a run (start, length) of slots. A
+pruned cache (ragged_cache.py) differs only in that its runs have different lengths. Positions are counted apart from
+stored pairs: `length` is the position of the next token, however many pairs were evicted.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dpllm.kvzip_bridge.attention import AttentionKernels, attend
 
 
 class KVCache(Protocol):
-    """What the decoder and the scoring of pairs ask of a cache.
+    """The interface of a cache to the decoder and the policies.
 
-    k, v: one tensor a layer, flat in slots of D elements. length: the position of the next token. layout: another
-    number whenever runs have moved; while it stands, every run grows and shrinks as `length` does.
+    k, v: one tensor for each layer, flat in slots of D elements. length: the position of the next token. layout: a
+    number that changes whenever runs have moved; while it stays the same, every run grows and shrinks as `length`
+    does.
     """
 
     k: list[Tensor]
@@ -29,34 +30,36 @@ class KVCache(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pairs held, keys and values, all layers: what decoding one more token reads."""
+        """Bytes of all pairs held, keys and values of all layers. Decoding one token reads that many."""
         ...
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Puts k, v [T, KVH, D] behind the pairs held; `advance` makes them part of the cache."""
+        """Writes k, v [T, KVH, D] after the pairs held; `advance` makes them part of the cache."""
         ...
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` written pairs, once every layer has written them."""
+        """Makes `tokens` written tokens part of the cache, after every layer has written them."""
         ...
 
     def attend(
         self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
-        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        """Computes the attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         ...
 
     def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(k, v), both [KVH, last - first, D], of positions that every head still holds, written ones included."""
+        """Returns (k, v), both [KVH, last - first, D], of positions that every head holds or has written."""
         ...
 
     def runs(self, room: int) -> tuple[Tensor, Tensor]:
-        """(start int64, length int32), both [layers, KVH], in slots of a layer, with room for more pairs behind each
-        run. The tensors are the cache's own: lengths change with every call."""
+        """Returns every run as (start int64, length int32), both [layers, KVH], in slots of a layer.
+
+        room: the number of pairs for which there is room after each run. The tensors belong to the cache: lengths
+        change with every call."""
         ...
 
     def reserve(self, tokens: int) -> None:
-        """Makes sure that so many more tokens fit."""
+        """Makes sure that `tokens` more tokens fit."""
         ...
 
     def rewind(self, length: int) -> None:
@@ -65,7 +68,7 @@ class KVCache(Protocol):
 
 
 class DenseKVCache:
-    """Preallocated keys and values, a layer [KVH, capacity, D]; appending writes in place."""
+    """Preallocated keys and values, [KVH, capacity, D] for each layer; appending writes in place."""
 
     def __init__(
         self, layers: int, kv_heads: int, head_dim: int, capacity: int,
@@ -75,7 +78,7 @@ class DenseKVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.length = 0
-        self.layout = 0  # for good
+        self.layout = 0  # never changes: runs stay where they are
         self.capacity = capacity
         self._starts = torch.arange(kv_heads, dtype=torch.int64, device=device) * capacity
         self._layer_starts = self._starts.repeat(layers, 1)
@@ -83,36 +86,37 @@ class DenseKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pairs held so far, keys and values, all layers."""
+        """Bytes of all pairs held, keys and values of all layers."""
         heads, _, dim = self.k[0].shape
         return 2 * len(self.k) * heads * self.length * dim * self.k[0].element_size()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Puts k, v [T, KVH, D] behind the `length` pairs held; `advance` makes them part of the cache."""
+        """Writes k, v [T, KVH, D] after the `length` pairs held; `advance` makes them part of the cache."""
         self.reserve(k.shape[0])
         end = self.length + k.shape[0]
         self.k[layer][:, self.length : end] = k.transpose(0, 1)
         self.v[layer][:, self.length : end] = v.transpose(0, 1)
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` written pairs, once every layer has written them."""
+        """Makes `tokens` written tokens part of the cache, after every layer has written them."""
         self.length += tokens
 
     def runs(self, room: int) -> tuple[Tensor, Tensor]:
-        """(start int64, length int32), both [layers, KVH], in slots of a layer's flat [KVH * capacity, D].
+        """Returns every run as (start int64, length int32), both [layers, KVH], in slots of a layer.
 
-        Checks that `room` more pairs fit. The tensors are the cache's own: lengths change with every call.
+        Raises ValueError unless `room` more pairs fit. The tensors belong to the cache: lengths change with every
+        call.
         """
         self.reserve(room)
         self._lengths.fill_(self.length)
         return self._layer_starts, self._lengths
 
     def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(k, v), views [KVH, last - first, D] of the tokens at positions first .. last - 1."""
+        """Returns (k, v), views [KVH, last - first, D] of the tokens at positions first .. last - 1."""
         return self.k[layer][:, first:last], self.v[layer][:, first:last]
 
     def rewind(self, length: int) -> None:
-        """Forgets everything behind the first `length` tokens."""
+        """Forgets every token after the first `length`. Raises ValueError where there are fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind {self.length} tokens to {length}.")
         self.length = length
@@ -120,12 +124,12 @@ class DenseKVCache:
     def attend(
         self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
-        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        """Computes the attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         lengths = torch.full_like(self._starts, self.length + len(q), dtype=torch.int32)
         pairs = self.k[layer].flatten(0, 1), self.v[layer].flatten(0, 1)
         return attend(kernels, q, pairs, (self._starts, lengths), scale, window)
 
     def reserve(self, tokens: int) -> None:
-        """Raises ValueError unless so many more tokens fit: this cache does not grow."""
+        """Raises ValueError unless `tokens` more tokens fit, because this cache does not grow."""
         if self.length + tokens > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + tokens} were written.")

@@ -1,8 +1,8 @@
-"""The seam between a context that was read and the pairs of it that are kept: scores -> budget -> keep mask -> prune.
+"""The interfaces of pruning a context: scores -> budget -> keep mask -> prune.
 
-A KV policy is a small class that scores every pair of a context; an allocation (budget.py) turns scores and a number
-of pairs into a mask; the cache (ragged.py) drops what the mask leaves out. Each policy stands in a file of its own in
-policies/."""
+A KV policy is a small class that scores every pair of a context. An allocation (budget.py) turns scores and a number
+of pairs into a mask. The cache (ragged_cache.py) drops the pairs that the mask leaves out. Each policy has a file of
+its own in policies/."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted
 
 @dataclass(frozen=True)
 class RepeatPrompts:
-    """Token ids that ask the model to repeat: all of a first chunk, a later one that starts with given tokens, and what
-    stands between the request and the answer (a chat template's, or nothing)."""
+    """Token ids that ask the model to repeat a part of its context.
+
+    first: asks for the first chunk. later: asks for the chunk that starts with the tokens that follow. after: the
+    chat template's text between a request and its answer, or nothing."""
 
     first: tuple[int, ...]
     later: tuple[int, ...]
@@ -27,11 +29,12 @@ class RepeatPrompts:
 
 
 @dataclass(frozen=True)
-class Context:
-    """A context just read, every pair of which the cache still holds.
+class ScoringInput:
+    """The input of a policy: a context that was just read. The cache still holds every pair to be scored.
 
-    ids: int64 [n], all tokens the cache has seen. first: positions first .. n - 1 are to be scored. protected: leading
-    positions that are never evicted (a system prompt). queries: what was recorded while ids were read.
+    ids: int64 [n], all tokens that the cache has read. first: positions first .. n - 1 are scored. protected: the
+    number of leading positions that are never evicted (a system prompt). queries: the queries recorded while ids were
+    read. prompts: the token ids that ask for a repetition. model: the decoder as policies see it.
     """
 
     ids: Tensor
@@ -44,21 +47,21 @@ class Context:
 
     @property
     def tokens(self) -> int:
-        """How many positions are scored."""
+        """The number of positions that are scored."""
         return len(self.ids) - self.first
 
 
 class KVPolicy(Protocol):
-    """Scores pairs; the larger, the more it is worth to keep."""
+    """Scores the pairs of a context. A larger score means that a pair is worth more."""
 
     name: str
     wants: QueriesWanted  # what must be recorded while the context is read
-    scratch: int  # tokens that scoring writes behind the context for a while
+    scratch: int  # tokens that scoring writes after the context and removes again
 
-    def score(self, context: Context) -> Tensor:
-        """float32 [P, KVH, tokens] for the P layers of `context.model.layers`. Leaves the cache as it was."""
+    def score(self, context: ScoringInput) -> Tensor:
+        """Returns float32 [P, KVH, tokens] for the P layers of `context.model.layers`. The cache stays as it was."""
         ...
 
     def allocate(self, scores: Tensor, pairs: int) -> Tensor:
-        """The mask bool [P, KVH, tokens] of exactly `pairs` pairs. Scores of +inf are kept first."""
+        """Returns the mask bool [P, KVH, tokens] of exactly `pairs` pairs. Scores of +inf are kept first."""
         ...

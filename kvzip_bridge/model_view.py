@@ -1,4 +1,4 @@
-"""The model as the KV policies see it."""
+"""The part of a model that KV policies can use."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ Hidden = Callable[[int, Tensor], None]  # (layer, attention input [T, hidden])
 
 
 class Forward(Protocol):
-    """Runs the decoder over ids int64 [T] behind the tokens in the cache, which they join. `hidden` sees each layer's
-    attention input before the cache's `attend` is called for that layer."""
+    """Runs the decoder over ids int64 [T], which continue the tokens in the cache and become part of it.
+
+    `hidden` is called with each layer's attention input, before the cache's `attend` is called for that layer."""
 
     def __call__(self, ids: Tensor, cache: KVCache, hidden: Hidden | None = None) -> None:
-        """One pass."""
+        """Runs one forward pass."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """What scoring may know of the model."""
+    """The shapes and functions of a model that policies use to score pairs."""
 
-    layers: tuple[int, ...]  # those whose attention reaches back without limit: the ones that are pruned
+    layers: tuple[int, ...]  # the layers without a sliding window, which are the ones that are pruned
     heads: int
     kv_heads: int
     head_dim: int
     hidden_size: int
-    scale: float  # of q.k
-    inv_freq: Tensor  # float32 [D / 2], of the rotary embedding
-    rotates: tuple[bool, ...]  # by layer: whether it applies the rotary embedding
+    scale: float  # factor on q.k
+    inv_freq: Tensor  # float32 [D / 2]: inverse frequencies of the rotary embedding
+    rotates: tuple[bool, ...]  # for each layer: whether it applies the rotary embedding
     max_positions: int
     kernels: AttentionKernels
     forward: Forward

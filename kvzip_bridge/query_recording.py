@@ -1,4 +1,4 @@
-"""What is recorded of the queries while a context is read, by standing between the decoder and its cache."""
+"""Records queries while a context is read, by wrapping the cache that the decoder writes to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Watch = Callable[[int, Tensor, int], None]  # (layer, rotated queries [T, H, D],
 
 
 class WatchedCache:
-    """A cache that shows the queries of every attention to `watch` and does everything else like the one behind it."""
+    """A cache that passes the queries of every attention to `watch` and every call to the cache that it wraps."""
 
     def __init__(self, cache: KVCache, watch: Watch):
         self._cache, self._watch = cache, watch
@@ -30,29 +30,31 @@ class WatchedCache:
     def attend(
         self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
-        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        """Computes the attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         self._watch(layer, q, self._cache.length)
         return self._cache.attend(layer, q, scale, window, kernels)
 
 
 def watched(cache: KVCache, watch: Watch) -> KVCache:
-    """The cache, watched. Type checkers do not see that WatchedCache passes everything on."""
+    """Wraps a cache in a WatchedCache, typed as KVCache: type checkers do not see that it passes every call on."""
     return cast(KVCache, WatchedCache(cache, watch))
 
 
 @dataclass(frozen=True)
 class QueriesWanted:
-    """What a policy needs recorded. last: so many of the latest queries, as they met the keys (rotated). statistics:
-    mean and covariance of all queries before they were rotated."""
+    """The queries that a policy needs.
+
+    last: the number of latest queries to record, after rotation. statistics: whether to record the mean and
+    covariance of all queries before rotation."""
 
     last: int = 0
     statistics: bool = False
 
 
 class Queries:
-    """Records the queries of a model's pruned layers; `watch` is called for every piece of the text, in order.
+    """Records the queries of a model's pruned layers. `watch` is called for every piece of the text, in order.
 
-    Where nothing is wanted, a call costs one look into an empty set.
+    Where no query is wanted, a call costs one look-up in an empty set.
     """
 
     def __init__(self, wanted: QueriesWanted, model: ModelView):
@@ -62,7 +64,7 @@ class Queries:
         self._moments: dict[int, _Moments] = {}
 
     def watch(self, layer: int, q: Tensor, position: int) -> None:
-        """Takes in the rotated queries [T, H, D] of one layer, the first of which stands at `position`."""
+        """Records the rotated queries [T, H, D] of one layer. position: the position of the first query."""
         if layer not in self._layers:
             return
         if self._wanted.last:
@@ -73,26 +75,26 @@ class Queries:
             if layer not in self._moments:
                 self._moments[layer] = _Moments(q.shape[1], q.shape[2], q.device)
             skip = min(len(q), max(0, SINKS - position))
-            self._moments[layer].add(self._turned_back(layer, q[skip:].detach().float(), position + skip))
+            self._moments[layer].add(self._unrotated(layer, q[skip:].detach().float(), position + skip))
 
     def latest(self, layer: int) -> Tensor:
-        """The last rotated queries, float32 [<= last, H, D] in order of position."""
+        """Returns the last rotated queries of a layer, float32 [<= last, H, D], in order of position."""
         return self._latest[layer]
 
     def count(self, layer: int) -> int:
-        """How many queries the statistics are of: all but those of the text's first tokens."""
+        """Returns the number of queries in the statistics. The queries of the text's first tokens are left out."""
         return self._moments[layer].count
 
     def mean(self, layer: int) -> Tensor:
-        """Of the queries before they were rotated, float32 [H, D]; zeros where there were none."""
+        """Returns the mean of the queries before rotation, float32 [H, D]; zeros where there were none."""
         return self._moments[layer].mean.float()
 
     def covariance(self, layer: int) -> Tensor:
-        """Of the queries before they were rotated, divided by their count: float32 [H, D, D]."""
+        """Returns the covariance of the queries before rotation, divided by their count: float32 [H, D, D]."""
         moments = self._moments[layer]
         return (moments.products / max(1, moments.count)).float()
 
-    def _turned_back(self, layer: int, q: Tensor, position: int) -> Tensor:
+    def _unrotated(self, layer: int, q: Tensor, position: int) -> Tensor:
         if not self._rotates[layer]:
             return q
         cos, sin = angles(self._inv_freq, position, position + len(q))
@@ -100,10 +102,10 @@ class Queries:
 
 
 class _Moments:
-    """Running mean and products of deviations of x [T, H, D]: Welford's recurrence over pieces (Chan et al., 1979).
+    """Running mean and products of deviations of rows [H, D] (Welford's recurrence over pieces, Chan et al., 1979).
 
-    Deviations from a piece's own mean are small, so that float32 products lose nothing that matters; sums over pieces
-    are float64.
+    Products are computed in float32, which is accurate enough because deviations from a piece's own mean are small.
+    Sums over pieces are float64.
     """
 
     def __init__(self, heads: int, dim: int, device: torch.device):
@@ -112,7 +114,7 @@ class _Moments:
         self.products = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Takes in more rows, float32."""
+        """Adds more rows, float32 [T, H, D]."""
         if not len(x):
             return
         mean = x.mean(0, dtype=torch.float64)
@@ -126,7 +128,7 @@ class _Moments:
 
 
 def angles(inv_freq: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [last - first, D / 2], of the rotary embedding at positions first .. last - 1."""
+    """Returns cos and sin, float32 [last - first, D / 2], of the rotary embedding at positions first .. last - 1."""
     position = torch.arange(first, last, dtype=torch.float32, device=inv_freq.device)
     angle = position[:, None] * inv_freq
     return angle.cos(), angle.sin()

@@ -1,12 +1,12 @@
-"""A KV cache that can be pruned and is really smaller then: every (layer, KV head) holds its own number of pairs.
+"""A KV cache that can be pruned and then takes less memory: every (layer, KV head) holds its own number of pairs.
 
-A layer's pairs lie in one flat buffer, head after head, with slack behind each head's pairs:
+A layer's pairs lie in one flat buffer, head after head, with slack after each head's pairs:
 
     head 0: [kept pairs | tail | slack]  head 1: [kept pairs | tail | slack]  ...
 
-The tail is the tokens since the last pruning, which every head holds. A new pair is written at the end of its head's
-run, so appending copies and allocates nothing until the slack is used up. Keys were rotated for their positions
-before they were stored and stay valid; `length` counts positions, kept or not."""
+The tail holds the tokens since the last pruning, which every head has. A new pair is written at the end of its head's
+run, so appending neither copies nor allocates until the slack is used up. Keys were rotated for their positions
+before they were stored, so they stay valid; `length` counts all positions, also those whose pairs were dropped."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from dpllm.kvzip_bridge.attention import AttentionKernels, attend
 
-SLACK = 256  # tokens of room behind each head after a pruning, unless told otherwise
+SLACK = 256  # tokens of room after each head when a cache was pruned, by default
 
 
 class RaggedKVCache:
-    """Keys and values, a layer [slots, D], and each head's run of slots in them.
+    """Keys and values, [slots, D] for each layer, and the run of slots of each head.
 
-    length: the position of the next token. base: the tail begins at this position; what lies before it was pruned.
-    kept: positions int32 of the pairs before `base`, by layer and head. layout: another number whenever the runs have
-    moved in memory or were pruned; while it stands, every run grows and shrinks as `length` does.
+    length: the position of the next token. base: the position where the tail begins; pairs before it were pruned.
+    kept: positions int32 of the pairs before `base`, by layer and head. layout: a number that changes whenever the
+    runs have moved in memory or were pruned; while it stays the same, every run grows and shrinks as `length` does.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RaggedKVCache:
         self._room = torch.full((layers, kv_heads), capacity, dtype=torch.int64, device=device)
         self._start = _starts(self._room)
         self._given = self._pruned.clone()
-        self._even = [True] * layers  # whether all heads of a layer have runs of one length
+        self._even = [True] * layers  # whether all heads of a layer have runs of the same length
         self.layout = 0
         self._count()
 
@@ -57,10 +57,10 @@ class RaggedKVCache:
         base: int,
         length: int,
     ) -> RaggedKVCache:
-        """A cache of given runs, without slack.
+        """Makes a cache of given runs, without slack.
 
-        k, v: a layer [pairs, D], head after head. lengths: int32 [layers, KVH]. kept: positions of the pairs before
-        `base`."""
+        k, v: [pairs, D] for each layer, head after head. lengths: int32 [layers, KVH]. kept: positions of the pairs
+        before `base`. base, length: as in the class."""
         cache = cls(len(k), lengths.shape[1], k[0].shape[1], 0, k[0].dtype, k[0].device)
         cache.k, cache.v, cache.kept, cache.base, cache.length = k, v, kept, base, length
         cache._pruned, cache._given = lengths - (length - base), lengths.clone()
@@ -71,7 +71,7 @@ class RaggedKVCache:
         return cache
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> RaggedKVCache:
-        """The same cache in another precision or place, without slack unless nothing changes."""
+        """Returns the cache in another dtype or on another device, without slack; itself if neither changes."""
         if (dtype, torch.device(device)) == (self.k[0].dtype, self.k[0].device):
             return self
         k, v = (
@@ -90,23 +90,24 @@ class RaggedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pairs held, keys and values, all layers: what decoding one more token reads."""
+        """Bytes of all pairs held, keys and values of all layers. Decoding one token reads that many."""
         return 2 * self._pairs * self.k[0].shape[1] * self.k[0].element_size()
 
     @property
     def allocated_nbytes(self) -> int:
-        """Bytes of the buffers, slack included."""
+        """Bytes of all buffers, slack included."""
         return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
 
     @property
     def lengths(self) -> Tensor:
-        """Pairs held by each head, int32 [layers, KVH]; a new tensor."""
+        """The number of pairs that each head holds, int32 [layers, KVH]; a new tensor."""
         return self._pruned + (self.length - self.base)
 
     def pairs(self, layer: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(k, v), both [KVH, last - first, D], of positions in the tail or of a beginning that every head has kept.
+        """Returns (k, v), both [KVH, last - first, D], of positions that every head holds.
 
-        Views of the tail of a layer whose runs are even, else copies. Raises ValueError where a head lacks one of them.
+        The positions lie in the tail, or in a beginning that every head has kept. The result is a view where the
+        layer's runs have the same length, else a copy. Raises ValueError where a head lacks one of the positions.
         """
         if first < self.base:
             if last > self.base or any(
@@ -124,11 +125,11 @@ class RaggedKVCache:
         return k, v
 
     def _held(self, layer: int) -> Tensor:
-        """Pairs of each head of a layer, int32 [KVH]."""
+        """Returns the number of pairs of each head of a layer, int32 [KVH]."""
         return self._pruned[layer] + (self.length - self.base)
 
     def run(self, layer: int, head: int, room: int = 0) -> tuple[Tensor, Tensor]:
-        """(k, v), views [n, D], of one head's pairs in order of position, with `room` written but not counted ones."""
+        """Returns (k, v), views [n + room, D], of one head's n pairs in order of position and the next `room` slots."""
         start = int(self._start[layer, head])
         end = start + int(self._pruned[layer, head]) + self.length - self.base + room
         return self.k[layer][start:end], self.v[layer][start:end]
@@ -136,41 +137,40 @@ class RaggedKVCache:
     # -- the decoder's side ------------------------------------------------------------------------------
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Puts k, v [T, KVH, D] behind each head's pairs; `advance` makes them part of the cache."""
+        """Writes k, v [T, KVH, D] after each head's pairs; `advance` makes them part of the cache."""
         self.reserve(len(k))
         at = (self._start[layer] + self._held(layer))[:, None] + torch.arange(len(k), device=k.device)
         self.k[layer][at] = k.transpose(0, 1).to(self.k[layer].dtype)
         self.v[layer][at] = v.transpose(0, 1).to(self.v[layer].dtype)
 
     def advance(self, tokens: int) -> None:
-        """Counts `tokens` written pairs, once every layer has written them."""
+        """Makes `tokens` written tokens part of the cache, after every layer has written them."""
         self.length += tokens
         self._pairs += tokens * self._pruned.numel()
         self._free -= tokens
 
     def _count(self) -> None:
-        """Pairs held, and tokens there is room for: kept beside the tensors, which may lie on another device."""
+        """Counts the pairs held and the free room as plain numbers, because the tensors may lie on another device."""
         self._pairs = int(self.lengths.sum())
         self._free = int((self._room - self.lengths).min())
         self.layout += 1
 
     def runs(self, room: int) -> tuple[Tensor, Tensor]:
-        """(start int64, length int32), both [layers, KVH], in slots of a layer, with room behind each run."""
+        """Returns every run as (start int64, length int32), both [layers, KVH], with room for `room` more tokens."""
         self.reserve(room)
         return self._start, torch.add(self._pruned, self.length - self.base, out=self._given)
 
     def attend(
         self, layer: int, q: Tensor, scale: float, window: int | None, kernels: AttentionKernels
     ) -> Tensor:
-        """Attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
+        """Computes the attention of the T tokens just written. q: [T, H, D]. Returns [T, H, D]."""
         runs = self._start[layer], self._held(layer) + len(q)
         return attend(kernels, q, (self.k[layer], self.v[layer]), runs, scale, window)
 
     # -- the life of a context ---------------------------------------------------------------------------
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for so many more tokens. Where it has to copy, it at least doubles the tail, so that copies are
-        rare."""
+        """Makes room for `tokens` more tokens. A copy at least doubles the tail's room, so that copies are rare."""
         if self._free < tokens:
             more = max(tokens, self.length - self.base, 32)
             try:
@@ -180,7 +180,7 @@ class RaggedKVCache:
                 self._count()
 
     def trim(self, room: int = SLACK) -> None:
-        """Gives slack back where more than twice `room` tokens of it are left: what a forgotten tail has taken."""
+        """Reduces the slack to `room` tokens where it is more than twice that, as after a long tail was forgotten."""
         if self._free <= 2 * room:
             return
         try:
@@ -190,7 +190,7 @@ class RaggedKVCache:
             self._count()
 
     def rewind(self, length: int) -> None:
-        """Forgets every token from this position on. Only the tail can be forgotten."""
+        """Forgets every token from position `length` on. Raises ValueError where that is not in the tail."""
         if not self.base <= length <= self.length:
             raise ValueError(
                 f"cannot rewind {self.length} tokens to {length}; the pruned part ends at {self.base}."
@@ -198,7 +198,7 @@ class RaggedKVCache:
         self.advance(length - self.length)
 
     def fork(self, room: int = SLACK) -> RaggedKVCache:
-        """Another cache that goes on from here by itself: a copy of the pairs held, with room for so many tokens."""
+        """Returns an independent copy of the cache, with room for `room` more tokens."""
         other = object.__new__(RaggedKVCache)
         other.__dict__.update(self.__dict__)
         other.k, other.v, other._even = list(self.k), list(self.v), list(self._even)
@@ -211,11 +211,11 @@ class RaggedKVCache:
         return other
 
     def prune(self, keep: Tensor, windows: Sequence[int | None], room: int = SLACK) -> None:
-        """Drops pairs of the tail for good; what is kept of it joins the pruned part.
+        """Drops pairs of the tail. The pairs that are kept join the pruned part.
 
-        keep: bool [layers, KVH, tail]. windows: a layer with a sliding window keeps its last pairs, as many as it can
-        see, whatever `keep` says. room: slack behind each head. Layer by layer, so that little is held twice;
-        interrupted, the cache is empty."""
+        keep: bool [layers, KVH, tail]. windows: a layer with a sliding window keeps as many of its last pairs as it
+        can see, whatever `keep` says. room: slack after each head, in tokens. Layers are copied one after another, so
+        that little is held twice. If pruning is interrupted, the cache is empty."""
         tail = self.length - self.base
         if keep.shape != (*self._pruned.shape, tail) or keep.dtype != torch.bool:
             shape = [*self._pruned.shape, tail]
@@ -238,11 +238,11 @@ class RaggedKVCache:
     def _empty(self) -> None:
         self.kept = [[p[:0] for p in heads] for heads in self.kept]
         self._pruned.zero_()
-        self._even = [False] * len(self.k)  # the buffers have room for unlike numbers of pairs
+        self._even = [False] * len(self.k)  # the heads' buffers have room for different numbers of pairs
         self.length = self.base = 0
 
     def _chosen(self, layer: int, keep: Tensor, window: int | None) -> list[Tensor]:
-        """Indices into each head's run that stay, ascending."""
+        """Returns the indices into each head's run that stay, ascending."""
         found = []
         for h, old in enumerate(self.kept[layer]):
             if window is not None:
@@ -254,7 +254,7 @@ class RaggedKVCache:
         return found
 
     def _rebuild(self, layer: int, chosen: list[Tensor] | None, room: int) -> None:
-        """A layer's buffers anew, with the chosen pairs of each run (None: all) and so much room behind them."""
+        """Copies the chosen pairs of a layer's runs (None: all) to new buffers, with `room` free slots after each."""
         runs = zip(self._start[layer].tolist(), self._held(layer).tolist(), strict=True)
         slots = [torch.arange(s, s + n, device=self._start.device) for s, n in runs]
         if chosen is not None:
@@ -264,14 +264,14 @@ class RaggedKVCache:
         capacity = stored.to(torch.int64) + room
         start = _starts(capacity)
         k, v = (_copied(flat[layer], slots, start.tolist(), int(capacity.sum())) for flat in (self.k, self.v))
-        # All of it at once: an interrupted copy leaves the layer as it was.
+        # The fields change together, so that an interrupted copy leaves the layer as it was.
         self.k[layer], self.v[layer] = k, v
         self._pruned[layer], self._room[layer], self._start[layer] = stored - tail, capacity, start
         self._even[layer] = bool((stored == stored[0]).all())
 
 
 def _copied(flat: Tensor, slots: list[Tensor], start: list[int], size: int) -> Tensor:
-    """[size, D] with flat[slots[h]] from start[h] on."""
+    """Returns a buffer [size, D] that holds flat[slots[h]] from start[h] on."""
     new = flat.new_empty(size, flat.shape[1])
     for own, begin in zip(slots, start, strict=True):
         torch.index_select(flat, 0, own, out=new[begin : begin + len(own)])
@@ -279,5 +279,5 @@ def _copied(flat: Tensor, slots: list[Tensor], start: list[int], size: int) -> T
 
 
 def _starts(capacity: Tensor) -> Tensor:
-    """First slot of each head's run in its layer, int64 [..., KVH]."""
+    """Returns the first slot of each head's run in its layer, int64 [..., KVH]."""
     return capacity.cumsum(-1) - capacity

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpllm.kernels import reference
 from dpllm.kvzip_bridge.cache import DenseKVCache
-from dpllm.kvzip_bridge.interfaces import Context, RepeatPrompts
+from dpllm.kvzip_bridge.interfaces import RepeatPrompts, ScoringInput
 from dpllm.kvzip_bridge.model_view import ModelView
 from dpllm.kvzip_bridge.query_recording import Queries, QueriesWanted, watched
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
@@ -113,19 +113,19 @@ def new_cache(model: TinyAttention, capacity: int, dtype=torch.float32, ragged: 
 def read(
     model: TinyAttention, ids: Tensor, cache, first: int = 0, protected: int = 0,
     wants: QueriesWanted = NOTHING, pieces: int = 16, prompts: RepeatPrompts = PROMPTS,
-) -> Context:  # fmt: skip
+) -> ScoringInput:  # fmt: skip
     """The context after `ids` were read: those from `first` on watched."""
     view = model.view()
     queries = Queries(wants, view)
     for piece in (*ids[cache.length : first].split(pieces), *ids[max(first, cache.length) :].split(pieces)):
         if len(piece):
             model.forward(piece, watched(cache, queries.watch) if cache.length >= first else cache)
-    return Context(ids, cache, first, protected, queries, prompts, view)
+    return ScoringInput(ids, cache, first, protected, queries, prompts, view)
 
 
 def pruned_read(
     model: TinyAttention, ids: Tensor, first: int, protected: int, dtype=torch.float32, **kwargs
-) -> Context:
+) -> ScoringInput:
     """A context on a ragged cache whose first part was pruned unevenly, protected positions apart."""
     cache = new_cache(model, 4, dtype, ragged=True)
     read(model, ids[:first], cache)
@@ -135,7 +135,7 @@ def pruned_read(
     return read(model, ids, cache, first, protected, **kwargs)
 
 
-def held(context: Context) -> list[Tensor]:
+def held(context: ScoringInput) -> list[Tensor]:
     """Copies of all pairs a cache holds."""
     cache = context.cache
     if isinstance(cache, RaggedKVCache):

@@ -1,6 +1,9 @@
-"""A text read once, its KV cache pruned, and then asked many questions.
+"""Reads a text once and prunes its KV cache, so that many questions can be asked about it.
 
-    context = build_context(engine, text, ContextOptions(Budget(keep_ratio=0.3)))
+    context = build_context(
+        text, ContextOptions(Budget(keep_ratio=0.3)),
+        decoder=engine.decoder, prompts=engine.prompts, profile=engine.profile,
+    )
     for step in engine.generate("What does it say about bees?", context=context):
         print(step.text, end="")
 
@@ -11,42 +14,46 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
-from dpllm.base.text import check_text, encode
+from dpllm.base.text import check_text
+from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
-from dpllm.context.pruner import Pruner, plain_ids
+from dpllm.context.pruner import Pruner
+from dpllm.decode.prompting import Prompts
 from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 from dpllm.kvzip_bridge.ragged_cache import SLACK
-
-if TYPE_CHECKING:
-    from dpllm.engine import Engine
+from dpllm.model.decoder import Decoder
 
 
 def build_context(
-    engine: Engine,
     text: str,
     options: ContextOptions = ContextOptions(),
     progress: Progress = no_progress,
+    *,
+    decoder: Decoder,
+    prompts: Prompts,
+    profile: CalibrationProfile | None = None,
 ) -> KVContext:
-    """Reads a text at the resident maximum and prunes its cache.
+    """Reads a text with every resident plane and prunes its cache.
 
-    Raises InputError for an empty text, one too long for the model, or a budget that cannot be met.
+    progress: called with a stage ('reading', 'pruning'), the tokens done, and all tokens. decoder, prompts: of the
+    model that reads the text. profile: the calibration profile, which policy 'whole-heads' needs. Raises InputError
+    for an empty text, a text that is too long for the model, or a budget that cannot be met.
     """
     if not text.strip():
         raise InputError("the context is empty. Give some text.")
     check_text(text, "the context")
-    before, behind, between = chat_frame(engine) if options.chat else ("", "", "")
-    lead = plain_ids(engine, before)
-    ids = [*lead, *plain_ids(engine, text)] if options.chat else encode(engine.tokenizer, text)
-    engine.check_prompt(ids)
-    context = KVContext(engine.decoder.new_ragged_cache(0), behind=behind, between=between)
+    before, behind, between = prompts.chat_frame() if options.chat else ("", "", "")
+    lead = prompts.plain_ids(before)
+    ids = [*lead, *prompts.plain_ids(text)] if options.chat else prompts.prompt_ids(text)
+    prompts.check_prompt(ids)
+    context = KVContext(decoder.new_ragged_cache(0), behind=behind, between=between)
     context.protected = max(len(lead), min(SINKS, len(ids)))
-    pruner = Pruner(engine, context, options, len(ids))
+    pruner = Pruner(context, options, len(ids), decoder=decoder, prompts=prompts, profile=profile)
     share = pruner.share()
     blocks = _blocks(ids, options.block, context.protected)
     for block, after in zip(blocks, [*blocks[1:], []], strict=True):
@@ -57,21 +64,29 @@ def build_context(
     return context
 
 
-def prune_tail(engine: Engine, context: KVContext, options: ContextOptions = ContextOptions()) -> None:
+def prune_tail(
+    context: KVContext,
+    options: ContextOptions = ContextOptions(),
+    *,
+    decoder: Decoder,
+    prompts: Prompts,
+    profile: CalibrationProfile | None = None,
+) -> None:
     """Prunes what a conversation has added since the context was last pruned.
 
-    The budget is that of both together. Raises InputError where it leaves nothing to the conversation. Interrupted, the
-    context is as before.
+    The budget covers the context and the conversation together. decoder, prompts, profile: as in `build_context`.
+    Raises InputError where the budget leaves nothing to the conversation. If pruning is interrupted, the context is
+    as before.
     """
     cache, ids = context.cache, list(context.ids)
     if cache.length == cache.base:
         return
-    pruner = Pruner(engine, context, options, cache.length)
+    pruner = Pruner(context, options, cache.length, decoder=decoder, prompts=prompts, profile=profile)
     share = pruner.share()
-    if pruner.pairs(share)[0] == 0 and pruner.held():
+    if pruner.pairs_to_keep(share)[0] == 0 and pruner.held():
         raise InputError(
-            f"{pruner.held():,} pairs of the context were kept before, and {options.budget} holds no more: nothing of "
-            "the conversation would be kept. Give a larger budget."
+            f"{pruner.held():,} pairs of the context were kept before, and {options.budget} holds no more: nothing "
+            "of the conversation would be kept. Give a larger budget."
         )
     saved = cache.fork(SLACK)
     try:
@@ -86,7 +101,9 @@ def prune_tail(engine: Engine, context: KVContext, options: ContextOptions = Con
 
 
 def _blocks(ids: list[int], size: int | None, protected: int) -> list[list[int]]:
-    """The tokens between two prunings. The protected ones belong to the first block, whatever its size."""
+    """Splits ids into the blocks after each of which the cache is pruned.
+
+    Every protected token belongs to the first block, which is longer by their number."""
     if size is None:
         return [ids]
     first = protected + size
@@ -95,23 +112,3 @@ def _blocks(ids: list[int], size: int | None, protected: int) -> list[list[int]]
 
 def _reading(progress: Progress, before: int, total: int, done: int) -> None:
     progress("reading", before + done, total)
-
-
-def chat_frame(engine: Engine) -> tuple[str, str, str]:
-    """What the model's chat template puts before a user's first message, between a message's end and the answer, and
-    between an answer and the next message. Raises InputError for a template that cannot be taken apart like this."""
-    marks = [f"\u241e{i}\u241e" for i in range(3)]
-    roles = ("user", "assistant", "user")
-    try:
-        text = engine.chat_template([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
-        before, rest = text.split(marks[0])
-        _, rest = rest.split(marks[1])
-        between, behind = rest.split(marks[2])
-    except InputError:
-        raise
-    except Exception as e:  # a template may raise anything
-        raise InputError(
-            f"the chat template of {engine.path} does not frame a conversation message by message ({e}). "
-            "Leave out --chat."
-        ) from None
-    return before, behind, between

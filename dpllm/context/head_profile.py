@@ -1,4 +1,4 @@
-"""Which heads of a model hold what it needs later, whatever the text: for KV policy 'heads'."""
+"""Scores the KV heads of a model by what they hold in any text, for KV policy 'whole-heads'."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from torch import Tensor
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
-from dpllm.engine import Engine
+from dpllm.decode.prompting import Prompts
+from dpllm.model.decoder import Decoder
 
 
 @torch.no_grad()
 def head_profile(
-    engine: Engine, texts: Iterable[Sequence[int]], progress: Callable[[int], None] = lambda done: None
+    texts: Iterable[Sequence[int]],
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    decoder: Decoder,
+    prompts: Prompts,
 ) -> Tensor:
-    """float32 [P, KVH]: the largest KVzip score that a pair of each head of the pruned layers had in texts of token ids
-    (section 4.2 of KVzip, arXiv:2505.23416: scores that do not depend on the context, cheap where they are used)."""
+    """Returns the largest KVzip score of each head's pairs over several texts, float32 [P, KVH].
+
+    P counts the pruned layers. These scores do not depend on the context that is pruned later, so using them is cheap
+    (section 4.2 of KVzip, arXiv:2505.23416). texts: token ids. progress: called with the number of texts done.
+    """
     best: list[Tensor] = []
     for ids in texts:
-        context = KVContext(engine.decoder.new_ragged_cache(0), protected=1)
-        pruner = Pruner(engine, context, ContextOptions(), len(ids))
+        context = KVContext(decoder.new_ragged_cache(0), protected=1)
+        pruner = Pruner(context, ContextOptions(), len(ids), decoder=decoder, prompts=prompts)
         pruner.read(ids)
-        best.append(pruner.policy.score(pruner.seen())[..., 1:].amax(-1))
+        best.append(pruner.policy.score(pruner.scoring_input())[..., 1:].amax(-1))
         progress(len(best))
     return torch.stack(best).amax(0)

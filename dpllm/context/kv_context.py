@@ -1,27 +1,25 @@
-"""A pruned KV cache and what is needed to continue from it."""
+"""Holds a pruned KV cache together with what is needed to continue from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text
-from dpllm.context.pruner import plain_ids
+from dpllm.decode.prompting import Prompts
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
-
-if TYPE_CHECKING:
-    from dpllm.engine import Engine
 
 
 @dataclass
 class KVContext:
-    """A pruned cache and what is needed to go on from it.
+    """A text that was read into a cache and pruned.
 
-    ids: the tokens the cache has read. protected: how many leading ones are never evicted. behind, between: what a chat
-    template puts behind a question, and between an answer and the next one. pending: the end of the last answer, not
-    read yet. facts: how it was made.
+    ids: the tokens that the cache has read. protected: the number of leading tokens that are never evicted. behind,
+    between: the text that the chat template puts after a question, and between an answer and the next question.
+    pending: the end of the last answer, which the cache has not read yet. facts: the options that the context was
+    built with.
     """
 
     cache: RaggedKVCache
@@ -33,8 +31,10 @@ class KVContext:
     facts: dict[str, Any] = field(default_factory=dict)
     _busy: bool = field(default=False, repr=False)
 
-    def question(self, engine: Engine, prompt: str, chat: bool) -> list[int]:
-        """Token ids of what is asked next. Raises InputError for an empty prompt, or a chat where there is none."""
+    def question(self, prompts: Prompts, prompt: str, chat: bool) -> list[int]:
+        """Returns the token ids of the next question, led by the pending end of the last answer.
+
+        Raises InputError for an empty prompt, or for `chat` where the context was not built as a chat."""
         if not prompt:
             raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
         check_text(prompt, "the prompt")
@@ -42,10 +42,10 @@ class KVContext:
             raise InputError(
                 "the context was not built as a chat. Leave out --chat, or build it with --chat."
             )
-        ids = plain_ids(engine, (self.between if self.pending else "") + prompt + self.behind)
-        # An answer that ended by itself has said the end token with which the template goes on.
-        said = self.pending and ids and self.pending[-1] == ids[0]
-        return [*self.pending, *(ids[1:] if said else ids)]
+        ids = prompts.plain_ids((self.between if self.pending else "") + prompt + self.behind)
+        # An answer that ended by itself has generated the end token that the template would put next.
+        ended = self.pending and ids and self.pending[-1] == ids[0]
+        return [*self.pending, *(ids[1:] if ended else ids)]
 
     def begin_turn(self) -> None:
         """Claims the cache for one question. Raises InputError while another is being answered."""
@@ -57,20 +57,23 @@ class KVContext:
             raise InputError("this context was interrupted while it was being pruned. Build it again.")
         self._busy = True
 
-    def end_turn(self, asked: Sequence[int], said: Sequence[int], read: int, keep: bool) -> None:
-        """After a question and its answer: the cache had read `read` tokens before. Without an answer, or without
-        `keep`, it is as it was then."""
+    def end_turn(self, question: Sequence[int], answer: Sequence[int], read: int, keep: bool) -> None:
+        """Ends the turn that `begin_turn` began.
+
+        question, answer: token ids of the question and of the answer. read: tokens that the cache had read before.
+        keep: the question and the answer stay in the context. Without an answer or without `keep`, the cache is
+        rewound."""
         self._busy = False
-        if not keep or not said:
+        if not keep or not answer:
             self.cache.rewind(read)
             self.cache.trim()
             return
-        tokens, count = [*asked, *said], self.cache.length - read
+        tokens, count = [*question, *answer], self.cache.length - read
         self.ids += tokens[:count]
         self.pending = tokens[count:]
 
     @property
     def kept_ratio(self) -> float:
-        """Pairs held over pairs read, all layers and heads."""
+        """The number of pairs held over the number of pairs read, over all layers and heads."""
         lengths = self.cache.lengths
         return float(lengths.sum()) / max(1, lengths.numel() * self.cache.length)

@@ -1,4 +1,4 @@
-"""What the scoring of a cache's pairs may know of a decoder."""
+"""Shows a decoder to the KV policies, which score the pairs of its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpllm.model.decoder import Decoder, Group
 
 
 def view_of(decoder: Decoder) -> ModelView:
-    """The decoder as KV policies see it, read at the resident maximum."""
+    """Returns the view of a decoder that KV policies use. It reads every resident plane."""
     c = decoder.config
     layers = tuple(i for i, window in enumerate(c.windows) if window is None)
     first_of = {layer.qkv[0].index: layer.index for layer in decoder.layers}

@@ -1,29 +1,26 @@
-"""How a context is to be pruned."""
+"""Options for reading and pruning a context."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge.budget import ALLOCATIONS, Budget
 
-if TYPE_CHECKING:
-    pass
-
 SMALLEST_BLOCK = 32
 
-DEFAULT_KEEP = 0.3  # what the paper finds near-lossless
+DEFAULT_KEEP = 0.3  # the ratio that the KVzip paper finds near-lossless
 
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How a context is read and pruned.
+    """Options for reading and pruning a context.
 
-    policy: a KV policy's name. allocation: how the budget is spread, by a name of ALLOCATIONS; None: as the policy's
-    paper does. block: prune after every so many tokens, so that the whole cache never exists; None: once, at the end.
-    chunk: tokens that the model is asked to repeat at a time, by policies that ask it; None: 2048, or what its
-    positions leave. chat: the text is part of a chat message.
+    budget: how much of the cache to keep. policy: a KV policy's name. allocation: the rule that spreads the budget
+    over layers and heads, a name of ALLOCATIONS; None: the rule of the policy's paper. block: prune after every
+    `block` tokens, so that the whole cache never exists; None: once, at the end. chunk: the number of tokens that the
+    model is asked to repeat at a time, for policies that ask it; None: 2048, or fewer where the model has too few
+    positions. chat: the text is part of a chat message.
     """
 
     budget: Budget = field(default_factory=lambda: Budget(keep_ratio=DEFAULT_KEEP))

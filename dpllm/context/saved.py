@@ -1,10 +1,11 @@
-"""A pruned context on disk: one directory, pairs in safetensors, everything else in JSON.
+"""Saves a pruned context to a directory and loads it again: pairs in safetensors, everything else in JSON.
 
     context.json        format, the model it belongs to, tokens, how it was made, sha256 of the pairs
     pairs.safetensors   k.LAYER, v.LAYER [pairs, D]: head after head; positions.LAYER int32; lengths, kept [layers,
     KVH]; ids
 
-Written to a sibling directory that is renamed when all is there, so a reader sees a whole context or none.
+The files are written to a sibling directory, which is renamed when it is complete, so a reader sees a whole context
+or none.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpllm import __version__
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
 from dpllm.context.kv_context import KVContext
-from dpllm.engine import Engine
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
+from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import read_json
+from dpllm.version import __version__
 
 FORMAT, FORMAT_VERSION = "dpllm-context", 1
 MANIFEST, PAIRS = "context.json", "pairs.safetensors"
@@ -41,13 +42,15 @@ SAMPLE = 1024  # bytes at the beginning and in the middle of each tensor that en
 
 
 def is_context(path: Path) -> bool:
-    """Whether this directory holds a saved context."""
+    """Tells whether this directory holds a saved context."""
     return (path / MANIFEST).is_file()
 
 
 def model_hash(path: Path) -> str:
-    """What a context is bound to: an overlay's own hash; of a checkpoint its config, and a sample of every tensor
-    (all of it would take as long as loading)."""
+    """Returns the hash, in hexadecimal, of the model that a context is bound to.
+
+    It is an overlay's own hash. A plain checkpoint's covers its config and a sample of every tensor, because reading
+    every byte would take as long as loading."""
     if is_overlay(path):
         return Overlay.open(path).hash
     digest = hashlib.sha256((path / "config.json").read_bytes())
@@ -65,7 +68,7 @@ def model_hash(path: Path) -> str:
 
 
 def check_free(path: Path) -> None:
-    """Raises InputError where a context cannot be written: something is there, or no directory can be made."""
+    """Raises InputError where a context cannot be written: the path exists, or its parent cannot be made."""
     try:
         if path.exists():
             raise InputError(f"{path} exists already. Choose another name, or delete it first.")
@@ -74,15 +77,17 @@ def check_free(path: Path) -> None:
         raise InputError(f"{path} cannot be made: {e.strerror or e}. Choose another place.") from None
 
 
-def save_context(context: KVContext, path: Path, engine: Engine) -> dict[str, Any]:
-    """Writes the context and returns its manifest. Raises InputError where it cannot be written; then nothing is
-    left."""
+def save_context(context: KVContext, path: Path, *, model: Path) -> dict[str, Any]:
+    """Writes the context and returns its manifest.
+
+    path: the new directory. model: the directory of the model that read the context. Raises InputError where the
+    context cannot be written; no file is left then."""
     check_free(path)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
     try:
         partial.chmod(0o755)
         write_tensors(partial / PAIRS, _tensors(context))
-        manifest = _manifest(context, engine) | {"sha256": _sha256(partial / PAIRS)}
+        manifest = _manifest(context, model) | {"sha256": _sha256(partial / PAIRS)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         partial.rename(path)
     except OSError as e:
@@ -95,10 +100,10 @@ def save_context(context: KVContext, path: Path, engine: Engine) -> dict[str, An
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a saved context says of itself. Raises InputError for anything else."""
+    """Reads and checks the manifest of a saved context. Raises InputError for anything else."""
     if not is_context(path):
         raise InputError(
-            f"{path} is no saved context: it has no {MANIFEST}. Make one: dpllm context build FILE -o {path}"
+            f"{path} is not a saved context: it has no {MANIFEST}. Make one: dpllm context build FILE -o {path}"
         )
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -113,7 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     wrong += [f"chat.{key}" for key in ("behind", "between") if not _holds(manifest.get("chat"), key)]
     if wrong:
         raise InputError(
-            f"{path / MANIFEST}: '{wrong[0]}' is missing or of another kind. Build the context again."
+            f"{path / MANIFEST}: '{wrong[0]}' is missing or has the wrong type. Build the context again."
         )
     return manifest
 
@@ -122,26 +127,27 @@ def _holds(part: Any, key: str) -> bool:
     return isinstance(part, dict) and isinstance(part.get(key), str)
 
 
-def load_context(path: Path, engine: Engine) -> KVContext:
-    """A saved context, for the model it was made with.
+def load_context(path: Path, *, decoder: Decoder, model: Path) -> KVContext:
+    """Loads a saved context for the model that read it.
 
-    Raises InputError for another model, another format, or a file that is damaged.
+    decoder: the loaded model; the cache takes its dtype and device. model: the model's directory. Raises InputError
+    for another model, another format, or a damaged file.
     """
     manifest = read_manifest(path)
-    made_with, found = manifest["model"], model_hash(engine.path)
+    made_with, found = manifest["model"], model_hash(model)
     if made_with["sha256"] != found:
         raise InputError(
             f"{path} was made with another model ({made_with['path']}, hash {made_with['sha256'][:12]}) "
-            f"than {engine.path} (hash {found[:12]}). Give that model with --overlay, or build the context again."
+            f"than {model} (hash {found[:12]}). Give that model with --overlay, or build the context again."
         )
     tensors = _read(path / PAIRS, manifest)
-    _check(path / PAIRS, tensors, manifest, engine)
+    _check(path / PAIRS, tensors, manifest, decoder)
     cache = RaggedKVCache.of_runs(
         [tensors[f"k.{i}"] for i in range(len(tensors["lengths"]))],
         [tensors[f"v.{i}"] for i in range(len(tensors["lengths"]))],
         tensors["lengths"], _by_head(tensors), int(manifest["base"]), int(manifest["tokens"]),
     )  # fmt: skip
-    cache = cache.to(engine.decoder.kv_dtype, engine.decoder.device)
+    cache = cache.to(decoder.kv_dtype, decoder.device)
     frame = manifest["chat"]
     return KVContext(
         cache, tensors["ids"].tolist(), manifest["protected"], frame["behind"], frame["between"], manifest["pending"],
@@ -168,11 +174,11 @@ def _by_head(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
     return [list(tensors[f"positions.{layer}"].split(counts)) for layer, counts in enumerate(sizes)]
 
 
-def _manifest(context: KVContext, engine: Engine) -> dict[str, Any]:
+def _manifest(context: KVContext, model: Path) -> dict[str, Any]:
     cache = context.cache
     return {
         "format": FORMAT, "format_version": FORMAT_VERSION, "dpllm": __version__,
-        "model": {"path": str(engine.path), "sha256": model_hash(engine.path)},
+        "model": {"path": str(model), "sha256": model_hash(model)},
         "tokens": cache.length, "base": cache.base, "protected": context.protected,
         "kept_ratio": round(context.kept_ratio, 6), "nbytes": cache.nbytes,
         "chat": {"behind": context.behind, "between": context.between}, "pending": context.pending,
@@ -193,9 +199,9 @@ def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read: {e}. Build the context again.") from None
 
 
-def _check(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], engine: Engine) -> None:
-    """Every size against every other: what follows trusts them."""
-    c = engine.decoder.config
+def _check(path: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], decoder: Decoder) -> None:
+    """Compares every size with every other, because later code trusts them."""
+    c = decoder.config
     try:
         lengths, kept, tail = tensors["lengths"], tensors["kept"], manifest["tokens"] - manifest["base"]
         fits = lengths.shape == (c.num_layers, c.num_kv_heads) and torch.equal(lengths, kept + tail)

@@ -94,7 +94,9 @@ def steps(
         numbers = order[start : start + rows]
         lengths = [len(documents[i]) - 1 for i in numbers]
         cache: Any = _Rows(decoder, len(numbers), lengths[0])
-        live = [sum(n > t for n in lengths) for t in range(lengths[0])]  # sorted by length: the last ones end first
+        live = [
+            sum(n > t for n in lengths) for t in range(lengths[0])
+        ]  # sorted by length: the last ones end first
         columns = [torch.stack([documents[i][t] for i in numbers[:n]]) for t, n in enumerate(live)]
         step = RowsStep(decoder)
         for t, stepped in enumerate(forced_steps(step, policy, cache, columns)):

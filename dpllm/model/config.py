@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a model, read from its Hugging Face config.json."""
+"""The configuration of a model, read from its Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder. Tuples hold one entry per layer."""
+    """The shapes and constants of a Llama-family decoder. Tuples hold one entry for each layer.
+
+    windows: pairs that a layer's attention sees; None: all. uses_rope: whether a layer applies rotary embedding.
+    inv_freq: float32 [head_dim / 2], its inverse frequencies. rope_scale: factor on its cos and sin. eos_ids: tokens
+    that end a text.
+    """
 
     model_type: str
     hidden_size: int
@@ -89,7 +94,7 @@ class ModelConfig:
 
 
 def check_model_type(config: dict[str, Any], path: Path) -> None:
-    """InputError unless the decoder runs this `model_type`."""
+    """Raises InputError unless the decoder runs the `model_type` of this configuration."""
     kind = config.get("model_type")
     if kind not in SUPPORTED:
         raise InputError(
@@ -99,7 +104,7 @@ def check_model_type(config: dict[str, Any], path: Path) -> None:
 
 
 def _rope_frequencies(c: Any, head_dim: int, path: Path) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim/2], factor on cos and sin); Llama 3's scaling included."""
+    """Returns (inverse frequencies float32 [head_dim / 2], factor on cos and sin), with Llama 3's scaling applied."""
     rope = c.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":

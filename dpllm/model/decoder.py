@@ -1,10 +1,9 @@
 """The decoder: a Llama-family model whose matrices are read at a width chosen for every token.
 
-Top to bottom: `Decoder.forward` embeds the tokens, runs the blocks, applies the head. A block is norm,
-q/k/v, attention, o, norm, gate/up, down. Matrices that share an input form a `Group`; before a group is
-applied, `select(group, x)` says how many planes each token reads. One token or a thousand go through the
-same code, each with its own widths over the keys and values such decoding produced, so a batched
-evaluation equals step-by-step decoding.
+`Decoder.forward` embeds the tokens, runs the blocks and applies the head. A block is norm, q/k/v, attention, o, norm,
+gate/up, down. Matrices that share an input form a `Group`. Before a group is applied, `select(group, x)` chooses how
+many planes each token reads. One token and a thousand tokens go through the same code, and each token reads its own
+widths, so evaluating a batch gives the same result as decoding step by step.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class Group:
-    """Matrices read together: one decision, one product. `weight` is dense [N, K] or prepared planes."""
+    """Matrices that share a decision and a product. `weight` is dense [N, K] or prepared planes."""
 
     name: str
     weight: Any
     bias: Tensor | None
-    index: int = 0  # in the model, set by the decoder
+    index: int = 0  # its number in the model, set by the decoder
     seed_bits: int = 0
     resident_bits: int = 0
-    weights: int = 0  # N * K, the group's share in effective bits
-    bytes_at: tuple[int, ...] = ()  # bytes one pass reads at width seed_bits, seed_bits + 1, ...
+    weights: int = 0  # N * K, the group's share in the effective bits
+    bytes_at: tuple[int, ...] = ()  # bytes that one pass reads at width seed_bits, seed_bits + 1, ...
 
     @property
     def dense(self) -> bool:
-        """Whether this group was never quantised."""
+        """True where the group's matrices are not quantised."""
         return isinstance(self.weight, Tensor)
 
 
 @dataclass
 class Layer:
-    """One decoder block's weights. qkv and gate_up are one fused group, or one group per matrix."""
+    """The weights of one decoder block. qkv and gate_up each hold one fused group, or one group per matrix."""
 
     index: int
     input_norm: Tensor
@@ -113,7 +112,7 @@ class Decoder:
         observe: Observe | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        """Next-token logits of one sequence.
+        """Computes the next-token logits of one sequence.
 
         ids: int64 [T], the tokens after those in `cache` (which they join). select: widths of each token
         at each group; None reads every resident plane. observe: sees every group's input and output.
@@ -164,7 +163,7 @@ class Decoder:
         return x + apply([layer.down], F.silu(gate) * up)
 
     def _apply(self, group: Group, x: Tensor, select: Select | None, observe: Observe | None) -> Tensor:
-        """y [T, N] = x [T, K] times the group's matrix, each row at its own width."""
+        """Returns x [T, K] times the group's matrix, [T, N], each row at its own width."""
         if group.dense:
             y = F.linear(x, group.weight)
         elif select is None:
@@ -229,17 +228,17 @@ class Decoder:
     # -- accounting --------------------------------------------------------------------------------------
 
     def new_cache(self, capacity: int) -> DenseKVCache:
-        """An empty cache for `capacity` tokens."""
+        """Returns an empty cache for `capacity` tokens."""
         c = self.config
         return DenseKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
     def new_ragged_cache(self, capacity: int) -> RaggedKVCache:
-        """An empty cache that can be pruned; it grows where `capacity` is exceeded."""
+        """Returns an empty cache that can be pruned. It grows where `capacity` tokens are exceeded."""
         c = self.config
         return RaggedKVCache(c.num_layers, c.num_kv_heads, c.head_dim, capacity, self.kv_dtype, self.device)
 
     def head_bytes(self) -> int:
-        """Bytes of the head that every token reads."""
+        """Returns the bytes of the head, which every token reads."""
         if isinstance(self.head, Int8Weight):
             return self.head.nbytes()
         if isinstance(self.head, Tensor):

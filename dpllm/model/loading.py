@@ -1,4 +1,4 @@
-"""A decoder from a directory: a plain Hugging Face checkpoint or an overlay, in whole or in part."""
+"""Loads a decoder from a plain Hugging Face checkpoint or from an overlay, whole or only some of its planes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ DOWN = "mlp.down_proj"
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """resident_bits: planes to read and hold, of every matrix or by group name (default: all).
-    granularity: 'fused' decides once for q/k/v and once for gate/up, 'linear' once per matrix. backend, cpu: see
-    kernels/backend.py. kv_dtype: storage of keys and values."""
+    """Options for loading a decoder.
+
+    resident_bits: the number of planes to read and hold, for every matrix or by group name; None: all. granularity:
+    'fused' decides once for q/k/v and once for gate/up, 'linear' decides once per matrix. backend, cpu: see
+    kernels/backend.py. device, dtype: where and in which type the model computes. kv_dtype: the storage type of keys
+    and values; None: see `cache_dtype`.
+    """
 
     resident_bits: int | Mapping[str, int] | None = None
     granularity: str = "fused"
@@ -42,13 +46,13 @@ class LoadOptions:
     kv_dtype: torch.dtype | None = None
 
     def cache_dtype(self, backend: Backend, quantized: bool = True) -> torch.dtype:
-        """float16 for the native kernels, which widen it for free; else, and for accuracy 'exact', `dtype`."""
+        """Returns kv_dtype if given; else float16 for native kernels, which widen it for free, or `dtype` if exact."""
         half = quantized and backend.cpu is not None and self.cpu.accuracy != "exact"
         return self.kv_dtype or (torch.float16 if half else self.dtype)
 
 
 def is_overlay(path: Path) -> bool:
-    """Whether the directory's config.json says it is an overlay of ours."""
+    """Tells whether a directory holds an overlay. Raises InputError for another quantisation method."""
     config = read_json(path / "config.json").get("quantization_config")
     if config is not None and (not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD):
         method = config.get("quant_method") if isinstance(config, dict) else config
@@ -59,7 +63,10 @@ def is_overlay(path: Path) -> bool:
 
 
 def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
-    """Reads the model. With resident_bits, only those planes and tables leave the disk."""
+    """Reads the model in a directory. With `resident_bits`, only the resident planes and tables are read.
+
+    Raises InputError where the files are incomplete or do not fit together, where `resident_bits` are not stored, or
+    where the memory is too small."""
     backend = choose_backend(options.backend, options.device, options.cpu)
     config = ModelConfig.read(path)
     source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
@@ -68,7 +75,7 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
         wanted = options.resident_bits
         for bits in wanted.values() if isinstance(wanted, Mapping) else [wanted]:
             if not lo <= bits <= hi:
-                raise InputError(f"{bits} resident bits are not to be had: {path} stores {lo}..{hi}.")
+                raise InputError(f"resident_bits={bits} is not available: {path} stores {lo} to {hi} bits.")
     if isinstance(source, Overlay) and options.device == "cpu":
         asked = options.resident_bits
         widest = max(asked.values()) if isinstance(asked, Mapping) else asked or source.bits[1]
@@ -77,7 +84,7 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
 
 
 def check_checkpoint(source: ModelSource) -> None:
-    """InputError unless the decoder can run this checkpoint: config, names and shapes. Reads no weights."""
+    """Raises InputError unless the decoder can run this checkpoint, by its config, names and shapes alone."""
     outline: Any = _Outline(source)
     options = LoadOptions(device="meta")
     _Builder(ModelConfig.read(source.path), outline, choose_backend("reference"), options).build()
@@ -86,7 +93,7 @@ def check_checkpoint(source: ModelSource) -> None:
 def make_group(
     name: str, weight: QuantizedWeight, bias: Tensor | None, backend: Backend, device: str
 ) -> Group:
-    """A quantised group, its weight prepared for the backend."""
+    """Makes a quantised group, whose weight is prepared for the backend."""
     widths = range(weight.seed_bits, weight.resident_bits + 1)
     return Group(
         name, backend.prepare(weight, device), bias,
@@ -96,7 +103,7 @@ def make_group(
 
 
 class _Outline:
-    """A checkpoint without its data."""
+    """A checkpoint whose tensors have shapes but no data."""
 
     bytes_read = 0
 
@@ -104,12 +111,12 @@ class _Outline:
         self.path, self.source, self.names = source.path, source, source.names
 
     def read(self, name: str) -> Tensor:
-        """An empty tensor of the stored shape."""
+        """Returns an empty tensor of the stored shape."""
         return torch.empty(self.source.shape(name), device="meta")
 
 
 class _Builder:
-    """Turns names on disk into groups and layers."""
+    """Builds groups and layers from the tensors of a checkpoint or overlay."""
 
     def __init__(self, config: ModelConfig, source: Any, backend: Backend, options: LoadOptions):
         self.config, self.source, self.backend, self.options = config, source, backend, options
@@ -117,8 +124,8 @@ class _Builder:
         self.names = {name for name, _ in source.entries()} if self.overlay else set(source.names())
 
     def build(self) -> Decoder:
-        """Reads everything."""
-        with ThreadPoolExecutor(usable_cores()) as pool:  # checksums and copies release the interpreter
+        """Reads every tensor and returns the decoder."""
+        with ThreadPoolExecutor(usable_cores()) as pool:  # checksums and copies release the interpreter lock
             layers = list(pool.map(self.layer, range(self.config.num_layers)))
         embedding, head = self.embedding_and_head()
         norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
@@ -161,7 +168,7 @@ class _Builder:
     def groups(
         self, prefix: str, name: str, parts: tuple[str, ...], rows: tuple[int, ...], columns: int
     ) -> list[Group]:
-        """One fused group of the matrices, or one group each at granularity 'linear'."""
+        """Makes one fused group of the matrices, or one group for each at granularity 'linear'."""
         full = [prefix + p for p in parts]
         if self.options.granularity == "linear":
             return [self.group(f, [f], [r], columns) for f, r in zip(full, rows, strict=True)]

@@ -1,4 +1,4 @@
-"""How many planes fit: resident bytes of an overlay at each width, without reading it."""
+"""Computes the memory that an overlay needs at each width, without reading its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpllm.quant.overlay import Overlay
 
 
 def resident_bytes(overlay: Overlay, bits: int) -> int:
-    """Bytes held when `bits` planes are resident: planes, tables up to that width, scales, everything else."""
+    """Returns the bytes held when `bits` planes are resident: planes, tables up to that width, scales, and the rest."""
     total = 0
     for name, entry in overlay.entries():
         layout = overlay.linear_of(name)
@@ -25,7 +25,7 @@ def resident_bytes(overlay: Overlay, bits: int) -> int:
 
 
 def resident_bits_within(path: Path, limit: int) -> int:
-    """The largest number of planes whose resident bytes stay within `limit`; InputError if none does."""
+    """Returns the largest number of planes that fit into `limit` bytes. Raises InputError if none fits."""
     overlay = Overlay.open(path)
     lo, hi = overlay.bits
     fitting = [b for b in range(lo, hi + 1) if resident_bytes(overlay, b) <= limit]
@@ -47,7 +47,7 @@ def process_peak_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """Memory the system can give without swapping, or None where it does not say."""
+    """Returns the bytes that the system can give without swapping, or None where it does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -56,7 +56,9 @@ def available_bytes() -> int | None:
 
 
 def check_memory(model: str | Path, sizes: Mapping[int, int], available: int | None = None) -> None:
-    """InputError if the widest of sizes (planes -> bytes) exceeds the memory that is available now."""
+    """Raises InputError if the largest of `sizes` (planes -> bytes) exceeds the available memory.
+
+    available: bytes; None: asks the system."""
     free = available_bytes() if available is None else available
     widest = max(sizes)
     if free is None or sizes[widest] <= free:

@@ -1,6 +1,6 @@
-"""Models of well-known shapes with random weights: for speed and memory, which do not depend on the values.
+"""Makes models of well-known shapes with random weights, to measure speed and memory without a download.
 
-Nothing is downloaded, nothing is learnt; text from such a model is noise.
+Speed and memory do not depend on the values of weights. The text of such a model is noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _llama(
 
 
 SHAPES = {
-    "tiny": _llama(256, 8, 768, 4, 2, 64, 4096),  # the bundled reference model's
+    "tiny": _llama(256, 8, 768, 4, 2, 64, 4096),  # the shape of the bundled reference model
     "1.1B": _llama(2048, 16, 8192, 32, 8, 64, 32000),
     "3B": _llama(3072, 28, 8192, 24, 8, 128, 128256),  # Llama-3.2-3B
     "8B": _llama(4096, 32, 14336, 32, 8, 128, 128256),  # Llama-3-8B
@@ -37,9 +37,11 @@ SHAPES = {
 
 
 def shape(name: str) -> ModelConfig:
-    """A shape by name. Raises InputError for an unknown one."""
+    """Returns a shape by its name. Raises InputError for an unknown name."""
     if name not in SHAPES:
-        raise InputError(f"'{name}' is no directory and no known shape ({', '.join(SHAPES)}).")
+        raise InputError(
+            f"'{name}' is neither a directory nor a known shape. Choose one of: {', '.join(SHAPES)}."
+        )
     return SHAPES[name]
 
 
@@ -56,7 +58,7 @@ def shape_resident_bytes(c: ModelConfig, bits: int) -> int:
 def random_decoder(
     config: ModelConfig, bits: int, options: LoadOptions | None = None, seed: int = 0
 ) -> Decoder:
-    """A decoder of this shape whose matrices hold `bits` random planes (2..8). Embedding and head are int8."""
+    """Returns a decoder whose matrices hold `bits` random planes (2 to 8), with int8 embedding and head."""
     options = options or LoadOptions()
     backend = choose_backend(options.backend, options.device, options.cpu)
     rng = torch.Generator(options.device).manual_seed(seed)
@@ -90,7 +92,7 @@ def random_decoder(
 
 
 def _random_weight(rows: int, columns: int, bits: int, rng: torch.Generator) -> QuantizedWeight:
-    """Planes of random bits; each row's tables are sorted normal values of one row's typical size."""
+    """Returns planes of random bits, with tables of sorted normal values of the size that is typical for a row."""
     size, on = (bits, rows, -(-columns // WORD)), rng.device
     planes = empty_planes(size) if on.type == "cpu" else torch.empty(size, dtype=torch.int32, device=on)
     planes.random_(-(2**31), 2**31 - 1, generator=rng)
@@ -105,4 +107,4 @@ def _random_int8(rows: int, columns: int, rng: torch.Generator) -> Int8Weight:
 
 
 def _scales(rows: int, columns: int) -> Tensor:
-    return torch.full((rows,), columns**-0.5 / 73).half()  # 73: the values' root mean square
+    return torch.full((rows,), columns**-0.5 / 73).half()  # 73 is the root mean square of the values

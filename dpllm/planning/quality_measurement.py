@@ -65,10 +65,10 @@ def measure_quality(
     for number, ids in enumerate(documents):
         progress("quality", number, len(documents))
         pruner = _read(engine, ids[: options.context])
-        scores, whole = pruner.policy.score(pruner.seen()), pruner.context.cache
+        scores, whole = pruner.policy.score(pruner.scoring_input()), pruner.context.cache
         for j, keep in enumerate(KEEPS):
             pruner.context.cache = cache = whole.fork(options.following + 8)
-            pairs, every = pruner.pairs(keep)
+            pairs, every = pruner.pairs_to_keep(keep)
             pruner.drop(
                 None if pairs == every else pruner.policy.allocate(scores, pairs), options.following + 8
             )
@@ -101,7 +101,10 @@ def _documents(engine: Engine, text: Path, options: QualityOptions) -> list[list
 
 def _read(engine: Engine, ids: Sequence[int]) -> Pruner:
     context = KVContext(engine.decoder.new_ragged_cache(0), protected=min(SINKS, len(ids)))
-    pruner = Pruner(engine, context, ContextOptions(), len(ids))
+    pruner = Pruner(
+        context, ContextOptions(), len(ids),
+        decoder=engine.decoder, prompts=engine.prompts, profile=engine.profile,
+    )  # fmt: skip
     pruner.read(ids)
     return pruner
 

@@ -136,7 +136,7 @@ def _prompt_cache(engine: Engine, prompt: str, context: KVContext | None, chat: 
     """Reads the context and the prompt into a cache that has room to time steps after them."""
     ids = _prompt_ids(engine, prompt, context, chat)
     before, room = 0 if context is None else context.cache.length, BLOCK + 1
-    engine.check_prompt(ids, before)
+    engine.prompts.check_prompt(ids, before)
     if (left := engine.decoder.config.max_positions - before - len(ids)) < room:
         raise InputError(
             f"the prompt leaves {left} of the model's {engine.decoder.config.max_positions} positions; {room} are "
@@ -152,7 +152,9 @@ def _prompt_cache(engine: Engine, prompt: str, context: KVContext | None, chat: 
 
 
 def _prompt_ids(engine: Engine, prompt: str, context: KVContext | None, chat: bool) -> list[int]:
-    return engine.prompt_ids(prompt, chat) if context is None else context.question(engine, prompt, chat)
+    if context is None:
+        return engine.prompts.prompt_ids(prompt, chat)
+    return context.question(engine.prompts, prompt, chat)
 
 
 def _operating_point(

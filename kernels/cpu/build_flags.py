@@ -1,6 +1,6 @@
-"""Which sources of src/ to compile for a processor family, and how. Read by setup.py and tests/native/run.py.
+"""The sources of src/ to compile for a processor family, with their flags. setup.py and tests/native/run.py read it.
 
-Plain Python without imports from the package: it runs before the package is installed.
+This file imports nothing from the package, because it runs before the package is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ AVX512 = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
-# object -> (source, if its name differs, and flags added to COMMON)
+# object -> (source, if its name differs from the object's, and flags added to COMMON)
 PLAIN: dict[str, tuple[str, list[str]]] = {name: ("", []) for name in ("api", "attention", "pool", "step")}
 X86: dict[str, tuple[str, list[str]]] = {
     "isa_avx512": ("", [*AVX512, "-mavx512vbmi", "-mavx512vnni", "-mgfni"]),
@@ -33,7 +33,7 @@ PORTABLE: dict[str, tuple[str, list[str]]] = {"isa_portable": ("", ["-O2"])}  # 
 
 
 def units(machine: str) -> dict[str, tuple[str, list[str]]]:
-    """What to compile for `machine`, as platform.machine() names it: object -> (source file, flags)."""
+    """Returns what to compile for `machine`, a name of platform.machine(): object -> (source file, flags)."""
     machine = machine.lower()
     isas = X86 if machine in ("x86_64", "amd64") else ARM if machine in ("aarch64", "arm64") else {}
     return {

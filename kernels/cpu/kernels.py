@@ -1,4 +1,4 @@
-"""The native kernels behind the signatures of kernels/reference.py."""
+"""The native kernels, wrapped in the signatures of kernels/reference.py."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
 from dpllm.kernels.weight import BitplaneWeight, Int8Weight, QuantizedWeight
 
-BLOCK_BYTES = 16 << 20  # of dequantised weights at a time, where torch multiplies in bfloat16
-FEW_ROWS = 8  # that are multiplied faster than a matrix is dequantised for it
+BLOCK_BYTES = 16 << 20  # bytes of weights dequantised at a time, where torch multiplies in bfloat16
+FEW_ROWS = 8  # so few rows are multiplied faster one by one than with a dequantised matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class PreparedWeight(BitplaneWeight):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in memory: planes, tables, scales."""
+        """Bytes of planes, tables and scales in memory."""
         tensors = [self.planes, *self.tables.values(), *self.scales.values()]
         if self.row_scale is not None:
             tensors.append(self.row_scale)
@@ -44,7 +44,7 @@ class PreparedWeight(BitplaneWeight):
 
 
 def digits_of(table: Tensor) -> tuple[Tensor, Tensor]:
-    """table [T, E] -> (int8 [T, 2, E], float32 [T]): value = scale * (255 * high + low)."""
+    """Splits a table [T, E] into digits int8 [T, 2, E] and scales float32 [T]: value = scale * (255 * high + low)."""
     values = table.float().contiguous()
     tables, entries = values.shape
     digits, scale = torch.empty(tables, 2, entries, dtype=torch.int8), torch.empty(tables)
@@ -53,7 +53,7 @@ def digits_of(table: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prepare(w: QuantizedWeight, device: torch.device | str = "cpu") -> PreparedWeight:
-    """Tables to digits; the planes are used where they lie. Raises ValueError for another device."""
+    """Splits tables into digits; planes are not copied. Raises ValueError for a device other than the CPU."""
     if torch.device(device).type != "cpu":
         raise ValueError(f"the CPU kernels cannot prepare a weight on {device}.")
     planes = w.planes.contiguous()
@@ -71,7 +71,7 @@ def prepare(w: QuantizedWeight, device: torch.device | str = "cpu") -> PreparedW
 
 
 class CpuKernels:
-    """The functions of one backend, bound to a handle."""
+    """The kernel functions of the CPU backend, bound to a handle."""
 
     def __init__(self, handle: Handle):
         self.handle = handle
@@ -85,10 +85,10 @@ class CpuKernels:
         out: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """y = x W_b^T + bias, each row of x at its own width. See kernels/reference.py.
+        """Computes x W_b^T + bias, each row of x at its own width, as kernels/reference.py defines it.
 
-        Row by row the numbers are those of a single row, whatever the other rows are. Where gradients are
-        needed the product is computed by torch from dequantised weights instead.
+        A row's result does not depend on the other rows. Where gradients are needed, torch computes the product from
+        dequantised weights instead.
         """
         _check_input(x, w.in_features)
         if bits.shape != (len(x),):
@@ -113,10 +113,11 @@ class CpuKernels:
         return y.to(x.dtype) if out is None else out.copy_(y)
 
     def matmul(self, x: Tensor, w: PreparedWeight) -> Tensor:
-        """y = x W^T at every resident plane, for the many rows of a prompt.
+        """Computes x W^T with every resident plane, for the many rows of a prompt.
 
-        In bfloat16, by torch from dequantised blocks, on processors with AMX; else natively, in int8 with AVX-512
-        VNNI and VBMI, or float32 (a few tokens as `gemv`), which it always is for accuracy 'exact'.
+        On processors with AMX, torch multiplies dequantised blocks in bfloat16. On others the library multiplies in
+        int8 where there are AVX-512 VNNI and VBMI, else in float32, and a few tokens as `gemv`. For accuracy 'exact' it
+        always multiplies in float32.
         """
         _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -150,7 +151,7 @@ class CpuKernels:
         return block[:size]
 
     def dequantize(self, w: PreparedWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The b-bit matrix [N, K]."""
+        """Returns the b-bit matrix [N, K]."""
         _check_resident(w, bits, bits)
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(w.out_features, w.in_features, dtype=exact)
@@ -165,7 +166,7 @@ class CpuKernels:
         )  # fmt: skip
 
     def int8_linear(self, x: Tensor, w: Int8Weight) -> Tensor:
-        """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
+        """Computes x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
         _check_input(x, w.values.shape[1])
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, w.values.to(x.dtype)) * w.scale.to(x.dtype)
@@ -176,7 +177,7 @@ class CpuKernels:
         return y.to(x.dtype)
 
     def select(self, signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int) -> Tensor:
-        """Bits for each row: the seed width plus the number of thresholds its estimated error exceeds."""
+        """Chooses the bits of each row, as kernels/reference.py defines it. signal: [M, K]. Returns int32 [M]."""
         _check_input(signal, len(diagonal))
         values, weights = _floats(signal), diagonal.to(torch.float16).contiguous()
         error = torch.empty(len(signal))
@@ -194,7 +195,7 @@ class CpuKernels:
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attention of one token over per-head runs of a flat cache (float32, float16 or bfloat16)."""
+        """Computes the attention of one token over per-head runs of a flat cache (float32, float16 or bfloat16)."""
         _check_storage(k, v)
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.contiguous()
@@ -208,7 +209,7 @@ class CpuKernels:
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float,
         window: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Causal attention of many tokens over per-head runs whose last pairs are their own."""
+        """Computes the causal attention of many tokens over per-head runs, which end with the tokens' own pairs."""
         _check_storage(k, v)
         queries, y = _floats(q), torch.empty(q.shape)
         k, v = k.contiguous(), v.contiguous()
@@ -220,19 +221,19 @@ class CpuKernels:
         return y.to(q.dtype)
 
     def attention_peaks(
-        self, q: Tensor, k: Tensor, columns: slice, scale: float, cost: Tensor | None = None
+        self, q: Tensor, k: Tensor, columns: slice, scale: float, offset: Tensor | None = None
     ) -> Tensor:
-        """The most attention, as a logarithm, that any token pays to some of the keys."""
+        """Computes the largest attention, as a logarithm minus `offset`, that any token pays to each of some keys."""
         _check_storage(k, k)
         if not 0 <= columns.start <= columns.stop <= k.shape[1] - len(q):
-            raise ValueError(f"{columns} does not lie among the keys before the tokens' own.")
+            raise ValueError(f"{columns} must lie among the keys before the tokens' own keys.")
         queries, k = _floats(q), k.contiguous()
-        costs = None if cost is None else _floats(cost)
+        offsets = None if offset is None else _floats(offset)
         best = torch.empty(q.shape[1], columns.stop - columns.start)
         self.handle.call(
             "dpllm_attention_peaks", queries.data_ptr(), k.data_ptr(), STORAGE[k.dtype], *q.shape[:2], len(k),
             q.shape[2], k.shape[1], columns.start, best.shape[1], scale,
-            None if costs is None else costs.data_ptr(), best.data_ptr(),
+            None if offsets is None else offsets.data_ptr(), best.data_ptr(),
         )  # fmt: skip
         return best.unflatten(0, (len(k), -1))
 
@@ -248,14 +249,14 @@ def _floats(x: Tensor) -> Tensor:
 
 
 def _check_input(x: Tensor, columns: int) -> None:
-    """The library trusts its caller; what does not match would be read beyond its end."""
+    """Checks shapes, because the library does not: it would read beyond the end of what does not match."""
     if x.ndim != 2 or x.shape[1] != columns:
         raise ValueError(f"activations {list(x.shape)} do not match a matrix of {columns} columns.")
 
 
 def _check_storage(k: Tensor, v: Tensor) -> None:
     if k.dtype not in STORAGE or v.dtype != k.dtype:
-        raise ValueError(f"the cache holds {k.dtype}; float32, float16 and bfloat16 are read.")
+        raise ValueError(f"the cache holds {k.dtype}; it must hold float32, float16 or bfloat16.")
 
 
 def _check_resident(w: PreparedWeight, low: int, high: int) -> None:
@@ -264,7 +265,7 @@ def _check_resident(w: PreparedWeight, low: int, high: int) -> None:
 
 
 def _has(capability: str) -> bool:
-    """Whether torch says that this processor has it; not every version asks."""
+    """Tells whether torch reports a capability of this processor. Old versions of torch cannot tell: False."""
     return bool(getattr(torch.cpu, capability, lambda: False)())
 
 

@@ -1,6 +1,6 @@
-"""The C interface (src/api.h, src/step.h) as ctypes sees it, and the handle every call goes through.
+"""The C interface of the library (src/api.h, src/step.h) in ctypes, and the handle that every call needs.
 
-Structures have empty `__slots__`: without them a misspelt field would be an attribute of Python's, and zero in C.
+Structures have empty `__slots__`. Without them, a misspelt field would become a Python attribute and stay zero in C.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Long = ctypes.c_int64
 
 
 class Matrix(ctypes.Structure):
-    """kernels.h: Matrix."""
+    """`Matrix` of kernels.h."""
 
     __slots__ = ()
     _fields_ = (
@@ -41,14 +41,14 @@ class Matrix(ctypes.Structure):
 
 
 class Accuracy(ctypes.Structure):
-    """context.h: Accuracy."""
+    """`Accuracy` of context.h."""
 
     __slots__ = ()
     _fields_ = (("table_digits", Int * WIDTHS), ("x_digits", Int * WIDTHS))
 
 
-# Digits (1: int8, 2: 16 bits) of tables and activations at widths 2..8. Measured in bench/cpu_accuracy.py:
-# `balanced` keeps what costs nothing on hardware that is limited by memory, `exact` everything.
+# Digits (1: int8, 2: 16 bits) of tables and of activations at widths 2..8. `balanced` uses two digits where that takes
+# no time on hardware that is limited by memory; `exact` always uses two.
 ACCURACIES = {
     "balanced": ((1, 1, 1, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
     "exact": ((2,) * 7, (2,) * 7),
@@ -58,8 +58,12 @@ ACCURACIES = {
 
 @dataclass(frozen=True)
 class CpuOptions:
-    """threads: 0 is one per core this process may use. pin: keep thread i on core i. isa: the instruction
-    set to use, None for the best. accuracy: 'balanced', 'exact' (16-bit activations and tables) or 'fast'."""
+    """Options of the CPU kernels.
+
+    threads: number of threads; 0: one for each core that this process may use. pin: keep thread i on core i. isa: the
+    instruction set to use; None: the fastest. accuracy: 'balanced', 'exact' (16-bit activations and tables) or 'fast'.
+    Raises InputError for other values.
+    """
 
     threads: int = 0
     pin: bool = False
@@ -80,13 +84,13 @@ class CpuOptions:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The shared library with its signatures. Raises OSError where it was not built or does not load."""
+    """Loads the shared library and declares its signatures. Raises OSError where it is missing or does not load."""
     lib = ctypes.CDLL(str(LIBRARY))
     signatures = {
         "dpllm_isa_name": (ctypes.c_char_p, Int),
@@ -120,14 +124,14 @@ def load_library() -> ctypes.CDLL:
     for name, (result, *arguments) in signatures.items():
         function = getattr(lib, name, None)
         if function is None:
-            raise OSError(f"{LIBRARY.name} is of another version: it has no {name}")
+            raise OSError(f"{LIBRARY.name} was built from another version: it lacks {name}")
         function.restype, function.argtypes = result, arguments
     return lib
 
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One variant compiled into the library; `supported` says whether this processor can run it."""
+    """One variant that is compiled into the library. supported: whether this processor can run it."""
 
     index: int
     name: str
@@ -136,7 +140,7 @@ class InstructionSet:
 
 
 def instruction_sets() -> list[InstructionSet]:
-    """Every variant in the library, best first."""
+    """Returns every variant in the library, the fastest first."""
     lib = load_library()
     found: list[InstructionSet] = []
     while (name := lib.dpllm_isa_name(len(found))) is not None:
@@ -150,7 +154,7 @@ def instruction_sets() -> list[InstructionSet]:
 
 
 def choose_isa(name: str | None) -> InstructionSet:
-    """The named variant, or the best this processor runs. Raises InputError where it cannot be used."""
+    """Returns the named variant, or the fastest for this processor. Raises InputError where it cannot be used."""
     variants = instruction_sets()
     usable = [v for v in variants if v.supported]
     if name is None:
@@ -164,8 +168,7 @@ def choose_isa(name: str | None) -> InstructionSet:
                 f"Choose one of: {', '.join(v.name for v in usable)}."
             )
     raise InputError(
-        f"there is no instruction set '{name}' in this build. "
-        f"Choose one of: {', '.join(v.name for v in usable)}."
+        f"this build has no instruction set '{name}'. Choose one of: {', '.join(v.name for v in usable)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""src/step.h as ctypes sees it: the structures of a whole decode step."""
+"""The structures of a whole decode step, as src/step.h declares them, in ctypes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import ctypes
 
 from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
 
-MAX_ROWS = 16  # step.h: kMaxRows, tokens of one step
+MAX_ROWS = 16  # kMaxRows of step.h: the largest number of tokens of one step
 Float = ctypes.c_float
-Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read, 0 to stop
+Choose = ctypes.CFUNCTYPE(Int, Int, Pointer)  # (group, float32 input) -> planes to read; 0 stops the step
 
 
 class Group(ctypes.Structure):
-    """Matrices stacked under one decision."""
+    """Matrices that are stacked and share one decision."""
 
     __slots__ = ()
     _fields_ = (("weight", Matrix), ("index", Int), ("weights", Long), ("bytes_at", Pointer))
 
 
 class Layer(ctypes.Structure):
-    """One decoder block."""
+    """The weights of one decoder block."""
 
     __slots__ = ()
     _fields_ = (
@@ -30,7 +30,7 @@ class Layer(ctypes.Structure):
 
 
 class Table(ctypes.Structure):
-    """Embedding or head: int8 with scales, or float32, or planes."""
+    """The embedding or the head, stored as int8 with scales, as float32, or as planes."""
 
     __slots__ = ()
     _fields_ = (
@@ -43,7 +43,7 @@ class Table(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """Everything a step reads."""
+    """All weights and constants that a step reads."""
 
     __slots__ = ()
     _fields_ = (
@@ -54,11 +54,11 @@ class Model(ctypes.Structure):
 
 
 class Selection(ctypes.Structure):
-    """Fixed widths, or thresholds on a weighted square of the input, or a callback."""
+    """The rule by which a step chooses widths: fixed, thresholds on a weighted square of the input, or a callback."""
 
     __slots__ = ()
     _fields_ = (
-        ("fixed", Pointer), ("fixed_stride", Int), ("diagonal", Pointer), ("thresholds", Pointer),
+        ("fixed", Pointer), ("diagonal", Pointer), ("thresholds", Pointer),
         ("steps", Int), ("seed", Int), ("probe", Pointer), ("correction", Pointer), ("offset", Float),
         ("limit", Float), ("choose", Choose), ("extra", Pointer), ("allowance", Long),
         ("rest", Pointer), ("gain", Float),
@@ -66,7 +66,7 @@ class Selection(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """Per-head runs of each layer's flat pairs; k and v point to a pointer a layer."""
+    """The runs of each head in each layer's flat pairs. k and v point to one pointer for each layer."""
 
     __slots__ = ()
     _fields_ = (
@@ -79,7 +79,7 @@ class Cache(ctypes.Structure):
 
 
 class Request(ctypes.Structure):
-    """Tokens of one sequence in, logits and chosen widths of each out."""
+    """The tokens of one step, and the memory for their logits and chosen widths."""
 
     __slots__ = ()
     _fields_ = (
@@ -99,7 +99,7 @@ class StepRunner:
         self.step = handle.lib.dpllm_step_open(handle.context, ctypes.byref(model))
 
     def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
-        """Runs one step; False if a callback stopped it."""
+        """Runs one step. Returns False where a callback stopped it."""
         run = self.handle.lib.dpllm_step_rows
         with self.handle.lock:
             return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0

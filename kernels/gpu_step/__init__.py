@@ -1,1 +1,1 @@
-"""The GPU's decode step: its tables in device memory, and the definition of its kernels in torch."""
+"""The GPU decode step: its tables in device memory, and the torch definition of its kernels."""

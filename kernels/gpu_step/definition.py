@@ -1,5 +1,8 @@
-"""The operations of a decode step in plain torch: what the GPU's fused kernels are tested against, and what a step runs
-with where there is no GPU. Signatures are those of kernels/triton/{small_ops,attention,select,products}.py."""
+"""Defines the operations of a GPU decode step in plain torch.
+
+Tests and `dpllm doctor` compare the fused GPU kernels with these operations. A step on a CPU does not use them. The
+signatures are those of kernels/triton/{norm_silu_finish,attention,select,products}.py.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,14 @@ from dpllm.kernels.gpu_step.tables import (
 
 
 def _signals(x: Tensor, site: Site, table: PolicyTable) -> None:
-    """Leaves the weighted squares of x [1, K] for the site's groups."""
+    """Writes the signals of the site's groups, the weighted squares of x [1, K], to the table."""
     if site.diagonals is not None:
         table.signals[site.ids] = 0
         table.signals[site.ids, 0] = site.diagonals.float() @ x[0].float().square()
 
 
 def decide(group: int, table: PolicyTable) -> None:
-    """Chooses the width of a group of a WEIGHTED table, whose signals are there."""
+    """Chooses the width of a group of a WEIGHTED table from the group's signals in the table."""
     g, left = group, table.left[group]
     paced = (left / table.rest[g].clamp(min=1e-30)).pow(table.state[GAIN])
     signal = table.signals[g].sum() * torch.minimum(table.state[MULTIPLIER], paced)
@@ -57,7 +60,7 @@ def decide(group: int, table: PolicyTable) -> None:
 def chosen_gemv(
     x: Tensor, w: Any, bias: Tensor | None, group: int, table: PolicyTable, otherwise: Callable[..., Tensor]
 ) -> Tensor:
-    """y = x W_b^T + bias of one token at the width that the group's signals decide. otherwise: the gemv to use."""
+    """Computes x W_b^T + bias of one token at the width that the group's signals decide. otherwise: the gemv to use."""
     decide(group, table)
     return otherwise(x, w, table.bits[group : group + 1], bias=bias)
 
@@ -65,7 +68,7 @@ def chosen_gemv(
 def norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
 ) -> Tensor:
-    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight; leaves the signals of the site's groups."""
+    """Adds delta to x [1, K] in place, returns rms_norm(x) * weight, and writes the signals of the site's groups."""
     if delta is not None:
         x += delta
     wide = x.float()
@@ -82,7 +85,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -90,15 +93,16 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(
     qkv: Tensor, heads: Heads, cache: CacheTable, layer: int, site: Site, table: PolicyTable
 ) -> Tensor:
-    """Norms and rotates q and k, puts k and v behind their heads' runs, and attends to these: [1, H D]. qkv: [1, (H + 2
-    KVH) D]. Leaves the signals of the site's groups."""
+    """Norms and rotates q and k, appends k and v to their heads' runs, and computes the attention to these.
+
+    qkv: [1, (H + 2 KVH) D]. Returns [1, H D], and writes the signals of the site's groups."""
     start, kv_heads = cache.start[layer], cache.start.shape[1]
     rows = qkv.view(-1, heads.dim)
     q, k, v = rows.split([len(rows) - 2 * kv_heads, kv_heads, kv_heads])
     if heads.norms is not None:
         q, k = (_normed(t, w, heads.eps) for t, w in zip((q, k), heads.norms, strict=True))
     if heads.rope is not None:
-        q, k = (_turned(t, *heads.rope) for t in (q, k))
+        q, k = (_rotated(t, *heads.rope) for t in (q, k))
     before = cache.length[layer] + cache.request[SINCE]
     cache.k[layer][start + before] = k.to(cache.dtype)
     cache.v[layer][start + before] = v.to(cache.dtype)
@@ -111,7 +115,7 @@ def attend(
 
 
 def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable) -> Tensor:
-    """silu(gate) * up of gate_up [1, 2K]; leaves the signals of the site's groups."""
+    """Returns silu(gate) * up of gate_up [1, 2K], and writes the signals of the site's groups."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = F.silu(gate) * up
     _signals(out, site, table)
@@ -119,7 +123,7 @@ def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable) -> Tensor:
 
 
 def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """Decides for the site's groups by the estimates of a table of kind ESTIMATED. x: [1, K]."""
+    """Chooses the widths of the site's groups by the estimates of an ESTIMATED table. x: [1, K]."""
     wide = x[0].float()
     for g in site.groups:
         matrix = table.estimators[g]
@@ -129,7 +133,7 @@ def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter
 
 
 def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """token int32 [1] = the first largest of logits [1, V]; the prediction's entropy goes to the table's state."""
+    """Sets token int32 [1] to the first largest of logits [1, V], and writes the prediction's entropy to the table."""
     token.copy_(logits.argmax(-1))
     log_total = logits[0].logsumexp(0)
     log_p = logits[0] - log_total
@@ -137,8 +141,9 @@ def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, c
 
 
 def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
-    """Where the request says so, takes in the step before; then sets the offset of the token's multiplier, and what it
-    may cost."""
+    """Learns from the previous step where the request asks for it, then prepares the next token.
+
+    It sets the offset of the token's multiplier, and what the token may cost."""
     s = table.state
     table.left[0] = cache.request[SPARE]
     context = s[CONTEXT : CONTEXT + 3]

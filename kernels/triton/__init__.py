@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs, written in Triton. Importing a module of this folder imports triton."""
+"""Kernels for NVIDIA GPUs, written in Triton. Importing any module of this folder imports triton."""

@@ -1,4 +1,4 @@
-"""Activations as the products read them: float16, rows padded to whole words, and a factor for wider types."""
+"""Converts activations to the form that products read: float16 in rows of whole words, with a factor for each row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def halve_kernel(x_ptr, row_stride, out_ptr, factor_ptr, K, KP, BLOCK: tl.constexpr):
-    """out[m] = x[m] / factor[m] in float16, zeros from K to KP; factor the power of two at the row's largest value."""
+    """out[m] = x[m] / factor[m] in float16, zeros from K to KP. factor: the power of two at the row's maximum."""
     m = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     factor = 1.0
@@ -19,10 +19,12 @@ def halve_kernel(x_ptr, row_stride, out_ptr, factor_ptr, K, KP, BLOCK: tl.conste
         largest = tl.zeros([BLOCK], tl.float32)
         for k0 in range(0, K, BLOCK):
             x = tl.load(x_ptr + m * row_stride + k0 + column, mask=k0 + column < K, other=0.0).to(tl.float32)
-            x = tl.abs(x)  # neither infinities nor NaN count:
+            x = tl.abs(x)  # infinities and NaN do not count
             largest = tl.maximum(largest, tl.where(x < float("inf"), x, 0.0))
         exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) & 0x7F800000
-        exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)  # its reciprocal is a number, too
+        exponent = tl.minimum(
+            tl.maximum(exponent, 1 << 23), 253 << 23
+        )  # so that its reciprocal is finite, too
         factor = exponent.to(tl.float32, bitcast=True)
         tl.store(factor_ptr + m, factor)
         factor = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
@@ -32,7 +34,7 @@ def halve_kernel(x_ptr, row_stride, out_ptr, factor_ptr, K, KP, BLOCK: tl.conste
 
 
 def halve(x: Tensor, out: Tensor, factor: Tensor | None) -> None:
-    """out [M, columns] and, where given, factor [M] from x [M, K], K <= columns."""
+    """Writes out [M, columns] and, where it is given, factor [M] from x [M, K], where K <= columns."""
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     columns = out.shape[1]
     if out.numel():
@@ -41,11 +43,11 @@ def halve(x: Tensor, out: Tensor, factor: Tensor | None) -> None:
 
 
 def halves_of(x: Tensor, columns: int) -> tuple[Tensor, Tensor | None]:
-    """(float16 [M, columns], float32 [M] or None): x = first * second, row by row, zeros behind x's own columns.
+    """Returns (halves float16 [M, columns], factor float32 [M] or None), with x = halves * factor in every row.
 
-    x: [M, K], K <= columns. float16 that lies as it should is passed on as it is. Wider types are divided by a power
-    of two, so that any range fits; what is lost are bits 12 and on, and values 2^24 times smaller than their row's
-    largest.
+    x: [M, K], where K <= columns; halves are zero after column K. float16 input that already has the right layout is
+    returned as it is. Wider types are divided by a power of two, so that any range fits. This drops the bits of a value
+    from the 12th on, and values that are 2^24 times smaller than the largest of their row.
     """
     narrow = x.dtype == torch.float16
     if narrow and x.shape[1] == columns and x.is_contiguous() and x.data_ptr() % 16 == 0:

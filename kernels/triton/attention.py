@@ -1,13 +1,14 @@
-"""Decode attention over per-head runs of a flat cache: flash decoding whose splits share out the blocks of all heads.
+"""Decode attention over per-head runs of a flat cache, as flash decoding that divides the blocks of all heads evenly.
 
-The runs' blocks of TILE pairs, head after head, are numbered 0 .. T - 1, and each of P programs takes T / P of them in
-a row, whatever head they belong to: one head that kept much more than the others is no tail. A program may so meet
-several heads, a head several programs; program p's part of head h goes to place p + h of a scratch of P + KVH places,
-because along the blocks p and h only rise, one of them at each change. A second launch joins a head's parts, in the
-order of p. Lengths stand in device memory and decide nothing about the grid.
+The blocks of TILE pairs of all runs, head after head, are numbered 0 .. T - 1. Each of P programs takes T / P
+consecutive blocks, whatever head they belong to, so a head that kept many more pairs than the others does not delay the
+rest. A program may therefore work on several heads, and a head may have several programs. Program p's part of head h
+goes to place p + h of a scratch of P + KVH places: along the blocks, p and h only increase, and one of them increases
+at each change. A second launch joins the parts of a head in the order of p. Lengths are in device memory and do not
+change the grid.
 
-In a step the same launch takes q, k and v as the products leave them: whoever reads a head's pairs norms and rotates
-its queries for itself, and the program that has a head's last block puts the new pair there first.
+In a decode step, the same launch takes q, k and v as the products produce them. Every program norms and rotates the
+queries of the heads that it reads, and the program that has the last block of a head first writes the new pair there.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from dpllm.kernels.gpu_step.tables import CacheTable, Heads, PolicyTable, Site
 SINCE = tl.constexpr(tables.SINCE)
 TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LOG2_E = 1.4426950408889634
-JOIN = 16  # parts joined at a time
+JOIN = 16  # parts that are joined at a time
 
 
 @triton.jit
 def pairs_of(length_ptr, request_ptr, h, window, APPENDED: tl.constexpr):
-    """(pairs to be read, pairs to be skipped before them) of head h."""
+    """Returns (pairs to read, pairs to skip before these) of head h."""
     n = tl.load(length_ptr + h)
     if APPENDED:
         n += tl.load(request_ptr + SINCE).to(tl.int32) + 1
@@ -41,7 +42,7 @@ def pairs_of(length_ptr, request_ptr, h, window, APPENDED: tl.constexpr):
 
 @triton.jit
 def blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED: tl.constexpr, TILE: tl.constexpr):
-    """Blocks that each program takes: all heads' blocks shared out, at least one."""
+    """Returns how many blocks each program takes: the blocks of all heads divided evenly, at least one."""
     total = 0
     for h in range(KVH):
         n, _ = pairs_of(length_ptr, request_ptr, h, window, APPENDED)
@@ -51,10 +52,10 @@ def blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED: tl.con
 
 @triton.jit
 def turned(row_ptr, d, D, inside, norm_ptr, cos_ptr, sin_ptr, eps):
-    """Rows of q or k, normed and rotated, in the type they have. row_ptr: [R, 1], where they begin; d: [1, DP]."""
+    """Returns rows of q or k, normed and rotated, in their own type. row_ptr: [R, 1], the begin of each; d: [1, DP]."""
     half = D // 2
     first = d < half
-    other = tl.where(first, d + half, d - half)  # what an element is rotated with
+    other = tl.where(first, d + half, d - half)  # the element with which an element is rotated
     a = tl.load(row_ptr + d, mask=inside, other=0.0)
     b = tl.load(row_ptr + other, mask=inside, other=0.0)
     kind = a.dtype
@@ -79,8 +80,9 @@ def attend_kernel(
     out_ptr, sums_ptr, scale, window, eps, KVH, D, G: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
     TILE: tl.constexpr, APPENDED: tl.constexpr, STORED: tl.constexpr, COMPUTED: tl.constexpr,
 ):  # fmt: skip
-    """Program p's parts: out [P + KVH, G, D] unnormalised, sums [P + KVH, G, 2] the maxima and sums of exponentials.
-    APPENDED: q_ptr is [(H + 2 KVH) D], of q, k and v, and k, v are put behind their runs; else it is q alone."""
+    """Program p writes its parts: out [P + KVH, G, D], unnormalised, and sums [P + KVH, G, 2], maxima and sums of
+    exponentials. APPENDED: q_ptr is [(H + 2 KVH) D], q, k and v, and k and v are appended to their runs; else it is
+    q."""
     p = tl.program_id(0)
     each = blocks_each(length_ptr, request_ptr, window, tl.num_programs(0), KVH, APPENDED, TILE)
     first, last = p * each, (p + 1) * each
@@ -91,7 +93,7 @@ def attend_kernel(
         k_base, v_base = k_ptr, v_ptr
     row, d, t = tl.arange(0, ROWS), tl.arange(0, DP), tl.arange(0, TILE)
     asked = (row[:, None] < G) & (d[None, :] < D)
-    before = 0  # blocks of the heads before this one
+    before = 0  # blocks of earlier heads
     for h in range(KVH):
         n, skip = pairs_of(length_ptr, request_ptr, h, window, APPENDED)
         blocks = tl.cdiv(n, TILE)
@@ -121,7 +123,7 @@ def attend_kernel(
                 score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
                 score = tl.where((t0 + t)[None, :] < end, score, float("-inf"))
                 higher = tl.maximum(top, tl.max(score, 1))
-                base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far
+                base = tl.where(higher == float("-inf"), 0.0, higher)  # all scores so far are -inf
                 fade = tl.exp2(top - base)
                 weight = tl.exp2(score - base[:, None])
                 total = total * fade + tl.sum(weight, 1)
@@ -140,8 +142,8 @@ def join_kernel(
     signals_ptr, G: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, JOIN: tl.constexpr, APPENDED: tl.constexpr,
     E: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program i: output of query head i from its parts; a head without pairs gives zeros. Then part i of the signals
-    of the E groups whose signal is of the whole output."""
+    """Program i joins the parts of query head i to its output; a head without pairs gives zeros. It then writes part i
+    of the signals of the E groups that compute their signals from the whole output."""
     i = tl.program_id(0)
     h, g = i // G, i % G
     each = blocks_each(length_ptr, request_ptr, window, programs, KVH, APPENDED, TILE)
@@ -189,16 +191,16 @@ def join_kernel(
 
 @functools.cache
 def program_count(device: torch.device) -> int:
-    """Programs that share the blocks: two on each multiprocessor."""
+    """Returns how many programs divide the blocks: two for each multiprocessor."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _shape(group: int, dim: int, asked: torch.dtype, stored: torch.dtype, normed: bool) -> dict:
-    """The constants both launches are specialised on. A cache of another type than q is read in float32."""
+    """Returns the constants of both launches. A cache whose type differs from that of q is read in float32."""
     computed = asked if asked == stored else torch.float32
     padded = max(16, triton.next_power_of_2(dim))
     wide = padded * computed.itemsize
-    # Two stages of keys and of values within 48 KB; converted pairs take registers as well, and so do norms.
+    # Two stages of keys and of values fit into 48 KB. Converted pairs take registers as well, and so do norms.
     small = 128 if not normed else 64
     tile = 16 if wide > 512 or computed != stored else small if wide <= 128 else 64 if wide <= 256 else 32
     warps = 8 if computed != stored else 4
@@ -209,9 +211,11 @@ def _launch(
     q: Tensor, heads: tuple[int, int], kv: tuple[Tensor, ...], places: tuple[Tensor, ...], scale: float, window: int,
     stored: torch.dtype, turn: tuple[Any, ...] | None = None, signals: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:  # fmt: skip
-    """Both launches; returns the output, [H, D]. heads: H, D. places: address, start, length, request. turn: norms'
-    weights, cos, sin, eps where q is of q, k and v, which are to be appended: kv counts where it is None. signals: the
-    diagonals, ids and signals of a site."""
+    """Launches both kernels and returns the output, [H, D].
+
+    heads: H and D. places: address, start, length, request. kv: the cache's k and v, used where `turn` is None. turn:
+    the norms' weights, cos, sin and eps, where q holds q, k and v and these are to be appended. signals: the diagonals,
+    ids and signals of a site."""
     address, start, length, request = places
     count, dim = heads
     kv_heads, appended = len(start), turn is not None
@@ -237,8 +241,9 @@ def _launch(
 def attend(
     qkv: Tensor, heads: Heads, cache: CacheTable, layer: int, site: Site, table: PolicyTable
 ) -> Tensor:
-    """Norms and rotates q and k, puts k and v behind their heads' runs, and attends to these: [1, H D]. qkv: [1, (H + 2
-    KVH) D]. Leaves the signals of the site's groups."""
+    """Norms and rotates q and k, appends k and v to their heads' runs, and computes the attention to these.
+
+    qkv: [1, (H + 2 KVH) D]. Returns [1, H D], and writes the signals of the site's groups."""
     norms, rope = heads.norms or (None, None), heads.rope or (None, None)
     return torch.ops.dpllm.attend(
         qkv, *norms, *rope, heads.eps, heads.dim, heads.window, *cache.places(layer), cache.dtype, site.diagonals,
@@ -246,7 +251,9 @@ def attend(
     )  # fmt: skip
 
 
-@torch.library.custom_op("dpllm::attend", mutates_args=("signals",))  # pairs are found by address
+@torch.library.custom_op(
+    "dpllm::attend", mutates_args=("signals",)
+)  # the pairs are read and written by address
 def _attend(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
     dim: int, window: int, address: Tensor, start: Tensor, length: Tensor, request: Tensor, stored: torch.dtype,
@@ -272,7 +279,7 @@ def _(
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tensor, scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """Attention of one token over per-head runs, as kernels/reference.py says. Returns [H, D]."""
+    """Computes the attention of one token over per-head runs, as kernels/reference.py defines it. Returns [H, D]."""
     found = torch.ops.dpllm.decode_attention(q, k, v, start, length, scale)
     return found if out is None else out.copy_(found)
 

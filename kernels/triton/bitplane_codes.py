@@ -1,17 +1,17 @@
-"""From bitplanes to float16 values, in registers: what every kernel that reads quantised weights shares.
+"""Decodes bitplanes to float16 values in registers, for every kernel that reads quantised weights.
 
 A word of a plane holds one bit of 32 weights. `words_of` transposes B such words, bit by bit, into words of whole
 codes: 8 codes of 4 bits each or 4 codes of 8 bits. `pairs_of` looks the codes of a word up and gives packed pairs of
 float16; pair m of word kw holds columns 2 * (m * KW + kw) and the next (pack.py puts them there), so that the
 activations of a pair are one aligned 32-bit word, and those of neighbouring kw lie side by side.
 
-Where the values come from, by width:
+The source of the values depends on the width:
 2-4   byte permutations: a row's 2^B float16 values sit in registers as low bytes and high bytes, and one PRMT
       translates four codes.
 5, 6  shuffles: the lanes of a warp, which are all in one row (LANES), hold its 32 or 64 values between them.
 7, 8  loads: a row's 256 values are four lines of the L1 cache. Also 5 and 6 where a warp has many rows.
 
-ASM=False computes the same without inline assembly, for Triton's interpreter, which has none.
+ASM=False computes the same without inline assembly, which Triton's interpreter does not support.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TABLE_ALIGN = tl.constexpr(128)  # bytes; the tables of every width begin at such a multiple
+TABLE_ALIGN = tl.constexpr(128)  # bytes; the tables of every width begin at a multiple of it
 
 
 @triton.jit
 def table_offset(tables, B: tl.constexpr, SEED: tl.constexpr):
-    """Bytes before width B's tables: those of `tables` tables of each narrower width."""
+    """Returns the bytes before width B's tables, which are those of `tables` tables of each narrower width."""
     at = 0
     for b in tl.static_range(SEED, B):
         at += (tables * 2 ** (b + 1) + (TABLE_ALIGN - 1)) // TABLE_ALIGN * TABLE_ALIGN
@@ -40,7 +40,7 @@ def swap(a, c, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def transpose4(r0, r1, r2, r3):
-    """Planes (r0 the most significant) -> words of eight 4-bit codes: nibble t of word i is bit 4 t + 3 - i."""
+    """Turns planes (r0 most significant) into words of eight 4-bit codes: nibble t of word i is bit 4 t + 3 - i."""
     r0, r2 = swap(r0, r2, 2, 0x33333333)
     r1, r3 = swap(r1, r3, 2, 0x33333333)
     r0, r1 = swap(r0, r1, 1, 0x55555555)
@@ -50,7 +50,7 @@ def transpose4(r0, r1, r2, r3):
 
 @triton.jit
 def transpose8(r0, r1, r2, r3, r4, r5, r6, r7):
-    """Planes -> words of four 8-bit codes: byte t of word i is bit 8 t + 7 - i."""
+    """Turns planes into words of four 8-bit codes: byte t of word i is bit 8 t + 7 - i."""
     r0, r4 = swap(r0, r4, 4, 0x0F0F0F0F)
     r1, r5 = swap(r1, r5, 4, 0x0F0F0F0F)
     r2, r6 = swap(r2, r6, 4, 0x0F0F0F0F)
@@ -62,7 +62,7 @@ def transpose8(r0, r1, r2, r3, r4, r5, r6, r7):
 
 @triton.jit
 def load_words(at, mask):
-    """32-bit words; 0 where masked out. mask None: all are there."""
+    """Loads 32-bit words, 0 where they are masked out. mask None: loads all."""
     if mask is None:
         found = tl.load(at)
     else:
@@ -72,7 +72,7 @@ def load_words(at, mask):
 
 @triton.jit
 def load_planes(w_ptr, at, plane, mask, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Words of planes FIRST .. LAST - 1. Read once, so they leave the L1 cache to tables and activations."""
+    """Loads words of planes FIRST .. LAST - 1. They are read once, so other data keeps its place in the L1 cache."""
     words = ()
     for j in tl.static_range(FIRST, LAST):
         if mask is None:
@@ -85,8 +85,8 @@ def load_planes(w_ptr, at, plane, mask, FIRST: tl.constexpr, LAST: tl.constexpr)
 
 @triton.jit
 def words_of(q, B: tl.constexpr):
-    """Planes q (a tuple of B) -> 4 words of 4-bit codes (B <= 4) or 8 words of 8-bit codes."""
-    z = q[0] & 0  # the missing planes: what the transposition does with them folds away
+    """Turns planes q (a tuple of B) into 4 words of 4-bit codes (B <= 4) or 8 words of 8-bit codes."""
+    z = q[0] & 0  # missing planes are zero; the compiler folds their part of the transposition away
     if B == 2:
         return transpose4(z, z, q[0], q[1])
     elif B == 3:
@@ -105,7 +105,7 @@ def words_of(q, B: tl.constexpr):
 
 @triton.jit
 def lane_entries(table, B: tl.constexpr):
-    """Each lane's share of a table: entry l of 32, or entries 2 l and 2 l + 1 of 64, as one register."""
+    """Returns each lane l's share of a table as one register: entry l of 32, or entries 2 l and 2 l + 1 of 64."""
     if B == 5:
         found = tl.inline_asm_elementwise(
             """{ .reg .b32 l; .reg .b64 at; .reg .b16 v;
@@ -123,7 +123,7 @@ def lane_entries(table, B: tl.constexpr):
 
 @triton.jit
 def load_table(table_ptr, table, B: tl.constexpr, BKW: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
-    """What `pairs_of` looks up in. table_ptr: bytes of width B's tables; table: index of each row's [R, 1]."""
+    """Loads the table for `pairs_of`. table_ptr: bytes of width B's tables; table [R, 1]: index of each row's table."""
     if B <= 4 and ASM:
         words = table_ptr.to(tl.pointer_type(tl.uint32)) + (table << (B - 1))
         found = ()
@@ -138,7 +138,7 @@ def load_table(table_ptr, table, B: tl.constexpr, BKW: tl.constexpr, LANES: tl.c
 
 @triton.jit
 def lookup(n, SHIFT: tl.constexpr, table, B: tl.constexpr):
-    """float16 bits (in uint32) of the code at bit SHIFT of each word, gathered from memory."""
+    """Looks up the code at bit SHIFT of each word in memory. Returns float16 bits in uint32."""
     code = (n >> SHIFT) & (15 if B <= 4 else 255)
     if B > 4:
         found = tl.load(table.to(tl.pointer_type(tl.uint16)) + code).to(tl.uint32)
@@ -149,13 +149,13 @@ def lookup(n, SHIFT: tl.constexpr, table, B: tl.constexpr):
 
 @triton.jit
 def pairs8(n, table, FIRST: tl.constexpr, SECOND: tl.constexpr, B: tl.constexpr):
-    """A packed pair of values: the codes at bits FIRST and SECOND of each word."""
+    """Returns the packed pair of values of the codes at bits FIRST and SECOND of each word."""
     return lookup(n, FIRST, table, B) | (lookup(n, SECOND, table, B) << 16)
 
 
 @triton.jit
 def eight(n, low0, low1, high0, high1):
-    """Packed pairs of the nibbles (0, 2), (1, 3), (4, 6), (5, 7) of n, each below 8."""
+    """Returns packed pairs of values of the nibbles (0, 2), (1, 3), (4, 6), (5, 7) of n, each below 8."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 s, lo, hi;
         prmt.b32 lo, $5, $6, $4; prmt.b32 hi, $7, $8, $4;
@@ -171,8 +171,8 @@ def eight(n, low0, low1, high0, high1):
 
 @triton.jit
 def sixteen(n, table):
-    """The same for nibbles below 16."""
-    # Bit 3 of a selector would copy the sign: it is masked away, and chooses between both halves of the table.
+    """Does the same as `eight` for nibbles below 16."""
+    # Bit 3 of a selector would copy the sign, so it is masked away. It chooses between both halves of the table.
     return tl.inline_asm_elementwise(
         """{ .reg .b32 a, b, s, t, lo, hi;
         and.b32 s, $4, 0x77777777;
@@ -192,7 +192,7 @@ def sixteen(n, table):
 
 @triton.jit
 def gathered(n, table):
-    """Packed pairs of the bytes (0, 1), (2, 3) of n: values at table (an address) + 2 * byte."""
+    """Returns packed pairs of values of the bytes (0, 1), (2, 3) of n, at address table + 2 * byte."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 i; .reg .b64 at; .reg .b16 v, w;
         prmt.b32 i, $2, 0, 0x4440; mad.wide.u32 at, i, 2, $3; ld.global.nc.L1::evict_last.u16 v, [at];
@@ -207,7 +207,7 @@ def gathered(n, table):
 
 @triton.jit
 def shuffled32(n, entries):
-    """Packed pairs of the bytes (0, 1), (2, 3) of n, each below 32: lane b holds the value of byte b."""
+    """Returns packed pairs of values of bytes (0, 1), (2, 3) of n, each below 32. Lane b has the value of byte b."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 i, v, w;
         shfl.sync.idx.b32 v, $3, $2, 31, -1;
@@ -220,7 +220,7 @@ def shuffled32(n, entries):
 
 @triton.jit
 def shuffled64(n, entries):
-    """The same for bytes below 64: bits 1 .. 5 are the lane, bit 0 says which half of its register."""
+    """Does the same for bytes below 64: bits 1 .. 5 are the lane, bit 0 chooses the half of its register."""
     return tl.inline_asm_elementwise(
         """{ .reg .b32 i, s, v, w;
         and.b32 s, $2, 0x01010101; mad.lo.u32 s, s, 0x22, 0x54105410;
@@ -234,7 +234,7 @@ def shuffled64(n, entries):
 
 @triton.jit
 def pairs_of(n, table, B: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
-    """Values of the codes in word i, as pairs m = (3, 7, 11, 15) - i for B <= 4, (7, 15) - i for wider codes."""
+    """Returns the values of word i as pairs m = (3, 7, 11, 15) - i for B <= 4, (7, 15) - i for wider codes."""
     if not ASM and B > 4:
         found = pairs8(n, table[0], 0, 8, B), pairs8(n, table[0], 16, 24, B)
     elif not ASM:

@@ -1,4 +1,4 @@
-"""Many rows of activations at once, and the dense matrix: codes become tiles of float16, tensor cores multiply them."""
+"""Products with many rows of activations: codes become tiles of float16, which tensor cores multiply."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dpllm.kernels.triton.bitplane_codes import load_planes, load_table, pairs_o
 
 @triton.jit
 def halves(pairs):
-    """Packed pairs [R, C] -> float16 [R, 2 C]."""
+    """Unpacks pairs [R, C] to float16 [R, 2 C]."""
     low, high = pairs.to(tl.uint16).to(tl.float16, bitcast=True), (pairs >> 16).to(tl.uint16)
     return tl.reshape(tl.join(low, high.to(tl.float16, bitcast=True)), [pairs.shape[0], 2 * pairs.shape[1]])
 
@@ -19,7 +19,7 @@ def rows_at(
     x_ptr, w_ptr, table_ptr, rows, tokens, served, share, KW, plane, B: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BKW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """W_b x, [BN, BM], for the tokens in `served`; zero for the others."""
+    """Returns W_b x, [BN, BM], for the tokens in `served`, and zero for the others."""
     table = load_table(table_ptr, (rows // share)[:, None], B, BKW, False, ASM)
     kw = tl.arange(0, BKW)[None, :]
     at = rows[:, None] * KW + kw
@@ -45,7 +45,7 @@ def gemm_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, SEED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     BKW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N]: BM tokens, each at its own width, against BN rows. A width that none of them has is not computed."""
+    """y [M, N]: BM tokens, each at its own width, times BN rows. A width that no token has is not computed."""
     KW = KW4 * 4
     first = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -76,7 +76,7 @@ def dequantize_kernel(
     w_ptr, table_ptr, scale_ptr, out_ptr, row0, rows_out, N, K, KW4, share,
     B: tl.constexpr, BN: tl.constexpr, BKW: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Rows row0 .. row0 + rows_out - 1 of the b-bit matrix to out [rows_out, K]. table_ptr: width B's tables."""
+    """Writes rows row0 .. row0 + rows_out - 1 of the b-bit matrix to out [rows_out, K]. table_ptr: width B's tables."""
     KW = KW4 * 4
     local = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(row0 + local, N - 1)

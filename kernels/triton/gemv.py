@@ -1,12 +1,13 @@
-"""y = W_b x for one token, or a few, the width b read from device memory.
+"""Computes y = W_b x for one or a few tokens, with the width b read from device memory.
 
-A warp has two rows, its lanes share out their words. Words of 32 columns are decoded in registers (codes.py) and
-multiplied by tensor cores, for the sake of exact products, float32 sums and an eighth of the instructions: the four
-lanes of a quad form two rows of mma's matrix A, and the quad's own activations one column of B. Of the 16 x 8 results
-only those where a quad meets its own column mean anything; `own_sums` picks them.
+A warp has two rows, whose words are divided among its lanes. Words of 32 columns are decoded in registers
+(bitplane_codes.py) and multiplied by tensor cores, which give exact products and float32 sums with an eighth of the
+instructions. The four lanes of a quad form two rows of mma's matrix A, and the quad's own activations form one column
+of B. Of the 16 x 8 results only those where a quad meets its own column are used; `own_sums` selects them.
 
-So these kernels ask of Triton's layouts: a warp's lanes lie along one row (for the tables that lanes share, widths 5
-and 6), and a thread's words come in pairs of neighbours. tests/unit/test_triton_code.py reads that from the compiler.
+These kernels therefore depend on Triton's layouts: the lanes of a warp lie along one row (for the tables that lanes
+share at widths 5 and 6), and a thread's words come in pairs of neighbours. tests/unit/test_triton_assembly.py checks
+that in the compiler's output.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from dpllm.kernels.triton.select import chosen, record
 
 @triton.jit
 def half(word, HIGH: tl.constexpr):
-    """One of the two float16 of each word, as float32."""
+    """Returns one of the two float16 of each word, as float32."""
     return (word >> (16 if HIGH else 0)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def multiply(a, b, x, sum_a, sum_b, ASM: tl.constexpr):
-    """Adds a x to the sums of row a, b x to those of row b; a, b, x are packed pairs of float16.
+    """Adds a x to the sums of row a, and b x to the sums of row b; a, b, x are packed pairs of float16.
 
-    Two neighbouring words at a time (pack=2): the columns 0-7 and 8-15 of mma's A.
+    It takes two neighbouring words at a time (pack=2): the columns 0-7 and 8-15 of mma's A.
     """
     if ASM:
         sum_a, sum_b = tl.inline_asm_elementwise(
@@ -52,9 +53,9 @@ def multiply(a, b, x, sum_a, sum_b, ASM: tl.constexpr):
 
 @triton.jit
 def own_sums(sums, ASM: tl.constexpr):
-    """What is this thread's out of `multiply`, zero for the rest.
+    """Returns this thread's own results of `multiply`, and zero for the rest.
 
-    Lane l holds columns 2 (l % 4) and the next of its quad's row, l / 4; the quad's own column has that number too.
+    Lane l holds column 2 (l % 4) and the next one of its quad's row, l / 4. The quad's own column has that number, too.
     """
     if ASM:
         sums = tl.inline_asm_elementwise(
@@ -72,7 +73,7 @@ def two_rows(
     x_ptr, w_ptr, table_ptr, rows_a, rows_b, share, low_a, low_b, KW, plane, B: tl.constexpr, LOW: tl.constexpr,
     BKW: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """W_b x of each warp's two rows. low_a, low_b: the first words of planes 0 .. LOW - 1, already on their way."""
+    """Returns W_b x of each warp's two rows. low_a, low_b: the first words of planes 0 .. LOW - 1."""
     R: tl.constexpr = rows_a.shape[0]
     table_a = load_table(table_ptr, (rows_a // share)[:, None], B, BKW, True, ASM)
     table_b = load_table(table_ptr, (rows_b // share)[:, None], B, BKW, True, ASM)
@@ -83,12 +84,12 @@ def two_rows(
         inside = None if EVEN else (k0 + kw < KW)
         q_a = low_a + load_planes(w_ptr + k0, at_a, plane, inside, LOW, B)
         q_b = low_b + load_planes(w_ptr + k0, at_b, plane, inside, LOW, B)
-        # A block in any case: Triton 3.9's interpreter spreads no scalar mask.
+        # The mask is always a block, because Triton 3.9's interpreter does not broadcast a scalar mask.
         following = k0 + BKW + (0 * kw if EVEN else kw) < KW
         low_a = load_planes(w_ptr + (k0 + BKW), at_a, plane, following, 0, LOW)
         low_b = load_planes(w_ptr + (k0 + BKW), at_b, plane, following, 0, LOW)
         n_a, n_b = words_of(q_a, B), words_of(q_b, B)
-        # Every warp loads the activations for itself: one load for all of them would go through shared memory.
+        # Every warp loads the activations itself; one load for all warps would go through shared memory.
         x_at = x_ptr + tl.broadcast_to(k0 + kw, [R, BKW])
         for i in tl.static_range(4 if B <= 4 else 8):
             a, b = pairs_of(n_a[i], table_a, B, True, ASM), pairs_of(n_b[i], table_b, B, True, ASM)
@@ -100,8 +101,8 @@ def two_rows(
 
 @triton.jit
 def behind(number, ASM: tl.constexpr):
-    """The number; what is computed from it is not begun before the loads above have been sent off. The assembler would
-    rather send them off last, when their addresses are needed."""
+    """Returns the number, and orders computations with it after the loads above have been issued. The assembler would
+    otherwise issue these loads last, when their addresses are needed."""
     if ASM:
         number = tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
@@ -111,7 +112,7 @@ def behind(number, ASM: tl.constexpr):
 
 @triton.jit
 def uniform(number, ASM: tl.constexpr):
-    """The number, which every lane has: so that the assembler knows, and branches on it without masks."""
+    """Returns the number, which is the same in every lane, so that the assembler branches on it without masks."""
     if ASM:
         number = tl.inline_asm_elementwise(
             "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1
@@ -121,7 +122,7 @@ def uniform(number, ASM: tl.constexpr):
 
 @triton.jit
 def finish(y, rows, N, token, y_ptr, factor_ptr, scale_ptr, bias_ptr):
-    """The activations' factor, row scales and the bias, where there are such; then to memory."""
+    """Applies the activations' factor, row scales and the bias, where there are any, and stores the result."""
     here = rows < N
     if factor_ptr is not None:
         y *= tl.load(factor_ptr + token)
@@ -142,7 +143,7 @@ def gemv_kernel(
     """y [M, N] = W_b x, token by token; program (token, n) has rows 2 R n .. 2 R (n + 1) - 1.
 
     b is read from bits [M]; or, where PARTS > 0, chosen for group g by its signals, and written to bits [G].
-    Widths outside LOW .. HIGH are taken for the nearest one; a narrower LOW .. HIGH is smaller, quicker code.
+    A width outside LOW .. HIGH becomes the nearest one. A narrower LOW .. HIGH makes smaller and faster code.
     """
     token = tl.program_id(0)
     KW = KW4 * 4
@@ -150,7 +151,7 @@ def gemv_kernel(
     rows_a, rows_b = tl.minimum(first, N - 1), tl.minimum(first + R, N - 1)
     kw = tl.arange(0, BKW)[None, :]
     inside = None if EVEN else (kw < KW)
-    # These planes are read whatever the width is, so they need not wait for it.
+    # Every width reads these planes, so their loads need not wait for the width.
     low_a = load_planes(w_ptr, rows_a[:, None] * KW + kw, N * KW, inside, 0, LOW)
     low_b = load_planes(w_ptr, rows_b[:, None] * KW + kw, N * KW, inside, 0, LOW)
     bits = LOW

@@ -1,4 +1,4 @@
-"""Products with an int8 matrix of one float16 scale a row: the head."""
+"""Products with the head, an int8 matrix with one float16 scale for each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpllm.kernels.triton.gemv import finish, multiply, own_sums
 
 @triton.jit
 def pairs_of_bytes(n, ASM: tl.constexpr):
-    """Packed float16 pairs of the signed bytes (0, 1) and (2, 3) of n, exact.
+    """Returns the exact packed float16 pairs of the signed bytes (0, 1) and (2, 3) of n.
 
     A byte b with its sign bit flipped, under the byte 0x64, is the float16 1024 + 128 + b.
     """
@@ -29,16 +29,16 @@ def pairs_of_bytes(n, ASM: tl.constexpr):
 
 @triton.jit
 def signed(n, SHIFT: tl.constexpr):
-    """float16 bits (in uint32) of one signed byte."""
+    """Returns the float16 bits, in uint32, of one signed byte."""
     value = (n >> SHIFT).to(tl.int8).to(tl.float16)
     return value.to(tl.uint16, bitcast=True).to(tl.uint32)
 
 
 @triton.jit
 def load_fours(x, at, ASM: tl.constexpr):
-    """Packed pairs 2 at and 2 at + 1 of x (int32 words), at tiled as the weights are: their layout must not change.
+    """Loads packed pairs 2 at and 2 at + 1 of x (int32 words). `at` is tiled as the weights are, and keeps that layout.
 
-    Two neighbouring words at a time, which are 16 aligned bytes.
+    It takes two neighbouring words at a time, which are 16 aligned bytes.
     """
     if ASM:
         found = tl.inline_asm_elementwise(
@@ -55,7 +55,7 @@ def int8_gemv_kernel(
     x_ptr, factor_ptr, w_ptr, scale_ptr, y_ptr, N, KW4, R: tl.constexpr, BKW: tl.constexpr, EVEN: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N]: gemv_kernel's way with words of four bytes in their natural order."""
+    """y [M, N], computed as in gemv_kernel, with words of four bytes in their natural order."""
     token = tl.program_id(0)
     KW = KW4 * 4
     first = tl.program_id(1) * (2 * R) + tl.arange(0, R)
@@ -69,7 +69,7 @@ def int8_gemv_kernel(
         at = k0 + kw
         a = pairs_of_bytes(load_words(w + (row_a + at), inside), ASM)
         b = pairs_of_bytes(load_words(w + (row_b + at), inside), ASM)
-        # Behind the end, where weights are 0, any of the row's own numbers will do.
+        # After the end, weights are 0, so any of the row's own numbers gives the same sum.
         there = at if EVEN else tl.where(inside, at, at % 2)
         four = load_fours(x, tl.broadcast_to(there, [R, BKW]), ASM)
         sum_a, sum_b = multiply(a[0], b[0], four[0], sum_a, sum_b, ASM)
@@ -83,7 +83,7 @@ def int8_gemv_kernel(
 def int8_gemm_kernel(
     x_ptr, factor_ptr, w_ptr, scale_ptr, y_ptr, M, N, K, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] on tensor cores, for more rows than `int8_gemv_kernel` serves well."""
+    """y [M, N] on tensor cores, for more rows than `int8_gemv_kernel` computes efficiently."""
     first = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     rows, some = tl.minimum(first, N - 1), tokens < M

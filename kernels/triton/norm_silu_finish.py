@@ -1,6 +1,8 @@
-"""What lies between the products of a decode step, one launch each: residual + norm, silu * mul, and behind
-the head the greedy token and what the next token's multiplier is made of. What makes a vector also leaves the
-weighted squares of it, in parts, for the products that choose their width by them (select.py)."""
+"""Fused kernels for the operations of a decode step between its matrix products, one launch each.
+
+`norm` adds the residual and applies RMSNorm. `silu_mul` computes SiLU(gate) * up. `finish` finds the greedy token and
+the entropy of the prediction. `observe` prepares the multiplier of the next token. A kernel that produces a vector also
+writes weighted squares of it, in parts: the signals by which the next products choose their width (select.py)."""
 
 from __future__ import annotations
 
@@ -31,9 +33,10 @@ def norm_kernel(
     x_ptr, delta_ptr, weight_ptr, h_ptr, eps, K, diagonal_ptr, ids_ptr, signals_ptr, probe_ptr, state_ptr,
     exponent_limit, E: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """One program: x += delta; h = rms_norm(x) * weight; then the signals of the E groups whose signal is of h. It has
-    K in PARTS rows, so that a warp adds up parts of a signal by itself, and no element is two threads' (x is changed in
-    place). Everything is loaded before anything is summed up: what is asked for behind a sum would be waited for."""
+    """One program computes x += delta, h = rms_norm(x) * weight, and the signals of the E groups that read h. It
+    divides K into PARTS rows, so that a warp adds the parts of a signal by itself, and no two threads have the same
+    element (x is changed in place). All loads come before the sums, because a load after a sum would have to be waited
+    for."""
     part = tl.arange(0, PARTS)
     k = part[:, None] * B + tl.arange(0, B)[None, :]
     inside = k < K
@@ -69,8 +72,9 @@ def norm_kernel(
 def norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, site: Site, table: PolicyTable, limit: float
 ) -> Tensor:
-    """Adds delta to x [1, K] in place and returns rms_norm(x) * weight, [1, K]; leaves the signals of the site's
-    groups. limit: of the exponent of the token's multiplier, which the first site sets."""
+    """Adds delta to x [1, K] in place, returns rms_norm(x) * weight, [1, K], and writes the site's signals.
+
+    limit: of the exponent of the token's multiplier, which the first site sets."""
     probe = table.probe if site.first else None
     return torch.ops.dpllm.norm(
         x, delta, weight, eps, site.diagonals, site.ids, table.signals, probe, table.state, limit
@@ -97,7 +101,7 @@ def _(x: Tensor, *others: object) -> Tensor:
 
 
 def _fed(diagonals: Tensor | None) -> int:
-    """Groups whose signals are to be left."""
+    """Returns the number of groups whose signals are written."""
     return 0 if diagonals is None else len(diagonals)
 
 
@@ -109,7 +113,7 @@ def silu_kernel(
     gate_up_ptr, out_ptr, K, diagonal_ptr, ids_ptr, signals_ptr, E: tl.constexpr, STRIDE: tl.constexpr,
     B: tl.constexpr,
 ):  # fmt: skip
-    """Program p: B columns of silu(gate) * up, and part p of the signals of the E groups whose signal is of them."""
+    """Program p computes B columns of silu(gate) * up, and part p of the signals of the E groups that read these."""
     p = tl.program_id(0)
     k = p * B + tl.arange(0, B)
     inside = k < K
@@ -131,11 +135,11 @@ def silu_kernel(
         tl.store(signals_ptr + groups[e] * STRIDE + p, signal)
 
 
-SILU_BLOCK = 512  # columns of a program; more where that would make more than PARTS of them
+SILU_BLOCK = 512  # columns of a program; more columns where there would be more than PARTS programs
 
 
 def silu_mul(gate_up: Tensor, site: Site, table: PolicyTable) -> Tensor:
-    """silu(gate) * up of gate_up [1, 2K], [1, K]; leaves the signals of the site's groups."""
+    """Returns silu(gate) * up, [1, K], of gate_up [1, 2K], and writes the signals of the site's groups."""
     return torch.ops.dpllm.silu_mul(gate_up, site.diagonals, site.ids, table.signals)
 
 
@@ -155,7 +159,7 @@ def _(gate_up: Tensor, *others: object) -> Tensor:
     return gate_up.new_empty(1, gate_up.shape[1] // 2)
 
 
-# -- behind the head ------------------------------------------------------------------------------------------
+# -- after the head -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -170,7 +174,7 @@ def finish_kernel(
     PROGRAMS: tl.constexpr,
     B: tl.constexpr,
 ):
-    """The greedy token; log of the sum of exponentials and entropy of the prediction. partial: [programs, 4]."""
+    """Finds the greedy token, the log of the sum of exponentials, and the entropy. partial: [programs, 4]."""
     p = tl.program_id(0)
     i = p * B + tl.arange(0, B)
     inside = i < V
@@ -207,7 +211,8 @@ FINISH_BLOCK = 1024
 
 
 def finish(logits: Tensor, token: Tensor, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """token int32 [1] = the first largest of logits float32 [1, V]; the prediction's entropy goes to the table.
+    """Sets token int32 [1] to the first largest of logits float32 [1, V], and writes the entropy to the table.
+
     partial: float32 scratch of 4 numbers for every 1024 logits. counter: int32, zero before and after."""
     torch.ops.dpllm.finish(logits, token, table.state, partial, counter)
 
@@ -226,8 +231,8 @@ def _finish(logits: Tensor, token: Tensor, state: Tensor, partial: Tensor, count
 def observe_kernel(
     logits_ptr, request_ptr, state_ptr, bits_ptr, share_ptr, left_ptr, decay, G, B: tl.constexpr
 ):  # fmt: skip
-    """What the step before tells about this token: its context and the correction (calib/runtime), then the
-    offset of the exponent of this token's multiplier. And what the token may cost."""
+    """Updates the context and the correction (calib/runtime) from the previous step, then sets the offset of the
+    exponent of this token's multiplier, and what the token may cost."""
     tl.store(left_ptr, tl.load(request_ptr + SPARE))
     asked = tl.load(request_ptr + OBSERVE)
     if asked != 0:
@@ -257,8 +262,10 @@ def observe_kernel(
 
 
 def observe(logits: Tensor, cache: CacheTable, table: PolicyTable, decay: float) -> None:
-    """Where the request says so, takes in the step before: its logits float32 [1, V], the bits it read, and the token
-    that came. Then sets the offset of the token's multiplier, and what the token may cost."""
+    """Learns from the previous step where the request asks for it, then prepares the next token.
+
+    It learns from the step's logits float32 [1, V], the bits that it read, and the token that followed. It then sets
+    the offset of the token's multiplier, and what the token may cost."""
     t = table
     torch.ops.dpllm.observe(logits, cache.request, t.state, t.bits, t.share, t.left, decay)
 
@@ -273,4 +280,4 @@ def _observe(
 
 
 for _operator in (_finish, _observe):
-    _operator.register_fake(lambda *args: None)  # what they write is given to them
+    _operator.register_fake(lambda *args: None)  # they write only to their arguments

@@ -1,8 +1,8 @@
-"""How weights lie in a GPU's memory: the stored planes in another order of columns, tables as kernels look them up.
+"""Repacks weights for the GPU kernels: planes in another order of columns, and tables in the form of the look-ups.
 
 Bit q and bit q + 8 of word kw (q in 0-7 and 16-23) are columns 2 * (m * KW + kw) and the next, m = q or q - 8, where a
-row has KW words. So bytes of transposed bits are pairs of neighbouring columns: what PRMT joins and what tensor cores
-multiply; and the activations of a pair are one aligned word, read in order along kw. All kernels share this one order.
+row has KW words. Bytes of transposed bits are then pairs of neighbouring columns, which PRMT joins and tensor cores
+multiply, and the activations of a pair are one aligned word, read in order along kw. All kernels use this order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from dpllm.kernels.weight import MAX_BITS, WORD, BitplaneWeight, QuantizedWeight, unpack
 
 ROW_ALIGN = 4  # words: rows begin at 16 bytes
-TABLE_ALIGN = 128  # bytes: a line of the L1 cache (codes.table_offset knows it too)
-CHUNK_WEIGHTS = 1 << 24  # repacked at a time: a byte each
+TABLE_ALIGN = 128  # bytes: a line of the L1 cache (as TABLE_ALIGN of bitplane_codes.py)
+CHUNK_WEIGHTS = 1 << 24  # weights that are repacked at a time, one byte for each
 MAX_WORDS = 2**31 - 1  # kernels count a matrix's words in 32 bits
 
 
@@ -27,7 +27,7 @@ class TritonWeight(BitplaneWeight):
     planes: int32 [P, N, KW], the columns in the order above, KW a multiple of 4; columns beyond K are zero bits.
     tables: uint8, one width after the other, each from a multiple of 128 bytes: [T, 2, 2^b] low and high bytes of
     float16 for b <= 4, float16 [T, 2^b] for wider ones. scale: float16 [N] where rows share tables, else None.
-    widths: what a product may be asked for; a narrower range than all that is resident makes smaller, quicker code.
+    widths: the widths that products may read; a narrower range than the resident widths makes smaller and faster code.
     """
 
     planes: Tensor
@@ -40,12 +40,12 @@ class TritonWeight(BitplaneWeight):
 
     @property
     def rows_per_table(self) -> int:
-        """Rows that share one table."""
+        """The number of rows that share one table."""
         return self.out_features // self.table_count
 
     @property
     def padded_features(self) -> int:
-        """Columns of the packed matrix: K rounded up to whole words and aligned rows."""
+        """The columns of the packed matrix: K rounded up to whole words and aligned rows."""
         return self.planes.shape[2] * WORD
 
     def table_bytes(self, bits: int) -> int:
@@ -54,14 +54,14 @@ class TritonWeight(BitplaneWeight):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes in the device's memory."""
+        """Bytes of the weight in the device's memory."""
         held = [self.planes, self.tables] + ([] if self.scale is None else [self.scale])
         return sum(t.numel() * t.element_size() for t in held)
 
     def between(self, low: int, high: int) -> TritonWeight:
-        """The same memory, for a policy that chooses among low .. high only.
+        """Returns a weight in the same memory for a policy that chooses only among widths low .. high.
 
-        Raises ValueError where they are not resident.
+        Raises ValueError where these are not resident.
         """
         if not self.seed_bits <= low <= high <= self.resident_bits:
             raise ValueError(
@@ -71,13 +71,13 @@ class TritonWeight(BitplaneWeight):
 
 
 def table_offset(tables: int, bits: int, seed_bits: int) -> int:
-    """Bytes before width `bits`: what codes.table_offset computes on the device."""
+    """Returns the bytes before width `bits`, as table_offset of bitplane_codes.py does on the device."""
     sizes = [tables << (b + 1) for b in range(seed_bits, bits)]
     return sum(-(-size // TABLE_ALIGN) * TABLE_ALIGN for size in sizes)
 
 
 def pack_tables(w: QuantizedWeight) -> Tensor:
-    """uint8: the tables of every resident width, as TritonWeight describes them."""
+    """Returns the tables of every resident width, uint8, as TritonWeight describes them."""
     count = w.lut.shape[0]
     out = w.lut.new_zeros(table_offset(count, w.resident_bits + 1, w.seed_bits), dtype=torch.uint8)
     for bits in range(w.seed_bits, w.resident_bits + 1):
@@ -90,7 +90,7 @@ def pack_tables(w: QuantizedWeight) -> Tensor:
 
 
 def pack_plane(plane: Tensor, words: int) -> Tensor:
-    """One stored plane int32 [n, W] -> int32 [n, words] in the order of this page."""
+    """Repacks one stored plane int32 [n, W] to int32 [n, words] in the column order of this file."""
     n, stored = plane.shape
     bits = unpack(plane[None], stored * WORD)  # uint8 [n, 32 W], a bit each
     bits = torch.nn.functional.pad(bits, (0, (words - stored) * WORD))
@@ -102,14 +102,16 @@ def pack_plane(plane: Tensor, words: int) -> Tensor:
 
 
 def prepare(w: QuantizedWeight, device: torch.device | str = "cuda") -> TritonWeight:
-    """Repacks the resident planes on the device, some rows at a time, so that no second copy of them is made there.
+    """Repacks the resident planes on the device, some rows at a time, so that the device never holds a second copy.
 
     Raises ValueError for a matrix of 2^31 words or more.
     """
     resident, n, stored = w.planes.shape
     words = -(-stored // ROW_ALIGN) * ROW_ALIGN
     if resident * n * words > MAX_WORDS or not 2 <= w.seed_bits <= resident <= MAX_BITS:
-        raise ValueError(f"planes {list(w.planes.shape)} from {w.seed_bits} bits are beyond these kernels.")
+        raise ValueError(
+            f"planes {list(w.planes.shape)} with seed width {w.seed_bits} are not supported by the GPU kernels."
+        )
     planes = torch.empty(resident, n, words, dtype=torch.int32, device=device)
     rows = max(1, CHUNK_WEIGHTS // (words * WORD))
     for p in range(resident):

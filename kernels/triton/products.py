@@ -1,6 +1,6 @@
-"""The functions of kernels/reference.py on a GPU. Nothing here waits for the device or asks it what a tensor holds.
+"""The functions of kernels/reference.py on a GPU. No function here waits for the device or reads a tensor's values.
 
-Each is a torch custom operator with a fake implementation, so graph capture and torch.compile see one opaque call.
+Each is a torch custom operator with a fake implementation, so that graph capture and torch.compile see one opaque call.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from dpllm.kernels.weight import WORD, Int8Weight
 
 __all__ = ["chosen_gemv", "dequantize", "gemv", "int8_linear", "matmul", "prepare"]
 
-ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no inline assembly
+ASM = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter does not support inline assembly
 WARPS = 4
-FEW_ROWS = 4  # served row by row, each as if it were alone
-MANY_ROWS = 128  # from here on a dense float16 block is made and multiplied by cuBLAS
-BLOCK_BYTES = 64 << 20  # of that block: about the L2 cache of large GPUs
-BLOCK_ROWS = 256  # it has so many rows, or a multiple: whole tiles of a tensor core's product
+FEW_ROWS = 4  # so few rows are computed one by one, independently of each other
+MANY_ROWS = 128  # from this number of rows on, cuBLAS multiplies dequantised float16 blocks
+BLOCK_BYTES = 64 << 20  # bytes of such a block: about the L2 cache of large GPUs
+BLOCK_ROWS = 256  # its rows are a multiple of this: whole tiles of a tensor core's product
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TOLD = {
     "g": 0, "base_ptr": None, "signals_ptr": None, "threshold_ptr": None, "extra_ptr": None, "rest_ptr": None,
     "state_ptr": None, "left_ptr": None, "PARTS": 0,
-}  # a gemv whose width is told, not chosen  # fmt: skip
+}  # a gemv whose width is given, not chosen  # fmt: skip
 
 
 def gemv(
     x: Tensor, w: TritonWeight, bits: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """y = x W_b^T + bias, each row of x at its own width, which is read on the device.
+    """Computes x W_b^T + bias, each row of x at its own width, which is read on the device.
 
-    x: [M, K]; bits: int32 [M] on x's device, taken for the nearest of w.widths; bias: [N]. Returns [M, N] in x's dtype
-    (into `out` where given). Up to 4 rows are computed row by row, with the numbers of a row alone. float16
-    activations are used as they are, wider ones as float16 times a power of two. Where gradients are needed torch
-    multiplies dequantised weights.
+    x: [M, K]. bits: int32 [M] on x's device; each becomes the nearest of w.widths. bias: [N]. Returns [M, N] in x's
+    dtype, in `out` where that is given. Up to 4 rows are computed one by one, and a row's result does not depend on the
+    others. float16 activations are used as they are, wider types as float16 times a power of two. Where gradients are
+    needed, torch multiplies dequantised weights.
     """
     _check(x, w.in_features)
     if bits.shape != (len(x),):
@@ -70,9 +70,10 @@ def gemv(
 def chosen_gemv(
     x: Tensor, w: Any, bias: Tensor | None, group: int, table: PolicyTable, otherwise: Callable[..., Tensor]
 ) -> Tensor:
-    """y = x W_b^T + bias of one token at the width b that the group's signals decide, and that is left in table.bits.
+    """Computes x W_b^T + bias of one token at the width b that the group's signals decide, and writes b to table.bits.
 
-    x: [1, K]. One launch where the matrix is one of ours; another is decided for, then multiplied by `otherwise`.
+    x: [1, K]. It takes one launch for a TritonWeight. For any other matrix, the width is chosen first, and `otherwise`
+    computes the product.
     """
     if not isinstance(w, TritonWeight):
         decide(group, table)
@@ -87,29 +88,31 @@ def chosen_gemv(
 
 
 def matmul(x: Tensor, w: TritonWeight) -> Tensor:
-    """y = x W^T at every resident plane: the product of a prompt. x: [M, K]. Returns [M, N] in x's dtype.
+    """Computes x W^T with every resident plane, for prompts. x: [M, K]. Returns [M, N] in x's dtype.
 
-    From 128 rows on, blocks of W become float16 and cuBLAS multiplies them: it is faster than a fused kernel where
-    that would decode W anew for every tile of rows.
+    From 128 rows on, blocks of W become float16 and cuBLAS multiplies them. That is faster than a fused kernel, which
+    would decode W again for every tile of rows.
     """
     _check(x, w.in_features)
     if torch.is_grad_enabled() and x.requires_grad:
         return F.linear(x, dequantize(w, w.resident_bits, x.dtype))
     if len(x) < MANY_ROWS:
-        bits = torch.empty(len(x), dtype=torch.int32, device=x.device)  # not looked at: there is no choice
+        bits = torch.empty(
+            len(x), dtype=torch.int32, device=x.device
+        )  # not read, because there is only one width
         return gemv(x, w.between(w.resident_bits, w.resident_bits), bits)
     return _by_blocks(x, w.out_features, w.in_features, lambda rows: _dense(w, w.resident_bits, rows))
 
 
 def dequantize(w: TritonWeight, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The b-bit matrix [N, K]: table value of each code, times the row's scale, rounded once."""
+    """Returns the b-bit matrix [N, K]: the table value of each code, times the row's scale, rounded once."""
     if not w.seed_bits <= bits <= w.resident_bits:
         raise ValueError(f"bits {bits} are not resident: {w.seed_bits}..{w.resident_bits} are.")
     return _dense(w, bits, range(w.out_features), dtype)
 
 
 def int8_linear(x: Tensor, w: Int8Weight) -> Tensor:
-    """y = x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
+    """Computes x W^T for the int8 head. x: [M, K]. Returns [M, N] in x's dtype."""
     n, k = w.values.shape
     _check(x, k)
     odd = k % 16 or not w.values.is_contiguous() or n * k > 4 * MAX_WORDS
@@ -136,7 +139,7 @@ def bitplane_product(
     x: Tensor, planes: Tensor, tables: Tensor, table_count: int, seed_bits: int, scale: Tensor | None,
     bias: Tensor | None, bits: Tensor, low: int, high: int, out: Tensor,
 ) -> None:  # fmt: skip
-    """out [M, N] = x [M, K] times the matrix at each row's width, which is low where low == high."""
+    """Sets out [M, N] to x [M, K] times the matrix at each row's width. The width is `low` where low == high."""
     n, words = planes.shape[1:]
     m, share = len(x), n // table_count
     with torch.cuda.device_of(x):
@@ -150,7 +153,7 @@ def bitplane_product(
                 words % step == 0, ASM, **TOLD, num_warps=WARPS,
             )  # fmt: skip
         else:
-            # Few rows: small tiles, more programs. Many: tall ones, which decode with fewer instructions a weight.
+            # Few rows: small tiles, for more programs. Many: tall tiles, with fewer instructions per weight.
             bn, bm, step = (32, 16, 16) if m <= 16 else (128, min(64, triton.next_power_of_2(m)), 8)
             grid = triton.cdiv(n, bn), triton.cdiv(m, bm)
             gemm_kernel[grid](
@@ -171,7 +174,7 @@ def chosen_product(
     bias: Tensor | None, low: int, high: int, group: int, base: Tensor, signals: Tensor, thresholds: Tensor,
     extra: Tensor, rest: Tensor, state: Tensor, left: Tensor, bits: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """out [1, N] = x [1, K] times the matrix at the width chosen for the group, bits[group] of bits [G]."""
+    """Sets out [1, N] to x [1, K] times the matrix at the group's chosen width, and writes that to bits[group]."""
     n, words = planes.shape[1:]
     step = _step(words)
     with torch.cuda.device_of(x):
@@ -189,7 +192,7 @@ def chosen_product(
     schema="(Tensor x, Tensor values, Tensor scale, Tensor(a!) out) -> ()",
 )
 def int8_product(x: Tensor, values: Tensor, scale: Tensor, out: Tensor) -> None:
-    """out [M, N] = x [M, K] times int8 values [N, K] times scale [N]."""
+    """Sets out [M, N] to x [M, K] times int8 values [N, K] times scale [N]."""
     n, k = values.shape
     m, words = len(x), k // 4
     with torch.cuda.device_of(x):
@@ -218,7 +221,7 @@ def dequantize_rows(
     planes: Tensor, tables: Tensor, table_count: int, seed_bits: int, scale: Tensor | None, bits: int, first: int,
     out: Tensor,
 ) -> None:  # fmt: skip
-    """out [rows, K] = rows first, first + 1, ... of the b-bit matrix."""
+    """Sets out [rows, K] to rows first, first + 1, ... of the b-bit matrix."""
     n, words = planes.shape[1:]
     table = tables[table_offset(table_count, bits, seed_bits) :]
     with torch.cuda.device_of(out):
@@ -235,20 +238,20 @@ def dequantize_rows(
     schema="(Tensor x, Tensor(a!) out, Tensor(b!) factor) -> ()",
 )
 def halve_rows(x: Tensor, out: Tensor, factor: Tensor) -> None:
-    """float16 out [M, K] times float32 factor [M] is x [M, K]: see activations.halves_of."""
+    """Splits x [M, K] into float16 out [M, K] and float32 factor [M], as activations.halves_of describes it."""
     with torch.cuda.device_of(x):
         halve(x, out, factor)
 
 
 for _operator in (bitplane_product, chosen_product, int8_product, dequantize_rows, halve_rows):
-    _operator.register_fake(lambda *args: None)  # shapes stand in `out`
+    _operator.register_fake(lambda *args: None)  # `out` has the shape of the result
 
 
-# -- their helpers --------------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------------
 
 
 def _step(words: int) -> int:
-    """Words of a row that a warp reads at a time: two or four a lane, whichever leaves fewer lanes idle at the end."""
+    """Returns the words that a warp reads at a time: two or four a lane, so that few lanes are idle at the end."""
     return 64 if 0 < words % 128 <= 64 else 128
 
 
@@ -266,7 +269,7 @@ def _scaled(w: Int8Weight, rows: slice) -> Tensor:
 
 
 def _by_blocks(x: Tensor, n: int, k: int, dense: Callable[[range], Tensor]) -> Tensor:
-    """x [M, K] times blocks of rows that `dense` makes as float16, [M, N] in x's dtype."""
+    """Multiplies x [M, K] by float16 blocks of rows that `dense` makes. Returns [M, N] in x's dtype."""
     halves, factor = x, None
     if x.dtype != torch.float16:
         halves = torch.empty(len(x), k, dtype=torch.float16, device=x.device)
@@ -281,7 +284,7 @@ def _by_blocks(x: Tensor, n: int, k: int, dense: Callable[[range], Tensor]) -> T
 
 
 def _check(x: Tensor, columns: int) -> None:
-    """The kernels trust their caller; what does not match would be read beyond its end."""
+    """Checks shapes, because the kernels do not: they would read beyond the end of what does not match."""
     if x.ndim != 2 or x.shape[1] != columns or x.dtype not in DTYPES:
         raise ValueError(
             f"activations {list(x.shape)}, {x.dtype} do not match a matrix of {columns} columns: "

@@ -1,9 +1,9 @@
-"""Choosing widths on the device: signals of an input, compared with thresholds in device memory.
+"""Chooses widths on the device, by comparing signals of an input with thresholds in device memory.
 
-What makes a vector of the step (small_ops.py, attention.py) also makes the weighted squares of it, a part for each of
-its programs or warps, and waits for nobody. The product that reads a group's planes adds the parts up, compares, and
-knows its width (`chosen`, in every program alike), while the planes that every width needs are already on their way. So
-choosing takes no launch, no counter, and no load that waits for another.
+A kernel that produces a vector of the step (norm_silu_finish.py, attention.py) also writes weighted squares of it, one
+part for each of its programs or warps, without waiting for another. The product that reads a group's planes adds the
+parts, compares the sum, and so knows its width (`chosen`, the same in every program), while the planes that every width
+needs are already being loaded. Choosing therefore takes no launch, no counter, and no load that waits for another.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dpllm.kernels.gpu_step.tables import PolicyTable, Site
 MULTIPLIER, GAIN = tl.constexpr(tables.MULTIPLIER), tl.constexpr(tables.GAIN)
 MAX_STEPS, WARP = tl.constexpr(tables.MAX_STEPS), tl.constexpr(tables.PARTS)
 BLOCK = 1024
-ROW_BLOCKS = 32  # programs that share a projection's rows
+ROW_BLOCKS = 32  # programs that divide the rows of a projection
 
 
 @triton.jit
 def chosen(
     g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """(group g's width, what may still be spent on the token behind it): PolicyTable says how. A signal that is no
-    number exceeds nothing."""
+    """Returns (group g's width, what the token may still cost after it), as PolicyTable defines it. A signal that is
+    NaN exceeds no threshold."""
     step = tl.arange(0, MAX_STEPS)
     parts = tl.load(signals_ptr + g * PARTS + tl.arange(0, WARP))
-    for i in tl.static_range(1, PARTS // WARP):  # what one warp adds up needs no barrier
+    for i in tl.static_range(1, PARTS // WARP):  # sums within one warp need no barrier
         parts += tl.load(signals_ptr + g * PARTS + i * WARP + tl.arange(0, WARP))
     threshold = tl.load(threshold_ptr + g * MAX_STEPS + step)
     extra = tl.load(extra_ptr + g * MAX_STEPS + step)
@@ -45,29 +45,29 @@ def chosen(
 
 @triton.jit
 def record(g, bits, left, bits_ptr, left_ptr):
-    """For the group behind g, and for whoever asks what was read."""
+    """Writes the width that was read, and what is left for the group after g."""
     tl.store(bits_ptr + g, bits)
     tl.store(left_ptr + g + 1, left)
 
 
 @triton.jit
 def arrived_last(counter_ptr, programs):
-    """Whether every other program has been here. The counter is zero again then, for the next launch."""
-    tl.debug_barrier()  # what this program's other threads have stored goes before the count
+    """Tells whether every other program has arrived here. The counter is then zero again, for the next launch."""
+    tl.debug_barrier()  # stores of this program's other threads come before the count
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
         tl.store(counter_ptr, 0)
     return last
 
 
-# -- by a launch of its own: where a product is not one of ours ------------------------------------------------
+# -- in a launch of its own, for products of other libraries ---------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["g"])
 def decide_kernel(
     bits_ptr, g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS: tl.constexpr
 ):  # fmt: skip
-    """One program: the width of group g."""
+    """One program chooses the width of group g."""
     bits, left = chosen(
         g, base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS
     )
@@ -75,7 +75,7 @@ def decide_kernel(
 
 
 def decide(group: int, table: PolicyTable) -> None:
-    """Chooses the width of a group of a WEIGHTED table, whose signals are there."""
+    """Chooses the width of a group of a WEIGHTED table from the group's signals in the table."""
     t = table
     torch.ops.dpllm.decide(group, t.base, t.signals, t.thresholds, t.extra, t.rest, t.state, t.left, t.bits)
 
@@ -95,7 +95,7 @@ def _decide(
 
 @triton.jit
 def select_kernel(x_ptr, diagonal_ptr, threshold_ptr, out_ptr, seed, K, steps, B: tl.constexpr):
-    """Program r: the bits of row r."""
+    """Program r chooses the bits of row r."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros([B], tl.float32)
     for k0 in range(0, K, B):
@@ -109,7 +109,7 @@ def select_kernel(x_ptr, diagonal_ptr, threshold_ptr, out_ptr, seed, K, steps, B
 
 
 def select(signal: Tensor, diagonal: Tensor, thresholds: Tensor, seed_bits: int) -> Tensor:
-    """Bits of each row, as kernels/reference.py says. signal: [M, K]. Returns int32 [M]."""
+    """Chooses the bits of each row, as kernels/reference.py defines it. signal: [M, K]. Returns int32 [M]."""
     return torch.ops.dpllm.select(signal, diagonal, thresholds, seed_bits)
 
 
@@ -140,8 +140,8 @@ def estimate_kernel(
     x_ptr, ids_ptr, address_ptr, rows_ptr, line_ptr, base_ptr, threshold_ptr, bits_ptr, partial_ptr, counter_ptr, K,
     PARTS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """bits[g] from slope * ||G x|| + intercept, the PARTS programs of a group taking turns at G's rows; without a G,
-    ||x|| is computed by the first of them."""
+    """Chooses bits[g] from slope * ||G x|| + intercept. The PARTS programs of a group divide G's rows in turns. Without
+    a G, the first program computes ||x||."""
     e, part = tl.program_id(0), tl.program_id(1)
     g = tl.load(ids_ptr + e)
     rows, base = tl.load(rows_ptr + g), tl.load(base_ptr + g)
@@ -169,12 +169,12 @@ def estimate_kernel(
     if arrived_last(counter_ptr + e, PARTS):
         parts = tl.load(partial_ptr + e * PARTS + tl.arange(0, PARTS), cache_modifier=".cg")
         size = tl.sqrt_rn(tl.sum(parts, 0))
-        exceeded = slope * size + intercept > threshold  # never, where it is no number
+        exceeded = slope * size + intercept > threshold  # false where it is NaN
         tl.store(bits_ptr + g, base + tl.sum(exceeded.to(tl.int32), 0))
 
 
 def estimate(x: Tensor, site: Site, table: PolicyTable, partial: Tensor, counter: Tensor) -> None:
-    """Decides for the site's groups by the estimates of a table of kind ESTIMATED.
+    """Chooses the widths of the site's groups by the estimates of an ESTIMATED table.
 
     x: [1, K]. partial: float32 scratch of at least 32 * E. counter: int32 [E], zero before and after.
     """
@@ -208,4 +208,4 @@ def _estimate(
 
 
 for _operator in (_estimate, _decide):
-    _operator.register_fake(lambda *args: None)  # what they write is given to them
+    _operator.register_fake(lambda *args: None)  # they write only to their arguments

@@ -1,5 +1,7 @@
-"""Whether the kernels run on a device at all. That torch and Triton can be imported is not enough: Triton needs a C
-compiler for what launches a kernel, an assembler that knows the GPU, and lays out registers as our assembly expects."""
+"""Tests whether the GPU kernels run on a device, by one small product.
+
+It is not enough that torch and Triton can be imported. Triton also needs a C compiler for its launcher and an assembler
+that knows the GPU, and must lay out registers as the inline assembly expects."""
 
 from __future__ import annotations
 
@@ -9,14 +11,15 @@ from dpllm.kernels import reference
 from dpllm.kernels.triton import products
 from dpllm.kernels.weight import QuantizedWeight
 
-TOLERANCE = 5e-3  # relative; float16 activations and tables are good for a tenth of that
+TOLERANCE = 5e-3  # relative; float16 activations and tables cause about a tenth of it
 ROWS, COLUMNS = 24, 160
 _passed: set[torch.device] = set()
 
 
 def lacking(device: torch.device) -> str | None:
-    """Why a first small product cannot be had on the device, in a line; None where it is right. Asked once: a device
-    that is right stays so."""
+    """Returns one line that says why a small product fails on the device; None where it is right.
+
+    A device whose product was right is not tested again."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     why = None if device in _passed else _failed(device)
@@ -33,8 +36,8 @@ def _failed(device: torch.device) -> str | None:
     try:
         prepared = products.prepare(weight, device).between(3, 3)
         found = products.gemv(x.to(device), prepared, bits.to(device)).cpu().double()
-    except Exception as e:  # whatever a compiler, an assembler or a driver may raise
-        return f"a first product fails ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
+    except Exception as e:  # a compiler, an assembler or a driver may raise anything
+        return f"a test product fails ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
     expected = reference.gemv(x.double(), reference.prepare(weight), bits)
     error = float((found - expected).norm() / expected.norm())
-    return None if error < TOLERANCE else f"a first product is wrong (relative error {error:.2g})"
+    return None if error < TOLERANCE else f"a test product is wrong (relative error {error:.2g})"

@@ -1,4 +1,4 @@
-"""All operations of the GPU decode step (dpllm/decode/gpu_step.py), which kernels/gpu_step/definition.py defines."""
+"""All operations of the GPU decode step (dpllm/decode/gpu_step.py). kernels/gpu_step/definition.py defines them."""
 
 from dpllm.kernels.triton.attention import attend
 from dpllm.kernels.triton.norm_silu_finish import finish, norm, observe, silu_mul

@@ -1,4 +1,4 @@
-"""SnapKV's scores, with more pairs for the heads that need them (AdaKV, arXiv:2407.11550)."""
+"""SnapKV's scores, with a budget that heads compete for (AdaKV, arXiv:2407.11550)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dpllm.kvzip_bridge.policies.snapkv import SnapKV
 
 
 class AdaKV(SnapKV):
-    """The heads of a layer compete for four fifths of its budget."""
+    """Scores pairs as SnapKV does; the heads of a layer compete for four fifths of its budget."""
 
     name = "adakv"
     allocate = staticmethod(with_safeguard)

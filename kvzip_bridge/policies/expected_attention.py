@@ -1,4 +1,4 @@
-"""What queries to come can be expected to attend to (Expected Attention, arXiv:2510.00636)."""
+"""Keeps the pairs that future queries are expected to attend to (Expected Attention, arXiv:2510.00636)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 
 from dpllm.kvzip_bridge.attention import SINKS, rotate
 from dpllm.kvzip_bridge.budget import with_safeguard
-from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.interfaces import ScoringInput
 from dpllm.kvzip_bridge.policies.common import Policy, blocks, by_layer
 from dpllm.kvzip_bridge.query_recording import QueriesWanted, angles
 
 
 class ExpectedAttention(Policy):
-    """Queries before rotation are taken for normal, with the mean m and covariance C of those that read the context.
+    """Keeps the pairs with the highest expected attention of future queries, modelled as Gaussian.
 
-    Turned by the mean rotation of the next `future` positions, exp(q.k scale) has the expectation exp(k.m scale + k.C.k
-    scale^2 / 2). That is normalised over the keys, averaged over the query heads of a KV head, and weighed with the
-    norm of the value. `floor` is added before: it lets the value count where little attention is expected. The first
-    four tokens are kept and stay out of the normalisation. Heads compete as in AdaKV.
+    Future queries have the mean m and covariance C of the queries that read the context, taken before rotation and
+    then rotated by the mean rotation of the next `future` positions. The expectation of exp(q.k scale) is then
+    exp(k.m scale + k.C.k scale^2 / 2). It is normalised over the keys and averaged over the query heads of a KV head.
+    A score is this expected attention plus `floor`, times the norm of the value: `floor` lets the value count where
+    little attention is expected. The first four tokens are always kept, and are left out of the normalisation. Heads
+    compete as in AdaKV.
     """
 
     name = "expected-attention"
@@ -31,14 +33,14 @@ class ExpectedAttention(Policy):
     def __init__(self, future: int = 512, floor: float = 0.01):
         self.future, self.floor = future, floor
 
-    def score(self, context: Context) -> Tensor:
-        """float32 [P, KVH, tokens]: (expected attention + floor) * ||v||."""
+    def score(self, context: ScoringInput) -> Tensor:
+        """Returns (expected attention + floor) * ||v||, float32 [P, KVH, tokens]."""
         return by_layer(context, self._layer)
 
-    def _layer(self, context: Context, layer: int) -> Tensor:
+    def _layer(self, context: ScoringInput, layer: int) -> Tensor:
         heads, scored = context.model.kv_heads, len(context.ids) - max(context.first, SINKS)
         sinks = max(0, context.tokens - max(0, scored))
-        mean, covariance = (t.unflatten(0, (heads, -1)) for t in self._queries_to_come(context, layer))
+        mean, covariance = (t.unflatten(0, (heads, -1)) for t in self._future_queries(context, layer))
         scale = context.model.scale
         mean, covariance = mean * scale, covariance * (scale * scale / 2)
         logits, norms = [mean.new_empty(*mean.shape[:2], 0)], [mean.new_empty(heads, 0)]
@@ -52,8 +54,8 @@ class ExpectedAttention(Policy):
         scores = (attention + self.floor) * torch.cat(norms, -1)
         return F.pad(scores[:, scores.shape[1] - max(0, scored) :], (sinks, 0), value=math.inf)
 
-    def _queries_to_come(self, context: Context, layer: int) -> tuple[Tensor, Tensor]:
-        """Mean [H, D] and covariance [H, D, D] of the rotated queries behind the context."""
+    def _future_queries(self, context: ScoringInput, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns the mean [H, D] and the covariance [H, D, D] of the rotated queries after the context."""
         mean, covariance = context.queries.mean(layer), context.queries.covariance(layer)
         if not context.model.rotates[layer]:
             return mean, covariance
@@ -63,5 +65,5 @@ class ExpectedAttention(Policy):
 
 
 def expected_logits(mean: Tensor, covariance: Tensor, k: Tensor) -> Tensor:
-    """k.m + k.C.k of m [G, D], C [G, D, D] and keys float32 [n, D]: [G, n]."""
+    """Returns k.m + k.C.k, [G, n], of mean m [G, D], covariance C [G, D, D] and keys float32 [n, D]."""
     return mean @ k.T + ((k @ covariance) * k).sum(-1)

@@ -9,10 +9,10 @@ from dpllm.kvzip_bridge.policies.snapkv import SnapKV
 
 
 class PyramidKV(SnapKV):
-    """Every head keeps the window; what is left of the budget falls linearly over the layers."""
+    """Scores pairs as SnapKV does; beyond the window, the budget falls linearly from layer to layer."""
 
     name = "pyramidkv"
 
     def allocate(self, scores: Tensor, pairs: int) -> Tensor:
-        """The mask bool [P, KVH, tokens] of exactly `pairs` pairs."""
+        """Returns the mask bool [P, KVH, tokens] of exactly `pairs` pairs."""
         return pyramid(scores, pairs, forced=self.window)

@@ -1,4 +1,4 @@
-"""Pairs at random: what any policy has to beat."""
+"""Keeps random pairs, as the baseline that any policy has to beat."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dpllm.kvzip_bridge.budget import per_head
-from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.interfaces import ScoringInput
 from dpllm.kvzip_bridge.policies.common import Policy, protect
 
 
 class Random(Policy):
-    """Every head keeps pairs drawn without replacement.
+    """Keeps random pairs in every head, drawn without replacement.
 
-    A position's draws depend on the seed alone, not on how the text was divided, nor on the device.
+    The numbers drawn for a position depend only on the seed, not on the blocks of the text or on the device.
     """
 
     name = "random"
@@ -22,8 +22,8 @@ class Random(Policy):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def score(self, context: Context) -> Tensor:
-        """float32 [P, KVH, tokens], uniform in [0, 1)."""
+    def score(self, context: ScoringInput) -> Tensor:
+        """Returns scores uniform in [0, 1), float32 [P, KVH, tokens]."""
         generator = torch.Generator().manual_seed(self.seed)
         heads = len(context.model.layers), context.model.kv_heads
         drawn = torch.rand(len(context.ids), *heads, generator=generator)[context.first :]

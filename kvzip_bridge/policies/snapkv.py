@@ -1,4 +1,4 @@
-"""What the end of the context attends to (SnapKV, arXiv:2404.14469)."""
+"""Keeps the pairs that the end of the context attends to (SnapKV, arXiv:2404.14469)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpllm.kvzip_bridge.budget import per_head
-from dpllm.kvzip_bridge.interfaces import Context
+from dpllm.kvzip_bridge.interfaces import ScoringInput
 from dpllm.kvzip_bridge.policies.common import Policy, blocks, by_layer
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 
 
 class SnapKV(Policy):
-    """Every head keeps the window, and what the window's queries attend to, smoothed over neighbours.
+    """Keeps the last tokens (the window) and the pairs that the window's queries attend to most.
 
-    window: last tokens of the context, whose queries vote. pool: odd width of the mean over neighbours (zeros beyond
-    the ends). Query heads of one KV head are averaged: its pairs stay or go for all of them.
+    window: the number of last tokens of the context whose queries score pairs. pool: the odd number of neighbouring
+    pairs over which scores are averaged (zeros beyond the ends). Scores are averaged over the query heads of a KV
+    head, because a pair is kept or dropped for all of them.
     """
 
     name = "snapkv"
@@ -28,24 +29,24 @@ class SnapKV(Policy):
         self.window, self.pool = window, pool
         self.wants = QueriesWanted(last=window)
 
-    def score(self, context: Context) -> Tensor:
-        """float32 [P, KVH, tokens]: pooled attention, at most 1; in the window 2 and more, the latest token most."""
+    def score(self, context: ScoringInput) -> Tensor:
+        """Returns float32 [P, KVH, tokens]: pooled attention, at most 1; in the window, 2 plus the token's index."""
         return by_layer(context, self._layer)
 
-    def _layer(self, context: Context, layer: int) -> Tensor:
+    def _layer(self, context: ScoringInput, layer: int) -> Tensor:
         queries = context.queries.latest(layer)[-min(self.window, context.tokens) :]
         mass = window_attention(context, layer, queries)
-        mass[:, -len(queries) :] = 0  # the window votes on what lies before it
+        mass[:, -len(queries) :] = 0  # the window scores only the pairs before it
         mass = F.avg_pool1d(mass, self.pool, stride=1, padding=self.pool // 2)
         mass[:, -len(queries) :] = 2 + torch.arange(len(queries), device=mass.device)
         return mass
 
 
-def window_attention(context: Context, layer: int, queries: Tensor) -> Tensor:
-    """Attention of the last w tokens' queries [w, H, D] to the scored positions: mean over the queries and over the
-    query heads of each KV head. Returns float32 [KVH, tokens].
+def window_attention(context: ScoringInput, layer: int, queries: Tensor) -> Tensor:
+    """Returns the attention of the last w tokens' queries [w, H, D] to the scored positions, float32 [KVH, tokens].
 
-    Two passes over blocks of keys, the first for the softmax's denominators, so that no more than a block is held.
+    The attention is the mean over the queries and over the query heads of each KV head. Blocks of keys are read
+    twice, first for the softmax's denominators, so that no more than one block is held.
     """
     tokens, heads = len(context.ids), context.model.kv_heads
     position = torch.arange(tokens - len(queries), tokens, device=queries.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
-from dpllm.context.build import build_context, prune_tail
+from dpllm.context import build
+from dpllm.context import saved as saved_context
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
-from dpllm.context.pruner import Pruner, plain_ids
-from dpllm.context.saved import load_context, read_manifest, save_context
+from dpllm.context.pruner import Pruner
+from dpllm.context.saved import read_manifest
 from dpllm.engine import GenerateOptions, load
 from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
@@ -25,7 +28,7 @@ from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.model.loading import LoadOptions
 
 QUESTION, LENGTH = "\n    return self", 12
-PRUNING = [name for name in KV_POLICIES if name not in ("keep-all", "heads")]
+PRUNING = [name for name in KV_POLICIES if name not in ("keep-all", "whole-heads")]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,27 @@ def engine(tiny_overlay):
 
 def options(keep: float = 0.4, **more) -> ContextOptions:
     return ContextOptions(Budget(keep_ratio=keep), **{"chunk": 64} | more)
+
+
+def parts(engine) -> dict:
+    """The parts of an engine that building a context needs."""
+    return {"decoder": engine.decoder, "prompts": engine.prompts, "profile": engine.profile}
+
+
+def build_context(engine, text: str, options: ContextOptions) -> KVContext:
+    return build.build_context(text, options, **parts(engine))
+
+
+def prune_tail(engine, context: KVContext, options: ContextOptions) -> None:
+    build.prune_tail(context, options, **parts(engine))
+
+
+def save_context(context: KVContext, path: Path, engine) -> dict:
+    return saved_context.save_context(context, path, model=engine.path)
+
+
+def load_context(path: Path, engine) -> KVContext:
+    return saved_context.load_context(path, decoder=engine.decoder, model=engine.path)
 
 
 def answer(engine, context=None, question=QUESTION, **more) -> list[int]:
@@ -82,7 +106,7 @@ class MaskedCache(DenseKVCache):
 def test_pruned_is_masked(plain, text, policy):
     context = build_context(plain, text, options(policy=policy))
     ids = torch.tensor(context.ids)
-    question = torch.tensor(context.question(plain, QUESTION, False))
+    question = torch.tensor(context.question(plain.prompts, QUESTION, False))
     masked = MaskedCache(plain.decoder, context.cache.kept, len(ids), len(ids) + len(question))
     with torch.no_grad():
         plain.decoder.forward(ids, masked)
@@ -98,7 +122,9 @@ def test_everything_kept_answers_like_no_context_at_all(engine, text):
     context = build_context(engine, text, options(1.0))
     assert context.kept_ratio == 1.0
     joined = engine.generate(text + QUESTION, GenerateOptions(LENGTH))
-    assert context.ids + context.question(engine, QUESTION, False) == engine.prompt_ids(text + QUESTION)
+    assert context.ids + context.question(engine.prompts, QUESTION, False) == engine.prompts.prompt_ids(
+        text + QUESTION
+    )
     assert answer(engine, context) == [s.token for s in joined]
 
 
@@ -143,8 +169,14 @@ def test_turns_of_a_conversation(plain, text):
     first = answer(plain, context, keep=True)
     assert context.cache.length == len(context.ids), "the cache has read what it says it has"
     second = answer(plain, context, "\ndef g(", keep=True)
-    question = context.question(plain, "\ndef g(", False)
-    whole = [*read, *plain.prompt_ids(QUESTION)[1:], *first, *question[len(context.pending) :], *second]
+    question = context.question(plain.prompts, "\ndef g(", False)
+    whole = [
+        *read,
+        *plain.prompts.prompt_ids(QUESTION)[1:],
+        *first,
+        *question[len(context.pending) :],
+        *second,
+    ]
     assert [*context.ids, *context.pending] == whole
     cache = plain.decoder.new_cache(len(whole))
     with torch.no_grad():
@@ -199,7 +231,7 @@ def test_layers_with_a_window_keep_what_they_see(checkpoints, tokenizer, model, 
     engine, ids, question = load(tmp_path / model), torch.arange(3, 73), torch.tensor([9, 8, 7])
     windows = engine.decoder.config.windows
     context = KVContext(engine.decoder.new_ragged_cache(0), protected=4)
-    pruner = Pruner(engine, context, options(0.5, policy="recent"), len(ids))
+    pruner = Pruner(context, options(0.5, policy="recent"), len(ids), **parts(engine))
     pruner.read(ids.tolist())
     pruner.prune(pruner.share())
     for heads, window in zip(context.cache.kept, windows, strict=True):
@@ -312,7 +344,7 @@ def test_damaged_files_are_refused(engine, text, tmp_path):
         with pytest.raises(InputError, match=says):
             load_context(tmp_path / "short", engine)
     (tmp_path / "short" / "context.json").unlink()
-    with pytest.raises(InputError, match="no saved context"):
+    with pytest.raises(InputError, match="is not a saved context"):
         load_context(tmp_path / "short", engine)
 
 
@@ -347,9 +379,10 @@ def test_a_place_that_is_taken(engine, text, tmp_path):
         ({"allocation": "even"}, "allocation 'even' is unknown"),
         ({"block": 3}, "a block of 3 tokens is too small"),
         ({"chunk": 1}, "a chunk of 1 tokens is too small"),
-        ({"keep": 0.001}, "are the least"),
+        ({"keep": 0.001}, "are needed"),
         ({"chunk": 512}, "Choose a chunk of"),
         ({"policy": "heads"}, "needs a profile of heads"),
+        ({"policy": "whole-heads"}, "needs a profile of heads"),
         ({"policy": "keep-all"}, "Choose another policy"),
     ],
 )
@@ -371,7 +404,7 @@ def test_questions_that_cannot_be(plain, text):
         answer(plain, context, "")
     with pytest.raises(InputError, match="not built as a chat"):
         next(plain.generate("hello", GenerateOptions(chat=True), context=context))
-    with pytest.raises(InputError, match=f"behind {len(context.ids)} of context"):
+    with pytest.raises(InputError, match=f"after {len(context.ids)} tokens of context"):
         answer(plain, context, text * 2)
     assert context.cache.length == len(context.ids)
 
@@ -387,20 +420,20 @@ def test_a_chat_is_the_template(plain, text, tiny_checkpoint):
         "{% if add_generation_prompt %}[assistant]A{% endif %}"
     )
     chatting = load(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
-    chatting.tokenizer = tokenizer
+    chatting.prompts = replace(chatting.prompts, tokenizer=tokenizer)
     context = build_context(chatting, text, options(1.0, chat=True))
     assert tokenizer.decode(context.ids[: context.protected]) == "<s>[user]", (
         "the frame before it is never evicted"
     )
-    asked = context.ids + context.question(chatting, " Why?", True)
-    assert asked == chatting.prompt_ids(text + " Why?", chat=True)
+    asked = context.ids + context.question(chatting.prompts, " Why?", True)
+    assert asked == chatting.prompts.prompt_ids(text + " Why?", chat=True)
     context.pending = [tokenizer.eos_token_id]
-    again = tokenizer.decode(context.question(chatting, "How?", True))
+    again = tokenizer.decode(context.question(chatting.prompts, "How?", True))
     assert again == f"{tokenizer.eos_token}\n[user]How?\n[assistant]A"
-    context.pending = plain_ids(
-        chatting, "x"
+    context.pending = chatting.prompts.plain_ids(
+        "x"
     )  # the answer was cut short: the template's end token follows it
-    again = tokenizer.decode(context.question(chatting, "How?", True))
+    again = tokenizer.decode(context.question(chatting.prompts, "How?", True))
     assert again == f"x{tokenizer.eos_token}\n[user]How?\n[assistant]A"
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(InputError, match="does not frame a conversation"):

@@ -89,7 +89,7 @@ def test_heads(ok, refused, tiny_overlay, text_file, tmp_path):
         "--overlay",
         overlay,
         "--kv-policy",
-        "heads",
+        "whole-heads",
         "-o",
         tmp_path / "ctx",
     )
@@ -129,14 +129,14 @@ def test_what_generate_refuses(refused, tiny_overlay, tiny_checkpoint, built, tm
     def ask(*arguments, says):
         refused("generate", "x", *arguments, says=says, alone=False)
 
-    ask("--overlay", tiny_overlay, "--context", tmp_path / "nowhere", says="is no saved context")
+    ask("--overlay", tiny_overlay, "--context", tmp_path / "nowhere", says="is not a saved context")
     ask("--overlay", tiny_checkpoint, "--context", built, says="another model")
     ask("--overlay", tiny_overlay, "--context", built, "--chat", says="not built as a chat")
     manifest = json.loads((built / "context.json").read_text())
     for broken, says in (
         ("[]", "context.json"),
         ("{", "context.json"),
-        (json.dumps(manifest | {"tokens": "x"}), "of another kind"),
+        (json.dumps(manifest | {"tokens": "x"}), "has the wrong type"),
     ):
         (built / "context.json").write_text(broken)
         ask("--overlay", tiny_overlay, "--context", built, says=says)

@@ -208,7 +208,7 @@ def test_greedy_is_the_argmax_of_transformers(plain, tiny_checkpoint):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
     said = set()
     for prompt in (PROMPT, "import os\n", "class A", "x", "    self.value = 5"):
-        ids = plain.prompt_ids(prompt)
+        ids = plain.prompts.prompt_ids(prompt)
         assert ids[0] == plain.tokenizer.bos_token_id
         expected = []
         with torch.no_grad():
@@ -221,7 +221,7 @@ def test_greedy_is_the_argmax_of_transformers(plain, tiny_checkpoint):
 
 def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
     steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=24)))
-    decoder, ids = engine.decoder, torch.tensor(engine.prompt_ids(PROMPT))
+    decoder, ids = engine.decoder, torch.tensor(engine.prompts.prompt_ids(PROMPT))
     policy = make_policy("rate-distortion", 3.5, decoder, engine.profile)
     recorder, cache = Recorder(policy, decoder.groups), decoder.new_cache(100)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_generation_ends_with_the_models_positions(scripted):
 
 def test_prompts_as_long_as_the_model(scripted):
     engine = scripted("abc", max_position_embeddings=8)
-    assert len(engine.prompt_ids("xxyyzzA")) == 8
+    assert len(engine.prompts.prompt_ids("xxyyzzA")) == 8
     with pytest.raises(InputError, match="8 tokens; the model has 8 positions") as e:
         next(engine.generate("xxyyzzA"))
     assert len(str(e.value).splitlines()) == 1
@@ -327,7 +327,7 @@ def test_chat_template(scripted, tiny_checkpoint):
         "{% if add_generation_prompt %}[assistant]A{% endif %}"
     )
     engine = scripted("hey", tokenizer=tokenizer)
-    ids = engine.prompt_ids("good day", chat=True)
+    ids = engine.prompts.prompt_ids("good day", chat=True)
     assert engine.tokenizer.decode(ids) == "<s>[user]good day\n[assistant]A"
     assert ids.count(0) == 1, "one bos, not the template's and the tokenizer's"
     assert "".join(pieces(engine, "good day", chat=True)) == "hey"
@@ -344,7 +344,7 @@ def test_no_chat_template(plain):
 def test_step_fields(engine):
     clock = count(0, 2).__next__
     steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=12), clock))
-    decoder, prompt = engine.decoder, len(engine.prompt_ids(PROMPT))
+    decoder, prompt = engine.decoder, len(engine.prompts.prompt_ids(PROMPT))
     assert len(steps) == 12
     per_token = steps[1].kv_bytes - steps[0].kv_bytes
     assert per_token == 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, float16

@@ -110,7 +110,7 @@ def delayed(engine, n=80, temperature=0.0, seed=0):
     """Plain decoding with the policy that speculation uses: step by step, by hand."""
     decoder, policy = engine.decoder, begin_text(engine.policy)
     policy.delay(LAG)
-    ids, cache = engine.prompt_ids(PROMPT), decoder.new_cache(200)
+    ids, cache = engine.prompts.prompt_ids(PROMPT), decoder.new_cache(200)
     generator, tokens, widths = torch.Generator().manual_seed(seed), [], [()]
     logits = engine._prefill(torch.tensor(ids), cache)
     step = NativeStep.of(decoder)
@@ -259,7 +259,12 @@ def test_a_context_is_as_it_was(engine, heldout_documents, mode):
 
     def conversation(mode):
         text = heldout_documents[0][:1500]
-        context = build_context(engine, text, ContextOptions(Budget(keep_ratio=0.5), chunk=64))
+        context = build_context(
+            text,
+            ContextOptions(Budget(keep_ratio=0.5), chunk=64),
+            decoder=engine.decoder,
+            prompts=engine.prompts,
+        )
         found = []
         for stop_after, keep in ((40, False), (7, False), (13, True), (40, False)):
             steps = engine.generate(
@@ -280,7 +285,7 @@ def test_a_context_is_as_it_was(engine, heldout_documents, mode):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_while_drafting(engine, monkeypatch, error):
     """What the draft has written is no part of the text."""
-    ids, cache = engine.prompt_ids(PROMPT), engine.decoder.new_cache(200)
+    ids, cache = engine.prompts.prompt_ids(PROMPT), engine.decoder.new_cache(200)
     ahead = Continuation(engine.decoder, engine.native, cache, Sampler(), ticking())
     draft = SelfDraft(engine.decoder, 2)
     ahead.speculate(ids, [draft], Pacer([8]))

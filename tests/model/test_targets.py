@@ -42,7 +42,7 @@ def widths(engine, native, bits: float, most_bytes: int | None, tokens: int = 24
     policy = begin_text(make_policy("rate-distortion", bits, engine.decoder, engine.profile))
     prices = Prices.in_bytes(engine.decoder.groups)
     policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
-    ids, cache, found = engine.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
+    ids, cache, found = engine.prompts.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
     for token, after in zip(ids, [*ids[1:], 0], strict=True):
         logits, chosen = decode_one(engine.decoder, native, token, cache, policy)
         found.append(chosen[0].tolist())

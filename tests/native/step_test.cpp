@@ -16,12 +16,11 @@ int32_t width_of(int group) { return 2 + group % 7; }
 int32_t choose_width(int32_t group, const float* x) { return x[0] == x[0] ? width_of(group) : 0; }
 int32_t refuse_last(int32_t group, const float*) { return group == kGroups - 1 ? 0 : 4; }
 
-// The three ways to say the same widths, and widths that differ from token to token.
+// The three ways to choose the same widths, and a probe with which widths differ from token to token.
 class Deciders {
  public:
   Deciders() : diagonal_(TinyModel::inner) {
     for (int i = 0; i < kCount; i++) corrections_[i] = 0.5f * float(i - 2);
-    for (int i = 0; i < kCount * kGroups; i++) mixed_[i] = 2 + (i * 5 + i / kGroups) % 7;
     for (size_t k = 0; k < diagonal_.size(); k++) diagonal_[k] = half_of(0.5f);
     for (int g = 0; g < kGroups; g++) {
       fixed_[g] = width_of(g), diagonals_[g] = diagonal_.data();
@@ -29,21 +28,17 @@ class Deciders {
       for (int i = 0; i < 6; i++) spread_[g * 6 + i] = 0.02f * float(1 << (2 * i));
     }
   }
-  dpllm::Selection fixed() const { return {fixed_, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
-  dpllm::Selection thresholds() const { return {nullptr, 0, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
-  dpllm::Selection mixed() const {
-    return {mixed_, kGroups, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0};
-  }
+  dpllm::Selection fixed() const { return {fixed_, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
+  dpllm::Selection thresholds() const { return {nullptr, diagonals_, thresholds_, 6, 2, nullptr, nullptr, 0, 0, nullptr, nullptr, 0}; }
   // With a probe, and corrections that differ from token to token.
   dpllm::Selection probed(const float* probe) const {
-    return {nullptr, 0, diagonals_, spread_, 6, 2, probe, corrections_, 0.1f, 3, nullptr};
+    return {nullptr, diagonals_, spread_, 6, 2, probe, corrections_, 0.1f, 3, nullptr};
   }
   static dpllm::Selection callback(int32_t (*choose)(int32_t, const float*)) {
-    return {nullptr, 0, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose, nullptr, 0};
+    return {nullptr, nullptr, nullptr, 0, 0, nullptr, nullptr, 0, 0, choose, nullptr, 0};
   }
   const int32_t* widths() const { return fixed_; }
-  static dpllm::Selection behind(dpllm::Selection s, int tokens) {
-    if (s.fixed) s.fixed += tokens * s.fixed_stride;
+  static dpllm::Selection after(dpllm::Selection s, int tokens) {
     if (s.correction) s.correction += tokens;
     return s;
   }
@@ -51,7 +46,7 @@ class Deciders {
  private:
   Buffer<uint16_t> diagonal_;
   const uint16_t* diagonals_[kGroups];
-  int32_t fixed_[kGroups], mixed_[kCount * kGroups];
+  int32_t fixed_[kGroups];
   float spread_[kGroups * 6];
   float corrections_[kCount];
   float thresholds_[kGroups * 6];
@@ -121,7 +116,7 @@ Trace decode(const Variant& v, int threads, const TinyModel& m, const dpllm::Sel
     std::copy(kTokens + i, kTokens + i + n, tokens.data());
     Buffer<int64_t> read_bits(static_cast<size_t>(n));
     dpllm::Request request{n, i, tokens.data(), logits.data(), bits.data(), greedy.data(), read_bits.data(), 0};
-    const dpllm::Selection own = Deciders::behind(s, i);
+    const dpllm::Selection own = Deciders::after(s, i);
     const int code = dpllm_step_rows(step, &own, &memory.cache, &request);
     CHECK(code == 0, text("token %d: code %d", i, code));
     check_sums(m, request);
@@ -187,7 +182,6 @@ void check_model(const Variant& v, TinyModel& m, const Numbers& right) {
     CHECK(same(first, decode(v, 2, m, deciders.thresholds(), storage)), "thresholds differ");
     CHECK(same(first, decode(v, 2, m, Deciders::callback(choose_width), storage)), "a callback differs");
     check_together(v, m, deciders.fixed(), storage, "fixed");
-    check_together(v, m, deciders.mixed(), storage, "mixed");
     check_together(v, m, deciders.probed(m.norm()), storage, "chosen");
   }
   check_refusal(v, m);

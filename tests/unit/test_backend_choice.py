@@ -51,7 +51,7 @@ def test_the_native_kernels_are_the_default():
     backend = choose_backend()
     best = choose_isa(None)
     assert backend.name == f"cpu:{best.name}"
-    assert "best this processor runs" in backend.reason
+    assert "the fastest for this processor" in backend.reason
     assert best.needs in backend.reason
     assert f"{usable_cores()} threads" in backend.reason
     assert "accuracy balanced" in backend.reason
@@ -63,7 +63,7 @@ def test_the_native_kernels_are_the_default():
 def test_the_native_kernels_by_name(isa):
     backend = choose_backend("cpu" if isa is None else f"cpu:{isa}", options=CpuOptions(accuracy="exact"))
     assert backend.name == f"cpu:{choose_isa(isa).name}"
-    assert "asked for by name" in backend.reason
+    assert "requested by name" in backend.reason
     assert "accuracy exact" in backend.reason
     assert choose_backend(options=CpuOptions(isa="portable")).name == "cpu:portable"
 

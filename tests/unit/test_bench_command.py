@@ -161,7 +161,7 @@ def test_widths_that_this_model_lacks(refused, tiny_overlay):
 
 
 def test_models_that_cannot_be_measured(refused, tiny_checkpoint):
-    refused("--model", "70B", says="no known shape (tiny, 1.1B, 3B, 8B)")
+    refused("--model", "70B", says="neither a directory nor a known shape. Choose one of: tiny, 1.1B, 3B, 8B")
     refused("--model", tiny_checkpoint, says="not quantised")
 
 

@@ -193,7 +193,7 @@ def test_heads_survive_or_vanish_whole():
     ],
 )
 def test_pairs_of_a_budget(budget, pairs):
-    assert budget.pairs(3, 2, 100, 4, 64) == pairs
+    assert budget.pair_count(3, 2, 100, 4, 64) == pairs
 
 
 @pytest.mark.parametrize(
@@ -225,19 +225,19 @@ def test_what_is_no_budget(arguments, message):
 )
 def test_a_budget_below_the_protected_part(budget, least):
     with pytest.raises(InputError, match=f"16 leading tokens.*{re.escape(least)}"):
-        budget.pairs(3, 2, 133, 16, 64)
+        budget.pair_count(3, 2, 133, 16, 64)
     number = float(re.findall(r"[\d.]+", least)[0])
     kind = next(k for k in ("keep_ratio", "tokens", "nbytes") if getattr(budget, k) is not None)
     enough = Budget(**{kind: int(number) if kind == "nbytes" else number})
-    assert 96 <= enough.pairs(3, 2, 133, 16, 64) <= 97
+    assert 96 <= enough.pair_count(3, 2, 133, 16, 64) <= 97
 
 
 def test_a_context_shorter_than_what_is_protected():
-    assert Budget(keep_ratio=1).pairs(3, 2, 5, 16, 64) == 30
+    assert Budget(keep_ratio=1).pair_count(3, 2, 5, 16, 64) == 30
     with pytest.raises(InputError, match="keep_ratio 1 or more"):
-        Budget(keep_ratio=0.9).pairs(3, 2, 5, 16, 64)
+        Budget(keep_ratio=0.9).pair_count(3, 2, 5, 16, 64)
 
 
 def test_a_budget_of_no_pair():
     with pytest.raises(InputError, match="64 bytes or more"):
-        Budget(nbytes=63).pairs(3, 2, 5, 0, 64)
+        Budget(nbytes=63).pair_count(3, 2, 5, 0, 64)

@@ -12,9 +12,9 @@ from dpllm.base.errors import InputError
 from dpllm.kvzip_bridge import budget
 from dpllm.kvzip_bridge.policies import KV_POLICIES, common, make_kv_policy
 from dpllm.kvzip_bridge.policies.expected_attention import ExpectedAttention, expected_logits
-from dpllm.kvzip_bridge.policies.heads import Heads
 from dpllm.kvzip_bridge.policies.random import Random
 from dpllm.kvzip_bridge.policies.snapkv import SnapKV
+from dpllm.kvzip_bridge.policies.whole_heads import WholeHeads
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 
 GROUPS = [(1, 1), (4, 2), (4, 1), (8, 1), (6, 6)]  # query heads, KV heads
@@ -217,7 +217,8 @@ def test_keep_all():
 
 def test_heads():
     profile = torch.tensor([[0.5, 0.1], [0.9, 0.3]])
-    policy = make_kv_policy("heads", profile=profile)
+    policy = make_kv_policy("whole-heads", profile=profile)
+    assert isinstance(make_kv_policy("heads", profile=profile), WholeHeads), "an alias"
     _, context = context_of(policy.wants, shape=(60, 0, 7))
     scores = policy.score(context)
     assert (scores[..., :7] == math.inf).all()
@@ -229,16 +230,16 @@ def test_heads():
 def test_a_profile_of_another_model():
     _, context = context_of(QueriesWanted())
     with pytest.raises(InputError, match=r"\[3, 2\].*\[2, 2\]"):
-        Heads(torch.rand(3, 2)).score(context)
+        WholeHeads(torch.rand(3, 2)).score(context)
     with pytest.raises(InputError, match="needs a profile"):
-        make_kv_policy("heads")
+        make_kv_policy("whole-heads")
 
 
 @pytest.mark.parametrize("name", sorted(KV_POLICIES))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_contract(name, shape):
     """Names, shapes, protected positions, exact counts; the cache is left as it was."""
-    options = {"profile": torch.rand(2, 2)} if name == "heads" else {}
+    options = {"profile": torch.rand(2, 2)} if name == "whole-heads" else {}
     policy = make_kv_policy(name, **options)
     assert policy.name == name and policy.scratch >= 0
     _, context = context_of(policy.wants, shape=shape, dtype=torch.bfloat16)

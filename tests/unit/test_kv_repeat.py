@@ -187,7 +187,7 @@ def test_the_last_position_is_used(positions):
 def test_too_few_positions():
     context = context_of(TinyAttention(max_positions=84), 40, 3)
     with pytest.raises(
-        InputError, match=r"40 tokens and 48 to repeat it are 4 more than the 84 positions.*chunk of 33 tok"
+        InputError, match=r"40 tokens and 48 tokens to repeat it exceed the 84 positions.*chunk of 33 tok"
     ):
         KVzip(40).score(context)
     assert context.cache.length == 40
@@ -196,7 +196,7 @@ def test_too_few_positions():
 
 def test_positions_that_no_chunk_fits():
     context = context_of(TinyAttention(max_positions=50), 40, 3)
-    with pytest.raises(InputError, match=r"positions of this model\. Shorten the context"):
+    with pytest.raises(InputError, match=r"positions of this model by 17\. Shorten the context"):
         KVzip(CHUNK).score(context)
 
 

@@ -115,6 +115,14 @@ def test_imports_follow_the_house_rules(file):
         assert module.split(".")[0] not in OURS - {"dpllm"}, f"{file} imports {module} by its bare name"
 
 
+def test_contexts_do_not_import_the_engine():
+    """The engine imports dpllm/context, so an import back would be a circle, also one for type checkers alone."""
+    for file in python_files("dpllm/context"):
+        modules = imported_modules(ast.parse(file.read_text()), package_name(file))
+        ours = [m.split(".") for m in modules if m.startswith("dpllm.")]
+        assert not [m for m in ours if m[1] == "engine" or len(m) == 2], file
+
+
 @pytest.mark.parametrize("file", source_files(), ids=lambda f: str(f.relative_to(ROOT)))
 def test_nothing_is_unpickled(file):
     tree = ast.parse(file.read_text())

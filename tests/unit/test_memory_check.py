@@ -63,7 +63,10 @@ def test_loading_checks_the_planes_it_is_asked_to_hold(quantized, monkeypatch):
 def test_known_shapes():
     for name in SHAPES:
         assert shape(name) is SHAPES[name]
-    with pytest.raises(InputError, match=r"'70B' is no directory and no known shape \(tiny, 1.1B, 3B, 8B\)"):
+    with pytest.raises(
+        InputError,
+        match=r"'70B' is neither a directory nor a known shape\. Choose one of: tiny, 1.1B, 3B, 8B",
+    ):
         shape("70B")
 
 

@@ -117,7 +117,7 @@ def test_a_gpu_without_what_it_takes(gpu, monkeypatch, lacking):
 def test_a_first_product_that_fails_is_a_reason():
     """There is no GPU here to launch it on."""
     why = trial.lacking(torch.device("cpu"))
-    assert why is not None and why.startswith("a first product fails (") and "\n" not in why
+    assert why is not None and why.startswith("a test product fails (") and "\n" not in why
 
 
 def test_triton_by_name_on_the_cpu():

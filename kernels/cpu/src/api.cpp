@@ -106,7 +106,7 @@ static void int8_matmul(Context& c, const Matrix& w, const float* x, int bits, i
   });
 }
 
-constexpr int kTokens = PromptQueries::kMost;  // of a block in float32
+constexpr int kTokens = PromptQueries::kMost;  // tokens of a block in float32
 
 static void float_pass(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
   constexpr int kRows = 24;  // whole tiles of any instruction set
@@ -123,8 +123,8 @@ static void float_pass(Context& c, const Matrix& w, const float* x, int bits, in
   });
 }
 
-// Every few rows of weights meet all tokens of a pass, so these had better stay in a cache: with 4 MB of them the product
-// takes twice the time that it takes with 2, far more than dequantising the matrix anew for each pass.
+// Every few rows of weights are multiplied by all tokens of a pass, so the tokens should stay in a cache. With 4 MB of
+// tokens the product takes twice the time that it takes with 2 MB, far more than dequantising the matrix for each pass.
 static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, int m, float* y) {
   constexpr int64_t kTogether = 2 << 20;  // bytes of a pass
   const int most = int(std::max<int64_t>(kTogether / (int64_t(w.columns) * 4 * kTokens), 1));  // blocks of a pass
@@ -135,7 +135,7 @@ static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, 
 }
 
 void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y) {
-  constexpr int kFew = 24;  // tokens that are multiplied one by one before a matrix is dequantised
+  constexpr int kFew = 24;  // the most tokens that are multiplied one by one instead of dequantising a matrix
   if (exact) return float_matmul(*c, *w, x, bits, m, y);
   if (c->isa.matmul) return int8_matmul(*c, *w, x, bits, m, y);
   if (m > kFew) return float_matmul(*c, *w, x, bits, m, y);
@@ -176,7 +176,7 @@ void dpllm_prompt_attention(Context* c, const float* q, const void* k, const voi
   const int blocks = (rows + PromptQueries::kMost - 1) / PromptQueries::kMost;
   const int64_t bytes = storage_bytes(Storage(storage));
   c->pool.run(kv_heads * blocks, [&](int i) {
-    const int h = i % kv_heads, first = (blocks - 1 - i / kv_heads) * PromptQueries::kMost;  // the longest begin
+    const int h = i % kv_heads, first = (blocks - 1 - i / kv_heads) * PromptQueries::kMost;  // the longest ones begin
     const int64_t at = start[h] * dim * bytes;
     const PromptQueries p{static_cast<const char*>(k) + at, static_cast<const char*>(v) + at,
                           q + int64_t(h) * group * dim, out + int64_t(h) * group * dim, first,
@@ -187,7 +187,7 @@ void dpllm_prompt_attention(Context* c, const float* q, const void* k, const voi
 }
 
 void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads, int kv_heads,
-                           int dim, int length, int column, int columns, float scale, const float* cost, float* best) {
+                           int dim, int length, int column, int columns, float scale, const float* offset, float* best) {
   const int64_t run = int64_t(length) * dim * storage_bytes(Storage(storage));
   c->pool.run(heads, [&](int h) {
     float* own = best + int64_t(h) * columns;
@@ -197,7 +197,7 @@ void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storag
                             nullptr, first, std::min(PromptQueries::kMost, tokens - first), 1, heads, dim,
                             length - tokens, 0, scale, Storage(storage)};
       float* scratch = reinterpret_cast<float*>(thread_scratch(peak_scratch(dim, length) * sizeof(float)));
-      c->isa.attention_peaks(p, cost ? cost + first : nullptr, column, columns, scratch, own);
+      c->isa.attention_peaks(p, offset ? offset + first : nullptr, column, columns, scratch, own);
     }
   });
 }

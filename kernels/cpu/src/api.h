@@ -11,7 +11,7 @@
 using dpllm::Context;
 using dpllm::Matrix;
 
-// Instruction sets compiled into this library, best first: name, or null behind the last.
+// The names of instruction sets in this library, the fastest first, and null after the last one.
 DPLLM_EXPORT const char* dpllm_isa_name(int index);
 DPLLM_EXPORT const char* dpllm_isa_needs(int index);
 DPLLM_EXPORT int dpllm_isa_supported(int index);
@@ -25,8 +25,8 @@ DPLLM_EXPORT void dpllm_digits(const float* values, int64_t tables, int entries,
 // y [m, rows] = x [m, columns] times the matrix, row i of x at bits[i] planes.
 DPLLM_EXPORT void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y);
 
-// y [m, rows] = x [m, columns] times the matrix at `bits` planes, for a prompt: in float32 where it must be exact, or
-// where this instruction set has no int8 kernel for it; a few tokens as dpllm_gemm.
+// y [m, rows] = x [m, columns] times the matrix at `bits` planes, for a prompt. The product is float32 where it must be
+// exact, or where this instruction set has no int8 kernel for it. A few tokens are computed as by dpllm_gemm.
 DPLLM_EXPORT void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y);
 
 // Rows n0..n1 at `bits` planes to out [n1 - n0, columns], float32 or bfloat16.
@@ -46,17 +46,17 @@ DPLLM_EXPORT void dpllm_attention(Context* c, const float* q, const void* k, con
                                   const int64_t* start, const int32_t* length, int heads, int kv_heads, int dim,
                                   float scale, float* out);
 
-// Attention of many tokens, the last of each run: token t of `tokens` sees the run's pairs up to its own, or the last
-// `window` of these (0: all). q, out: [tokens, heads, dim].
+// Attention of many tokens, whose pairs are the last of each run: token t of `tokens` sees the run's pairs up to its own,
+// or the last `window` of these (0: all). q, out: [tokens, heads, dim].
 DPLLM_EXPORT void dpllm_prompt_attention(Context* c, const float* q, const void* k, const void* v, int storage,
                                          const int64_t* start, const int32_t* length, int tokens, int heads,
                                          int kv_heads, int dim, int window, float scale, float* out);
 
-// best [heads, columns] = the most attention that any token pays to keys column, column + 1, ..., as a logarithm less
-// cost [tokens] (or null). q: [tokens, heads, dim]; k: [kv_heads, length, dim], the last `tokens` of them the tokens' own.
+// best [heads, columns] = the largest attention that any token pays to keys column, column + 1, ..., as a logarithm minus
+// offset [tokens] (or null). q: [tokens, heads, dim]; k: [kv_heads, length, dim], where the last `tokens` are their own.
 DPLLM_EXPORT void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads,
                                         int kv_heads, int dim, int length, int column, int columns, float scale,
-                                        const float* cost, float* best);
+                                        const float* offset, float* best);
 
 // Bytes per second of a plain parallel read of `bytes` from memory.
 DPLLM_EXPORT double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes);

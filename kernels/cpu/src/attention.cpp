@@ -15,7 +15,7 @@ void AttentionBuffer::split(const Attention& a) {
       parts_.push_back({h, a.start[h] + at, std::min(kStretch, a.length[h] - at)});
   order_.resize(parts_.size());
   std::iota(order_.begin(), order_.end(), 0);
-  // Heads of several tokens read the same pairs: one after another, while these are in the core's cache.
+  // Heads of several tokens read the same pairs one after another, while the pairs are in the core's cache.
   const auto before = [&](int i, int j) { return parts_[size_t(i)].first < parts_[size_t(j)].first; };
   if (!std::is_sorted(order_.begin(), order_.end(), before)) std::stable_sort(order_.begin(), order_.end(), before);
 }
@@ -40,7 +40,7 @@ void AttentionBuffer::run(Context& c, const Attention& a) {
   for (int h = 0; h < a.kv_heads; h++) merge(a, h, part);
 }
 
-// Softmax over all parts of a head from those of each; a head without pairs yields zeros.
+// Joins the softmax of all parts of a head. A head without pairs gives zeros.
 void AttentionBuffer::merge(const Attention& a, int head, size_t& part) const {
   const int group = a.heads / a.kv_heads;
   const size_t first = part;

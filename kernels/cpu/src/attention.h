@@ -33,7 +33,7 @@ class AttentionBuffer {
   void merge(const Attention& a, int head, size_t& part) const;
 
   std::vector<Part> parts_;
-  std::vector<int> order_;  // in which they are computed
+  std::vector<int> order_;  // the order in which parts are computed
   std::vector<float> scratch_, out_, top_, sum_;
 };
 

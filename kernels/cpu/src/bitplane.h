@@ -29,7 +29,7 @@ DPLLM_INLINE void butterfly(V p0, V p1, V p2, V p3, V* word) {
   word[3] = V::select(pair, b1.template down<2>(), a1);
 }
 
-// The low four planes of one block as nibbles, and the planes above them.
+// The low four planes of one block as nibbles, and the higher planes.
 template <class V, int B>
 struct Block {
   static constexpr int kAbove = B > 4 ? B - 4 : 0;
@@ -44,7 +44,7 @@ struct Block {
   }
 };
 
-// The tables of a row, and where its planes lie.
+// The tables of a row, and the addresses of its planes.
 template <class V, int B, int T>
 struct Row {
   typename V::template Table<B> tables[T];
@@ -56,7 +56,7 @@ struct Row {
     for (int t = 0; t < T; t++) tables[t].load(digits + (t << B));
   }
 
-  // Bytes `at`.. of each plane, of which those behind `end` count as zero.
+  // Bytes of each plane from `at` on; bytes from `end` on count as zero.
   DPLLM_INLINE Block<V, B> block(int64_t at, int64_t end) const {
     constexpr int kPrefetch = 2048;
     const bool part = end - at < V::kBytes, line = V::kBytes >= 64 || at % 64 == 0;
@@ -102,8 +102,8 @@ struct Sums {
     for (int o = 0; o < kOrders; o++) total[o] = V::multiply_add(sum[o], scale, total[o]);
   }
 
-  // The element of y. Products are exact in double precision, so that it does not matter to the result which of them
-  // the compiler fuses with an addition: it is the same in every function this is part of.
+  // The element of y. Products are exact in double precision, so the result does not depend on which of them the
+  // compiler fuses with an addition, and is the same in every function that inlines this one.
   template <int B>
   DPLLM_INLINE float finish(const Matrix& w, int n, const Activation& x) const {
     float y = V::reduce(total[0]);  // in units of the lowest order
@@ -144,7 +144,7 @@ struct Single {
 };
 
 // Several activations: the entries of a stretch of a row are looked up once, and multiplied by each activation while
-// they are in the first-level cache. Few functions for few combinations: this is what keeps the library quick to build.
+// they are in the first-level cache. There are few functions for few combinations, so that the library builds quickly.
 template <class V, int T>
 struct Stretch {
   static constexpr int kBytes = 256;  // of each plane
@@ -213,7 +213,7 @@ struct Bitplane {
     }
   };
 
-  // Where a group's digits and scale go (see "Order" above).
+  // The place of a group's digits and scale (see "Order" above).
   struct Layout {
     static constexpr bool kUnsigned = V::kUnsigned;
     static constexpr int kTwice = 0;

@@ -1,4 +1,4 @@
-// A chosen instruction set, a thread pool, and how exact to be: what every entry point works with.
+// The context of every entry point: a chosen instruction set, a thread pool, and the accuracy.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace dpllm {
 
-// Digits used at each width, 1 (int8) or 2 (16 bits).
+// The number of digits at each width: 1 (int8) or 2 (16 bits).
 struct Accuracy {
   int32_t table_digits[kMaxBits + 1];
   int32_t x_digits[kMaxBits + 1];
@@ -21,8 +21,8 @@ struct Context {
   Accuracy accuracy;
 };
 
-// Scratch of the calling thread, on a 64-byte boundary, overwritten by the next call. Not in the instruction sets' units:
-// what they instantiate of the standard library could be linked into the others.
+// Scratch of the calling thread, on a 64-byte boundary, overwritten by the next call. It is not defined in the instruction
+// sets' units, because templates of the standard library that they instantiate could be linked into other units.
 uint8_t* thread_scratch(size_t bytes);
 
 // A quantised activation row with its memory, reused from call to call.
@@ -47,8 +47,8 @@ class ActivationBuffer {
   Activation activation_{};
 };
 
-// Rows per chunk: at least four chunks a thread, of 8 to 48 KB of weights. Whole vectors of any instruction set: what
-// is left at the end of a vector loop may round otherwise, and must not depend on the number of threads.
+// Rows per chunk: at least four chunks for each thread, of 8 to 48 KB of weights. Chunks are whole vectors of any
+// instruction set: the rest of a vector loop may round differently, and must not depend on the number of threads.
 inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
   constexpr int64_t kVector = 16;
   const int64_t bytes = std::max<int64_t>(bytes_per_row, 1);
@@ -57,7 +57,7 @@ inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
   return int((size + kVector - 1) / kVector * kVector);
 }
 
-// body(first row, last row) over all rows, in parallel.
+// Calls body(first row, last row) for all rows, in parallel.
 template <class Body>
 void parallel_rows(Context& c, int rows, int64_t bytes_per_row, const Body& body) {
   const int step = chunk_rows(c, rows, bytes_per_row);

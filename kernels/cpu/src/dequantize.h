@@ -1,7 +1,7 @@
 // Dequantisation for the instruction sets of bitplane.h.
 //
-// Entries are looked up as for a product, a stretch of a row at a time; bit t of byte p being column 8 p + t, columns in
-// order are an 8 x 8 transposition of bytes within every 8 bytes of the planes: three rounds of exchanges.
+// Entries are looked up as for a product, one stretch of a row at a time. Bit t of byte p is column 8 p + t, so columns
+// are brought into order by an 8 x 8 transposition of bytes within every 8 bytes of the planes: three rounds of exchanges.
 #pragma once
 
 #include "bitplane.h"

@@ -11,7 +11,7 @@ namespace {
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// What unsigned tables (digit + 128) have added to a dot product, in units of its lowest order.
+// The sum that unsigned tables (digit + 128) add to a dot product, in units of its lowest order.
 template <int T>
 inline float unsigned_correction(const Activation& x) {
   return x.correction * (T == 2 ? kBase + 1 : 1);

@@ -1,7 +1,7 @@
-// The product of a prompt in float32: where there are no int8 instructions for it, and for accuracy 'exact'.
+// The product of a prompt in float32, used where there are no int8 instructions for it, and for accuracy 'exact'.
 //
-// A few rows of the matrix are dequantised for all tokens of a pass (api.cpp), which were transposed before, a token a
-// lane: the product is then that of prompt_attention.h. A token's numbers depend on no other token.
+// A few rows of the matrix are dequantised for all tokens of a pass (api.cpp). The tokens were transposed before, one token
+// in each lane, so the product is the one of prompt_attention.h. A token's result does not depend on other tokens.
 #pragma once
 
 #include "dequantize.h"

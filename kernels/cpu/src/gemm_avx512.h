@@ -1,10 +1,10 @@
-// The product of a whole prompt for AVX-512 with VBMI, GFNI and VNNI: int8 times int8, where a decode step is limited by
-// memory and this by multiplications. A panel of 32 rows of weights is looked up once for the whole prompt.
+// The product of a whole prompt for AVX-512 with VBMI, GFNI and VNNI, int8 times int8. Multiplications limit its speed,
+// while memory limits a decode step. A panel of 32 rows of weights is looked up once for the whole prompt.
 //
-// Order. A lane is a row: vector s of a panel holds four columns of sixteen rows, the activations of those columns are
-// broadcast, and what comes out needs no adding of lanes. Twelve accumulators take eight products each (32 columns, one
-// scale) before they are converted and join the totals, which have registers of their own: with 24 accumulators the
-// totals go through memory, and that cost 15%.
+// Order. A lane is a row. Vector s of a panel holds four columns of sixteen rows, and the activations of these columns are
+// broadcast, so no lanes need to be added. Twelve accumulators take eight products each (32 columns, one scale) before
+// they are converted and added to the totals, which have registers of their own. With 24 accumulators the totals would go
+// through memory, which takes 15% more time.
 #pragma once
 
 #include <algorithm>
@@ -87,7 +87,7 @@ DPLLM_INLINE void decode_line(const Matrix& w, int n, int64_t at, Vec* out) {
 }
 
 // Rows n..n+count as unsigned bytes (high digit + 128): panel [groups][steps][32 rows][4 columns]. Lanes beyond `count`
-// repeat what was there; nobody reads their sums.
+// repeat old values, whose sums are not read.
 template <int B>
 void decode_panel(const Matrix& w, int n, int count, uint8_t* panel) {
   alignas(64) Vec lines[8 * kLanes] = {}, columns[kLanes];
@@ -130,7 +130,7 @@ DPLLM_INLINE void tile(const uint8_t* panel, const int8_t* x, const float* scale
   }
 }
 
-// What turns the totals of a panel's rows into elements of y.
+// Turns the totals of a panel's rows into elements of y.
 struct FinishPanel {
   alignas(64) float scale[kPanelRows] = {}, bias[kPanelRows] = {};
   int count;

@@ -167,7 +167,7 @@ struct Sums {
     for (int o = 0; o < kOrders; o++) total[o] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[o]), scale, total[o]);
   }
 
-  // All orders in units of the lowest: lanes still to be added up.
+  // All orders in units of the lowest one. The lanes have not been added yet.
   DPLLM_INLINE __m512 lanes(int m) const {
     __m512 y = total[m][0];
     for (int o = 1; o < kOrders; o++) y = _mm512_fmadd_ps(y, _mm512_set1_ps(kBase), total[m][o]);
@@ -175,8 +175,8 @@ struct Sums {
   }
 };
 
-// What turns added lanes into an element of y. Products are exact in double precision, so that it does not matter to
-// the result which of them the compiler fuses with an addition: it is the same however many activations there are.
+// Turns added lanes into an element of y. Products are exact in double precision, so the result does not depend on which
+// of them the compiler fuses with an addition, nor on the number of activations.
 template <int B, int T>
 struct Finish {
   const Matrix& w;
@@ -219,7 +219,7 @@ struct RowsAtOnce {
     }
   }
 
-  // Rows of 256 columns: two to a line where they share a table, against activations that are there twice.
+  // Rows of 256 columns: two to a line where they share a table, with activations that are stored twice.
   static void pairs(const Matrix& w, const Activation* const* x, float* const* y, int n0, int n1) {
     const Finish<B, T> finish{w};
     Vec line[B];
@@ -249,10 +249,10 @@ struct Rows {
   }
 };
 
-// Where a group's digits and scale go (see "Order" above).
+// The place of a group's digits and scale (see "Order" above).
 struct Layout {
   static constexpr bool kUnsigned = true;
-  static constexpr int kTwice = 256;  // rows of so many columns are there twice, see RowsAtOnce::pairs
+  static constexpr int kTwice = 256;  // rows of this many columns are stored twice, see RowsAtOnce::pairs
 
   static void place(int group, const int8_t* digits, int8_t* out) {
     int8_t* block = out + group / 16 * kColumns + group % 4 * 128 + group % 16 / 4 * 16;
@@ -278,7 +278,7 @@ struct Bf16Table {
       const float value = float(kBase * digits[i] + digits[i + (1 << B)]) * scale;
       uint32_t u;
       std::memcpy(&u, &value, 4);
-      u += 0x7fffu + (u >> 16 & 1);                         // finite, so that rounding to even is all there is to it
+      u += 0x7fffu + (u >> 16 & 1);                         // the value is finite, so rounding to even is enough
       up[i] = int8_t(u >> 24 ^ 0x80), low[i] = int8_t(u >> 16 ^ 0x80);  // the table flips the top bit back
     }
     upper.load(up);

@@ -9,7 +9,7 @@ bool base() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #ifdef __AVXVNNI__
-bool supported() {  // CPUID leaf 7.1, EAX bit 4; compilers of 2022 do not know it by name
+bool supported() {  // CPUID leaf 7.1, EAX bit 4; compilers of 2022 have no name for it
   uint32_t eax = 1, ebx, ecx = 1, edx;
   __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(1));
   return base() && (eax >> 4 & 1);

@@ -1,9 +1,9 @@
-// What every instruction-set variant implements, and the data it works on. Plain C++17.
+// The interface of every instruction-set variant, and its data types. Plain C++17.
 //
 // A weight is a code of `bits` planes that selects an entry of its row's table. Table entries and activations
 // are split into two digits of base 255, each within -127..127, so that every product is an 8-bit one and no
 // pair of products can overflow 16 bits: value = scale * (255 * high + low). The low digit of either side may be
-// left out; what remains is plain int8.
+// left out; the rest is plain int8.
 #pragma once
 
 #include <cstddef>
@@ -12,12 +12,13 @@
 
 namespace dpllm {
 
-constexpr int kGroup = 32;      // activations that share a scale, and weights in one word of a plane
+constexpr int kGroup = 32;      // activations that share a scale; also the weights in one word of a plane
 constexpr int kBase = 255;      // of the digits
 constexpr int kMaxBits = 8;
-constexpr int kBlock = 512;     // columns the widest kernel takes at once; activations are padded to it
+constexpr int kBlock = 512;     // columns that the widest kernel takes at once; activations are padded to a multiple
 
-// An [rows, columns] matrix. Planes are the overlay's own: most significant first, bit i of word w is column 32 w + i.
+// A [rows, columns] matrix. Planes are as the overlay stores them: most significant first, bit i of word w is column
+// 32 w + i.
 struct Matrix {
   const uint8_t* planes;  // plane p of row n starts at planes + p * plane_bytes + n * row_bytes
   int64_t plane_bytes, row_bytes;
@@ -28,19 +29,19 @@ struct Matrix {
   int32_t rows, columns, rows_per_table;
 };
 
-// A row of activations, quantised in groups of 32 and laid out as the kernel wants it (Isa::quantize knows how).
+// A row of activations, quantised in groups of 32 and laid out as the kernel needs it (by Isa::quantize).
 struct Activation {
   int8_t* high;      // [padded columns]
   int8_t* low;       // [padded columns], used when digits is 2
   float* scale;      // of the low digit (of `high` when digits is 1); 4 floats of room per group
-  float correction;  // 128 * sum of the quantised values: what an unsigned table digit (+128) adds to a product
+  float correction;  // 128 * sum of the quantised values, which unsigned table digits (+128) add to a product
   int32_t digits;    // 1: int8, 2: 16-bit
 };
 
 // A whole prompt, quantised to int8 for `Isa::matmul`. Rows are kept in tiles; the last one has room for a whole tile.
 struct Prompt {
   static constexpr int kTileTokens = 6;
-  static constexpr int kPanelRows = 32;  // of the weights: what `matmul` takes at once
+  static constexpr int kPanelRows = 32;  // rows of weights that `matmul` takes at once
 
   int8_t* digits;     // [tiles][padded columns / 4][kTileTokens][4]
   float* scale;       // [tiles][padded columns / 32][kTileTokens]
@@ -48,7 +49,7 @@ struct Prompt {
   int32_t rows;
 };
 
-// For what must become one loop body, whatever the compiler thinks of its size.
+// For functions that must be inlined into one loop body, whatever their size.
 #define DPLLM_INLINE inline __attribute__((always_inline))
 
 // Zeroed memory on a 64-byte boundary.
@@ -80,11 +81,11 @@ struct Run {
   Storage storage;
 };
 
-// Up to kMost queries of one KV head's group, and its run of keys, the last of which are the tokens' own. Queries are
-// counted token by token, head by head within one.
+// Up to kMost queries of one KV head's group, and its run of keys, which ends with the tokens' own keys. Queries are
+// counted token by token, and head by head within a token.
 struct PromptQueries {
   static constexpr int kMost = 64;
-  static constexpr int kKeys = 96;  // looked at together
+  static constexpr int kKeys = 96;  // keys that are processed together
 
   const void *k, *v;     // [length, dim]
   const float* q;        // [tokens, heads, dim], from the group's first head on
@@ -92,7 +93,7 @@ struct PromptQueries {
   int32_t first, count;  // queries first .. first + count - 1
   int32_t group, heads, dim;
   int32_t before;  // keys before the first token's own
-  int32_t window;  // keys a token sees, its own included; 0: all up to its own
+  int32_t window;  // keys that a token sees, its own included; 0: all up to its own
   float scale;
   Storage storage;
 
@@ -142,24 +143,24 @@ struct Isa {
   // exp(score - top). scratch: group * length floats.
   void (*attend)(const Run& run, float* scratch, float* out, float* top, float* sum);
 
-  // Many queries at once, to out; prompt_attention.h.
+  // Attention of many queries at once, to out; see prompt_attention.h.
   void (*attend_prompt)(const PromptQueries& p, float* scratch);
 
-  // best[c] = the largest of what it was and of any query's log-attention to key column + c, less the query's cost
-  // (null: none). Queries that are not numbers have no say.
-  void (*attention_peaks)(const PromptQueries& p, const float* cost, int column, int columns, float* scratch,
+  // best[c] = the largest of its old value and of any query's log-attention to key column + c, minus the query's offset
+  // (null: none). Queries with NaN are ignored.
+  void (*attention_peaks)(const PromptQueries& p, const float* offset, int column, int columns, float* scratch,
                           float* best);
 
   void (*store)(const float* x, Storage storage, void* y, int n);  // n values to a cache
   float (*from_half)(uint16_t h);
 
-  // Many rows at once in float32. x [count, columns] -> out [columns][PromptQueries::kMost], zero behind `count`;
-  // y [tokens, rows of the weights], rows n0..n1, from blocks of so many tokens. scratch: (n1 - n0) * (columns + kMost).
+  // Many rows at once in float32. x [count, columns] -> out [columns][PromptQueries::kMost], zero after `count`;
+  // y [tokens, rows of the weights], rows n0..n1, from blocks of `tokens` tokens. scratch: (n1 - n0) * (columns + kMost).
   void (*transpose_tokens)(const float* x, int columns, int count, float* out);
   void (*float_matmul)(const Matrix& w, int bits, const float* blocks, int tokens, float* scratch, float* y, int n0,
                        int n1);
 
-  // The same from high table digits and int8 activations; null where float32 is as quick. Columns are padded
+  // The same from high table digits and int8 activations; null where float32 is equally fast. Columns are padded
   // to kBlock in the quantised prompt; y is [rows of the prompt, rows of the weights], rows n0..n1 of the weights, at
   // most kPanelRows. panel: scratch, kPanelRows * padded columns bytes on a 64-byte boundary.
   void (*quantize_prompt)(const float* x, int columns, int row, Prompt* out);

@@ -1,4 +1,4 @@
-// What ops.h asks of an instruction set, beyond what compilers do with vectors of floats by themselves.
+// The operations that ops.h needs from an instruction set, beyond the compiler's own vectors of floats.
 //
 // A translation unit defines `struct Simd : Lanes<n>` with
 //   widen(const int8_t*), from_half_vector(const uint16_t*) -> Floats, to_half_vector(const float*, uint16_t*),

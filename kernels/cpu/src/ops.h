@@ -51,7 +51,7 @@ inline Floats exp(Floats x) {
   return p * reinterpret_cast<Floats>(exponent);
 }
 
-// Calls body(i, n) over 0..n-1 in whole vectors, then tail(i) for what is left.
+// Calls body(i, n) over 0..n-1 in whole vectors, then tail(i) for the rest.
 template <class Body, class Tail>
 inline void sweep(int n, Body body, Tail tail) {
   int i = 0;
@@ -228,7 +228,7 @@ inline void mix(const Run& run, const float* weights, int d, float* out) {
     for (int j = 0; j < kVectors; j++) store(out + g * run.dim + d + j * kLanes, total[g][j]);
 }
 
-// The same for one column of one head: what is left where the head size is no multiple of the vector.
+// The same for one column of one head, for the rest where the head size is not a multiple of the vector.
 inline float mix_one(const Run& run, const float* weights, int d) {
   float total = 0;
   for (int i = 0; i < run.length; i++) {
@@ -277,7 +277,7 @@ inline void score_all(const Run& run, float* scores) {
   }
 }
 
-// Head sizes that are no multiple of the vector.
+// The same for head sizes that are not a multiple of the vector.
 inline void score_odd(const Run& run, float* scores) {
   for (int i = 0; i < run.length; i++)
     for (int g = 0; g < run.group; g++) {
@@ -288,7 +288,7 @@ inline void score_odd(const Run& run, float* scores) {
     }
 }
 
-// The largest that is a number: a NaN makes itself felt when scores become weights.
+// The largest value that is not NaN. A NaN takes effect later, when scores become weights.
 inline float largest(const float* x, int n) {
   Floats most = all(-INFINITY);
   float top = -INFINITY;
@@ -345,7 +345,7 @@ inline Quantized quantize_group(const float* x, int digits, int8_t* high, int8_t
   constexpr int kVectors = kGroup / kLanes;
   Ints largest{};
   for (int i = 0; i < kVectors; i++) {
-    const Ints bits = load<Ints>(x + i * kLanes) & 0x7fffffff;  // |x|, and NaN above everything
+    const Ints bits = load<Ints>(x + i * kLanes) & 0x7fffffff;  // |x|; NaN is above every number
     largest = bits > largest ? bits : largest;
   }
   int32_t lanes[kLanes], top_bits = 0;
@@ -353,7 +353,7 @@ inline Quantized quantize_group(const float* x, int digits, int8_t* high, int8_t
   for (int32_t b : lanes) top_bits = b > top_bits ? b : top_bits;
   float top;
   std::memcpy(&top, &top_bits, 4);
-  if (top_bits >= 0x7f800000 || top < 1e-35f) {  // not finite, or nothing to speak of
+  if (top_bits >= 0x7f800000 || top < 1e-35f) {  // not finite, or too small
     std::memset(high, 0, kGroup);
     std::memset(low, 0, kGroup);
     return {top_bits >= 0x7f800000 ? NAN : 0.f, 0};
@@ -375,7 +375,7 @@ inline Quantized quantize_group(const float* x, int digits, int8_t* high, int8_t
   return {top / steps, sum};
 }
 
-// Layout::place(group, its digits, where all digits go) and place_scale(): the kernel's order.
+// Layout::place(group, its digits, the memory of all digits) and place_scale() define the kernel's order.
 template <class Layout>
 void quantize_as(const float* x, int columns, int digits, Activation* out) {
   const bool twice = Layout::kTwice && (columns + kGroup - 1) / kGroup * kGroup == Layout::kTwice;
@@ -402,8 +402,8 @@ void quantize_as(const float* x, int columns, int digits, Activation* out) {
   out->correction = float(correction);
 }
 
-// The table of functions: what depends on the instruction set beyond vector types is passed in, products of many rows
-// are added by those who have them.
+// The table of functions. Functions that depend on the instruction set beyond vector types are arguments; products of many
+// rows are added by the instruction sets that have them.
 template <class Layout, template <int, int, int> class Rows>
 constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, nullptr,

@@ -20,7 +20,7 @@ inline void pause() {
 #endif
 }
 
-// The cores this process may use; empty where they cannot be chosen.
+// The cores that this process may use; empty where they cannot be chosen.
 std::vector<int> usable_cores() {
   std::vector<int> cores;
 #if defined(__linux__)
@@ -84,11 +84,11 @@ void Pool::round(int first, int chunks) {
   work(0, region_);
   for (int spins = 0; finished_.load(std::memory_order_acquire) < chunks; spins++) {
     pause();
-    if (spins > 2000) std::this_thread::yield();  // somebody else has the core our worker needs
+    if (spins > 2000) std::this_thread::yield();  // another program may have the core that our worker needs
   }
 }
 
-// Claims chunks of this region, the thread's own stretch first, until there are none.
+// Claims chunks of this region until there are none, those of the thread's own stretch first.
 void Pool::work(int self, uint64_t region) {
   const int n = threads();
   int done = 0;
@@ -97,7 +97,7 @@ void Pool::work(int self, uint64_t region) {
     uint64_t seen = word.load(std::memory_order_acquire);
     while (seen >> 32 == region && (seen & 0xffff) < (seen >> 16 & 0xffff)) {
       if (!word.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
-      call_(body_, first_ + int(seen & 0xffff));  // not replaced before this chunk, too, is reported as finished
+      call_(body_, first_ + int(seen & 0xffff));  // the job is not replaced before this chunk is reported as finished
       done++;
       seen = word.load(std::memory_order_acquire);
     }

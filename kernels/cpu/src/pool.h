@@ -1,9 +1,9 @@
 // A small pool of threads for regions of a few hundred microseconds.
 //
-// Each thread gets a contiguous stretch of the chunks, so that it reads memory in one sweep, and when it is done takes
-// what is left of the others': a core that another program occupies does not hold up the region. A stretch is one
-// atomic word that also carries the region's number, so a thread that comes late can neither claim a chunk of another
-// region nor read a job that is being replaced. Who runs a chunk never changes a result.
+// Each thread gets a contiguous stretch of the chunks, so that it reads memory in one sweep. A thread that is done takes
+// chunks of other stretches, so that a core that another program occupies does not delay the region. A stretch is one
+// atomic word that also carries the region's number, so a late thread can neither claim a chunk of another region nor read
+// a job that is being replaced. A result does not depend on which thread runs a chunk.
 #pragma once
 
 #include <atomic>
@@ -18,14 +18,14 @@ namespace dpllm {
 
 class Pool {
  public:
-  // threads counts the caller's. pin: thread i stays on the i-th core this process may use (Linux).
+  // threads includes the caller's. pin: thread i stays on the i-th core that this process may use (Linux).
   Pool(int threads, bool pin);
   ~Pool();
   Pool(const Pool&) = delete;
 
   int threads() const { return int(workers_.size()) + 1; }
 
-  // body(chunk) for every chunk in 0..chunks-1, on all threads; returns when all are done. Not to be nested.
+  // Calls body(chunk) for every chunk in 0..chunks-1, on all threads; returns when all are done. Calls must not be nested.
   template <class Body>
   void run(int chunks, const Body& body) {
     if (chunks <= 1 || workers_.empty()) {

@@ -1,8 +1,9 @@
-// Attention of many queries at once, for prompts, questions and the repetition of a context (ops.h has that of one token).
+// Attention of many queries at once, for prompts, questions and the repetition of a context. ops.h has the attention of
+// one token.
 //
-// Everything is kept transposed, a query a lane: scores [keys][queries] are products of key rows and query columns, outputs
-// [dim][queries] of value columns and weights, and the softmax needs no sum across lanes. Both products are one loop:
-// broadcast an element of the cache, multiply with a stretch of queries.
+// All matrices are transposed, with one query in each lane: scores [keys][queries] are products of key rows and query
+// columns, outputs [dim][queries] are products of value columns and weights, and the softmax needs no sum across lanes.
+// Both products are the same loop: broadcast an element of the cache, and multiply it by a stretch of queries.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +11,7 @@
 namespace dpllm {
 namespace {
 
-constexpr int kQueries = PromptQueries::kMost;  // lanes of a block of queries; rows of all matrices here are so long
+constexpr int kQueries = PromptQueries::kMost;  // lanes of a block of queries, which is the row length of all matrices here
 constexpr int kKeys = PromptQueries::kKeys;
 constexpr int kTileRows = kLanes == 8 ? 6 : 12;  // 16 registers hold 6 x 2 sums, 32 hold 12 x 2
 constexpr int kTileVectors = 2;
@@ -57,7 +58,7 @@ void transpose_tokens(const float* x, int columns, int count, float* out) {
   }
 }
 
-// n values of a cache from element `at` on, as floats: where they lie, or in `room`.
+// n values of a cache from element `at` on, as floats: in place, or copied to `room`.
 const float* widened(const void* base, int64_t at, int n, Storage storage, float* room) {
   if (storage == Storage::kFloat32) return static_cast<const float*>(base) + at;
   const auto convert = [&](auto kind) {
@@ -80,7 +81,7 @@ void transpose_queries(const PromptQueries& p, float* columns) {
   }
 }
 
-// -inf where a query may not look: keys behind its own, or out of its window.
+// Sets -inf at keys that a query must not see: keys after its own, or outside its window.
 void hide(const PromptQueries& p, int first, int keys, float* scores) {
   if (first + keys - 1 <= p.own(0) && (!p.window || p.own(p.count - 1) - first < p.window)) return;
   for (int i = 0; i < keys; i++)
@@ -90,7 +91,7 @@ void hide(const PromptQueries& p, int first, int keys, float* scores) {
     }
 }
 
-// Scores of a stretch of keys become weights exp(score - top); `fade` is what earlier weights shrink by.
+// Turns scores of a stretch of keys into weights exp(score - top). `fade` is the factor for earlier weights.
 void soften_keys(float* scores, int keys, int lanes, float* top, float* sums, float* fade) {
   for (int j = 0; j < lanes; j += kLanes) {
     const Floats before = load<Floats>(top + j);
@@ -99,7 +100,7 @@ void soften_keys(float* scores, int keys, int lanes, float* top, float* sums, fl
       const Floats v = load<Floats>(scores + i * kQueries + j);
       most = v > most ? v : most;
     }
-    const Floats base = most == -INFINITY ? all(0) : most;  // a query that has seen nothing yet
+    const Floats base = most == -INFINITY ? all(0) : most;  // a query that has seen no key yet
     Floats total{};
     for (int i = 0; i < keys; i++) {
       const Floats v = load<Floats>(scores + i * kQueries + j);
@@ -151,9 +152,9 @@ void attend_prompt(const PromptQueries& p, float* scratch) {
   }
 }
 
-// best[c] = the most attention, as a logarithm less the query's own cost, that any of a block of queries pays to key
-// p.column + c, or what it was. scratch: peak_scratch(dim, keys) floats.
-void attention_peaks(const PromptQueries& p, const float* cost, int column, int columns, float* scratch, float* best) {
+// best[c] = the largest of its old value and of the attention that any of a block of queries pays to key p.column + c, as
+// a logarithm minus the query's own offset. scratch: peak_scratch(dim, keys) floats.
+void attention_peaks(const PromptQueries& p, const float* offset, int column, int columns, float* scratch, float* best) {
   const int lanes = (p.count + kTileLanes - 1) / kTileLanes * kTileLanes, end = p.own(p.count - 1) + 1;
   float *queries = scratch, *room = queries + p.dim * kQueries, *less = room + kKeys * p.dim;
   float* scores = less + kQueries;  // [keys][kQueries]
@@ -177,7 +178,7 @@ void attention_peaks(const PromptQueries& p, const float* cost, int column, int 
     }
     store(less + j, most);
     for (int r = j; r < j + kLanes; r++)
-      less[r] = r < p.count ? less[r] + std::log(total[r - j]) + (cost ? cost[r] : 0.f) : INFINITY;
+      less[r] = r < p.count ? less[r] + std::log(total[r - j]) + (offset ? offset[r] : 0.f) : INFINITY;
   }
   for (int c = 0; c < columns; c++) {
     const float* own = scores + int64_t(column + c) * kQueries;

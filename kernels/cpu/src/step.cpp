@@ -70,10 +70,10 @@ void Step::norm(const float* weight) {
     c_.isa.rms_norm(&x_[at], weight, m_.eps, m_.hidden, &h_[at]);
 }
 
-// The planes that a group reads for this input; below 1 if a callback refused.
+// Returns the planes that a group reads for this input; below 1 where a callback stopped the step.
 int Step::choose(const Group& g, int row, const float* x, int columns) {
   const Selection& s = *selection_;
-  if (s.fixed) return s.fixed[row * s.fixed_stride + g.index];
+  if (s.fixed) return s.fixed[g.index];
   if (s.choose) return s.choose(g.index, x);
   float& multiplier = multiplier_[size_t(row)];
   if (s.probe && g.index == 0) {
@@ -98,8 +98,8 @@ int Step::choose(const Group& g, int row, const float* x, int columns) {
   return bits;
 }
 
-// Decides for groups that share inputs x [rows, columns], and quantises these; what wants the same digits of a row shares
-// the result.
+// Chooses widths for groups that share inputs x [rows, columns], and quantises the inputs. Products that need the same
+// digits of a row share the result.
 bool Step::decide(const Group* g, int count, const float* x, int columns) {
   bool wanted[3][kMaxRows] = {};
   for (int i = 0; i < count; i++) {
@@ -126,7 +126,7 @@ bool Step::decide(const Group* g, int count, const float* x, int columns) {
   return true;
 }
 
-// Rows n0..n1 of the stacked products of one to three matrices. y: a line of `stride` elements for each token.
+// Rows n0..n1 of the stacked products of one to three matrices. y: one line of `stride` elements for each token.
 void Step::products(const Group* g, int count, float* y, int stride, int n0, int n1) {
   for (int i = 0; i < count; i++) {
     const Matrix& w = g[i].weight;
@@ -155,7 +155,7 @@ void Step::project(const Group* g, int count, float* y, int stride) {
   parallel_rows(c_, stride, row_bytes(g, count), [&](int n0, int n1) { products(g, count, y, stride, n0, n1); });
 }
 
-// act = silu(gate) * up, each stretch as soon as both products are there.
+// act = silu(gate) * up, each stretch as soon as both products are computed.
 void Step::gated(const Layer& l) {
   const int inner = m_.intermediate, count = l.gate_up_groups;
   parallel_rows(c_, inner, 2 * row_bytes(l.gate_up, count), [&](int n0, int n1) {
@@ -168,7 +168,7 @@ void Step::gated(const Layer& l) {
   });
 }
 
-// One head of q or k, ready to be multiplied.
+// Norms and rotates one head of q or k.
 void Step::turn(const Layer& l, const float* weight, float* head, int row) {
   const int d = m_.head_dim;
   const size_t at = size_t(row) * (d / 2);
@@ -197,12 +197,12 @@ void Step::store_pairs(const Layer& l, int layer, Cache& cache) {
   }
 }
 
-// mixed = attention of each token to what lies before it and to itself. Every head of every token is a run of its own; so
-// many tokens at once as memory for partial results is worth.
+// mixed = attention of each token to earlier tokens and to itself. Every head of every token is a run of its own. As many
+// tokens are taken at once as the memory for partial results allows.
 void Step::attend(const Layer& l, int layer, const Cache& cache) {
-  constexpr int64_t kPairs = 1 << 19;  // of all runs taken at once
+  constexpr int64_t kPairs = 1 << 19;  // the most pairs of all runs that are taken at once
   const int heads = m_.kv_heads, d = m_.head_dim;
-  int64_t pairs = 1;  // of the last token
+  int64_t pairs = 1;  // pairs of the last token
   for (int r = 0; r < rows_; r++)
     for (int h = 0; h < heads; h++) {
       const int i = layer * heads + h, length = cache.length[i] - (rows_ - 1 - r);

@@ -1,8 +1,9 @@
-// One decode step of a Llama-family decoder: tokens in, logits out, every group of matrices at its own width.
+// One decode step of a Llama-family decoder, which computes logits from tokens with every group of matrices at its own
+// width.
 //
-// A step takes one token, or several of one sequence behind each other: weights are then read once for all of them, and
-// each gets, bit for bit, the numbers that a step of its own would give it. The structures are filled by the caller,
-// which keeps all memory they point to. Float arrays are float32.
+// A step takes one token, or several consecutive tokens of one sequence. Several tokens share one read of the weights, and
+// each gets bit for bit the result of a step of its own. The caller fills the structures, and owns all memory to which
+// they point. Float arrays are float32.
 #pragma once
 
 #include "attention.h"
@@ -10,9 +11,9 @@
 
 namespace dpllm {
 
-constexpr int kMaxRows = 16;  // tokens of one step
+constexpr int kMaxRows = 16;  // the most tokens of one step
 
-// Matrices that share an input and a decision (q/k/v, gate/up), stacked; or one of them.
+// Matrices that share an input and a decision (q/k/v, gate/up), stacked; or one such matrix.
 struct Group {
   Matrix weight;
   int32_t index;            // of its decision
@@ -25,17 +26,17 @@ struct Layer {
   const float *q_norm, *k_norm;  // per head, or null
   Group qkv[3], gate_up[2], o, down;
   int32_t qkv_groups, gate_up_groups;
-  int32_t window;    // 0: attends to everything
+  int32_t window;    // pairs that a token sees; 0: all
   int32_t uses_rope;
 };
 
-// A dense matrix for embedding look-up and head: int8 with a float16 scale a row, or float32, or planes.
+// The matrix of embedding or head: int8 with one float16 scale for each row, or float32, or planes.
 struct Table {
   const int8_t* int8;
   const uint16_t* scale;
   const float* dense;
   Matrix planes;
-  int32_t planes_bits;  // 0 unless planes are used
+  int32_t planes_bits;  // 0 where planes are not used
 };
 
 struct Model {
@@ -47,22 +48,22 @@ struct Model {
   const Layer* layer;
 };
 
-// Who decides how many planes a group reads. One of three: fixed widths; thresholds on the token's multiplier times a
-// weighted square of the group's input (seed plus the number of thresholds exceeded); or a call back.
+// How the number of planes that a group reads is chosen, in one of three ways: fixed widths; thresholds on the token's
+// multiplier times a weighted square of the group's input (the seed width plus the number of thresholds exceeded); or a
+// callback.
 struct Selection {
-  const int32_t* fixed;               // [groups] of the first row, or null
-  int32_t fixed_stride;               // from one row's widths to the next one's; 0: all rows read the same
+  const int32_t* fixed;               // [groups], the same for all rows; or null
   const uint16_t* const* diagonal;    // [groups] of float16 [columns], or null
-  const float* thresholds;            // [groups, steps], ascending: rewriting them retargets
+  const float* thresholds;            // [groups, steps], ascending; writing others changes the target
   int32_t steps, seed;
   // A token's multiplier, exp(clamp(probe . input of group 0 + offset, +-limit) + correction); 1 without a probe.
   const float* probe;                 // [hidden], or null
   const float* correction;            // [rows]
   float offset, limit;
-  int32_t (*choose)(int32_t group, const float* x);  // or null; called group after group, row after row
-  // Where thresholds decide, every token costs at most `allowance` beyond the seed width: extra [groups, steps], what each
-  // width costs beyond it (null: no limit). So that the last groups are not left without, a token's multiplier is kept to
-  // (what is left / rest) ^ gain, rest [groups] being what a group and those behind it cost as a rule.
+  int32_t (*choose)(int32_t group, const float* x);  // or null; called for each group in turn, and each row of it
+  // Where thresholds decide, every token costs at most `allowance` beyond the seed width. extra [groups, steps]: the price
+  // of each width beyond the seed width (null: no limit). So that something is left for the last groups, a token's
+  // multiplier is limited to (what is left / rest) ^ gain, where rest [groups] is what a group and later ones usually cost.
   const int64_t* extra;
   int64_t allowance;
   const float* rest;
@@ -70,27 +71,27 @@ struct Selection {
 };
 
 // The key-value cache of one sequence: layer l, KV head h owns length[l, h] slots from start[l, h] of the
-// layer's flat [slots, head_dim]; the step writes the new pair behind them.
+// layer's flat [slots, head_dim]; the step writes the new pair after these.
 struct Cache {
   void *const *k, *const *v;  // [layers]
   const int64_t* start;
-  int32_t* length;      // advanced by the step, by its rows
+  int32_t* length;      // the step adds its rows
   Storage storage;
 };
 
-// A row is a token; the cache needs room for all of them.
+// A row is a token. The cache must have room for all rows.
 struct Request {
   int32_t rows;           // 1..kMaxRows
-  int32_t position;       // of the first
+  int32_t position;       // of the first token
   const int32_t* tokens;  // [rows]
   float* logits;          // [rows, vocab]
-  int32_t* bits;          // [rows, groups] chosen
+  int32_t* bits;          // [rows, groups], out: the chosen widths
   int32_t* greedy;        // [rows], out: the token of the largest logit
   int64_t* read_bits;     // [rows], out: sum over all groups of weights times chosen bits
   int64_t read_bytes;     // out: bytes of the groups' matrices that all rows together read, each group once
 };
 
-// What goes into the products of one group: activations by the width at which their rows read.
+// The activations that enter the products of one group, by the width that their rows read.
 struct Reads {
   int32_t count[kMaxBits + 1];
   int32_t row[kMaxBits + 1][kMaxRows];
@@ -100,7 +101,7 @@ struct Reads {
 class Step {
  public:
   Step(Context& c, const Model& m);
-  // False if a callback refused (returned a width below 1).
+  // Returns false where a callback stopped the step (returned a width below 1).
   bool run(const Selection& s, Cache& cache, Request& request);
 
  private:
@@ -126,14 +127,14 @@ class Step {
   const Model& m_;
   const Selection* selection_ = nullptr;
   Request* request_ = nullptr;
-  int rows_ = 0, room_ = 0;                                     // of this step; that the vectors hold
-  std::vector<float> x_, h_, qkv_, q_, mixed_, gate_up_, act_;  // a line a row
+  int rows_ = 0, room_ = 0;                                     // rows of this step; rows for which the vectors have room
+  std::vector<float> x_, h_, qkv_, q_, mixed_, gate_up_, act_;  // one line for each row
   std::vector<float> cos_, sin_, multiplier_;
-  std::vector<int64_t> allowance_;  // of each row, what is left
+  std::vector<int64_t> allowance_;  // what each row may still cost
   std::vector<int64_t> start_;
   std::vector<int32_t> length_;
-  Reads reads_[3];                        // by group under decision
-  ActivationBuffer buffer_[3][kMaxRows];  // by digits
+  Reads reads_[3];                        // for each group under decision
+  ActivationBuffer buffer_[3][kMaxRows];  // for each number of digits
   AttentionBuffer attention_;
 };
 

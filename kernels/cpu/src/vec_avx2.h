@@ -31,7 +31,7 @@ struct Vec {
   static Vec select(Vec mask, Vec a, Vec b) {
     return {_mm256_or_si256(_mm256_and_si256(mask.v, a.v), _mm256_andnot_si256(mask.v, b.v))};
   }
-  template <int n>  // across byte borders: callers mask what came in
+  template <int n>  // shifts across byte borders: callers mask the bits of the neighbour
   Vec up() const {
     return {_mm256_slli_epi16(v, n)};
   }

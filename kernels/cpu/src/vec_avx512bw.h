@@ -22,7 +22,7 @@ struct Vec {
   }
   static Vec repeat(int byte) { return {_mm512_set1_epi8(char(byte))}; }
   static Vec select(Vec mask, Vec a, Vec b) { return {_mm512_ternarylogic_epi64(mask.v, a.v, b.v, 0xCA)}; }
-  template <int n>  // across byte borders: callers mask what came in
+  template <int n>  // shifts across byte borders: callers mask the bits of the neighbour
   Vec up() const {
     return {_mm512_slli_epi16(v, n)};
   }

@@ -52,7 +52,7 @@ struct Vec {
     }
 
     // Codes at bit t (nibble and up to four planes above it), then table look-ups of 16 to 64 entries; an index
-    // outside a table leaves what an earlier one found.
+    // outside a table leaves the entry that an earlier look-up found.
     template <int t>
     DPLLM_INLINE Vec at(Vec nibble, const Vec* above) const {
       if constexpr (B <= 4) {

@@ -1,4 +1,4 @@
-// 16 bytes of plane at once in plain C++: correct everywhere, and what the compiler makes of it.
+// 16 bytes of plane at once in plain C++, which is correct everywhere and as fast as the compiler makes it.
 #pragma once
 
 #include <cstring>

@@ -1,0 +1,97 @@
+"""Turns prompts, chat messages and plain text into token ids that a model can continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpllm.base.errors import InputError
+from dpllm.base.text import check_text, encode
+from dpllm.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenises text for one model.
+
+    tokenizer: the transformers tokenizer. config: the model's configuration. path: the model's directory, for error
+    messages.
+    """
+
+    tokenizer: Any
+    config: ModelConfig
+    path: Path
+
+    def prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
+        """Returns the token ids of a prompt, with the special tokens that the tokenizer puts in front.
+
+        chat: the prompt is a user's message, and is put into the model's chat template. Raises InputError where the
+        prompt is empty or not UTF-8 text, or where a chat template is asked for and missing.
+        """
+        if not prompt:
+            raise InputError("the prompt is empty. Give some text, or '-' to read it from standard input.")
+        check_text(prompt, "the prompt")
+        if chat:
+            return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
+        return encode(self.tokenizer, prompt)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Returns the token ids of a text that continues another one: no special token is put in front."""
+        return (
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        )
+
+    def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
+        """Formats messages (`role`, `content`) by the model's chat template, up to where its answer begins.
+
+        Returns text, or token ids where `tokenize` is set. Raises InputError where the model has no chat template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.path} has no chat template. Leave out --chat.")
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
+        )
+
+    def chat_frame(self) -> tuple[str, str, str]:
+        """Returns the parts of the chat template that surround messages.
+
+        These are the text before a user's first message, the text between a user's message and the answer, and the
+        text between an answer and the next message. Raises InputError for a template that cannot be split like this.
+        """
+        marks = [f"\u241e{i}\u241e" for i in range(3)]
+        roles = ("user", "assistant", "user")
+        try:
+            text = self.chat_template([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
+            before, rest = text.split(marks[0])
+            _, rest = rest.split(marks[1])
+            between, after = rest.split(marks[2])
+        except InputError:
+            raise
+        except Exception as e:  # a template may raise anything
+            raise InputError(
+                f"the chat template of {self.path} does not frame a conversation message by message ({e}). "
+                "Leave out --chat."
+            ) from None
+        return before, after, between
+
+    def check_prompt(self, ids: Sequence[int], read: int = 0) -> None:
+        """Checks that the model can continue these tokens after `read` other tokens.
+
+        Raises InputError where there are no tokens, where the model does not know one of them, or where the model has
+        too few positions.
+        """
+        c = self.config
+        if not ids:
+            raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
+        if max(ids) >= c.vocab_size:
+            raise InputError(
+                f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
+                "Copy the model's own tokenizer files there."
+            )
+        if read + len(ids) >= c.max_positions:
+            after = f" after {read} tokens of context" if read else ""
+            raise InputError(
+                f"the prompt has {len(ids)} tokens{after}; the model has {c.max_positions} positions. Shorten it."
+            )
