@@ -25,7 +25,7 @@ from dpllm.model.config import ModelConfig
 from dpllm.model.random_models import SHAPES, shape
 
 CODE = (
-    Path(__file__).resolve().parents[1] / "tests" / "gpu_code.json"
+    Path(__file__).resolve().parents[1] / "tests" / "support" / "gpu_code.json"
 )  # of compiled kernels, checked by the tests
 # Whose code a device runs, of the targets in CODE. Code for sm_86 is that for sm_87 but for its padding.
 TARGETS = {

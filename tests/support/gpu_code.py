@@ -1,8 +1,8 @@
-"""Compiles the products' kernels for five kinds of GPU and compares their machine code with tests/gpu_code.json.
+"""Compiles the kernels of products for five kinds of GPU and compares their machine code with gpu_code.json.
 
-    python tests/gpu_code.py              what every test run checks: all targets for the widths that matter most
-    python tests/gpu_code.py --all        every kernel for every target
-    python tests/gpu_code.py --all --write    ... and makes that the table
+    python tests/support/gpu_code.py                  what every test run checks: all targets for the widths that matter most
+    python tests/support/gpu_code.py --all            every kernel for every target
+    python tests/support/gpu_code.py --all --write    ... and makes that the table
 
 The table is for one version of Triton; under another, differences are shown and only what must never be (spills,
 barriers in a loop, narrow loads, another layout) is an error. Needs no GPU.
@@ -162,7 +162,7 @@ def look(case: str, target: int) -> tuple[Found, list[str]]:
 def compare(found: Found, row: dict | None) -> list[str]:
     """Why `found` is worse than the table's row."""
     if row is None:
-        return ["not in the table: run tests/gpu_code.py --all --write"]
+        return ["not in the table: run tests/support/gpu_code.py --all --write"]
     said = []
     if found.per_weight > WORSE * row["per_weight"]:
         said.append(f"{found.per_weight} instructions a weight, were {row['per_weight']}")
