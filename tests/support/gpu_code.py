@@ -1,6 +1,6 @@
 """Compiles the kernels of products for five kinds of GPU and compares their machine code with gpu_code.json.
 
-    python tests/support/gpu_code.py                  what every test run checks: all targets for the widths that matter most
+    python tests/support/gpu_code.py                  the widths that matter most, as every test run checks them
     python tests/support/gpu_code.py --all            every kernel for every target
     python tests/support/gpu_code.py --all --write    ... and makes that the table
 
