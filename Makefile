@@ -55,12 +55,12 @@ types: $(STAMP)
 	$(BIN)/mypy build/types/dpllm
 
 bench: $(STAMP)
-	$(BIN)/python bench/reference_quality.py
-	$(BIN)/python bench/quality_vs_bits.py --plot docs/quality_vs_bits.png
-	$(BIN)/python bench/quantize_speed.py
-	$(BIN)/python bench/cpu_accuracy.py
-	$(BIN)/python bench/cpu_load.py
-	$(BIN)/python bench/cpu_decode.py
+	$(BIN)/python -m bench.reference_model.reference_quality
+	$(BIN)/python -m bench.quality.quality_vs_bits --plot docs/quality_vs_bits.png
+	$(BIN)/python -m bench.cpu.quantize_speed
+	$(BIN)/python -m bench.cpu.cpu_accuracy
+	$(BIN)/python -m bench.cpu.cpu_load
+	$(BIN)/python -m bench.cpu.cpu_decode
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dpllm needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'

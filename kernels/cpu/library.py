@@ -44,7 +44,7 @@ class Accuracy(ctypes.Structure):
     _fields_ = (("table_digits", Int * WIDTHS), ("x_digits", Int * WIDTHS))
 
 
-# Digits (1: int8, 2: 16 bits) of tables and activations at widths 2..8. Measured in bench/cpu_accuracy.py:
+# Digits (1: int8, 2: 16 bits) of tables and activations at widths 2..8. Measured in bench/cpu/cpu_accuracy.py:
 # `balanced` keeps what costs nothing on hardware that is limited by memory, `exact` everything.
 ACCURACIES = {
     "balanced": ((1, 1, 1, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
