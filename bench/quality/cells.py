@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.quality.other_allocations import WeightGradients
 from bench.quality.policies import bench_policy
 from bench.quality.texts import CONTEXT, windows_of
 from dpllm import reference
 from dpllm.base.text import load_tokenizer
-from dpllm.calib.controls import WeightGradients
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.engine import Engine, GenerateOptions
 from dpllm.evaluation.evaluate import score

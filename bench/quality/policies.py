@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dpllm.calib.allocation import equal_loss_bits, static_bits
-from dpllm.calib.controls import WeightGradients, hawq_losses, llm_mq_losses
+from bench.quality.other_allocations import WeightGradients, equal_loss_bits, hawq_losses, llm_mq_losses
+from dpllm.calib.allocation import static_bits
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bench.quality.other_allocations import WeightGradients, weight_gradients
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
-from dpllm.calib.controls import WeightGradients, weight_gradients
 from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.dp_llm_averages import AveragesOptions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpllm.calib.controls import hawq_losses, llm_mq_losses, weight_gradients
+from bench.quality.other_allocations import hawq_losses, llm_mq_losses, weight_gradients
 from dpllm.model.loading import LoadOptions, load_decoder
 
 

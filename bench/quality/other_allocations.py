@@ -1,6 +1,7 @@
-"""Static allocations of other systems, rebuilt from their formulas, to compare with: one loss table each.
+"""Static allocations of other systems, rebuilt from their formulas to compare with ours.
 
-Every table is [G, B], the predicted loss of reading width b; `calib.allocation` turns it into widths.
+HAWQ-V2 and LLM-MQ are loss tables, float [G, B]: the predicted loss of each group at each width, which
+`dpllm.calib.allocation.static_bits` turns into widths. BAQ's rule gives widths from the table that is measured.
 """
 
 from __future__ import annotations
@@ -83,3 +84,27 @@ def _table(decoder: Any, loss: Any) -> np.ndarray:
         for i, width in enumerate(widths):
             out[g.index, i] = loss(g, full - decoder.backend.dequantize(g.weight, width))
     return out
+
+
+def equal_loss_bits(
+    mean_loss: np.ndarray, weights: np.ndarray, seed_bits: int, target_bits: float
+) -> np.ndarray:
+    """Widths [G] by BAQ's equal-loss rule (reverse water-filling), within the target.
+
+    Every group takes the least width whose loss per weight is below one common level; the level is the lowest
+    that the target affords. What is left over goes to the groups furthest above the next level.
+    """
+    density = mean_loss / weights[:, None]
+    density = np.minimum.accumulate(density, axis=1)
+    budget = target_bits * weights.sum() * (1 + 1e-12)
+    steps = np.zeros(len(weights), np.int64)
+    while True:
+        level = density[np.arange(len(steps)), steps]
+        order = np.argsort(-level, kind="stable")
+        room = budget - ((seed_bits + steps) * weights).sum()
+        for g in order:
+            if steps[g] + 1 < mean_loss.shape[1] and weights[g] <= room:
+                steps[g] += 1
+                break
+        else:
+            return seed_bits + steps
