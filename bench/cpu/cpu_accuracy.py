@@ -11,11 +11,9 @@ the torch reference backend.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
 from dpllm.engine import load
@@ -81,10 +79,11 @@ def perplexity_rows(max_tokens: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--max-tokens", type=int, default=8000)
     args = parser.parse_args()
-    report("cpu_accuracy", product_rows(), perplexity=perplexity_rows(args.max_tokens))
+    run = begin(args)
+    run.report("cpu_accuracy", product_rows(), perplexity=perplexity_rows(args.max_tokens))
 
 
 if __name__ == "__main__":

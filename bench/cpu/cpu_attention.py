@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm.kernels import reference
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import CpuOptions
@@ -45,6 +45,7 @@ def in_turns(works: dict[str, Callable[[], object]], operations: float) -> dict[
 
 
 def main() -> None:
+    run = begin(arguments(__doc__).parse_args())
     torch.set_num_threads(1)
     native = choose_backend("cpu", options=CpuOptions(threads=1))
     square = torch.randn(2048, 2048)
@@ -84,7 +85,7 @@ def main() -> None:
                 "matrix_product": roof,
             }
         )  # fmt: skip
-    report(
+    run.report(
         "cpu_attention", rows, threads=1, unit="Gflop/s", backend=native.name,
         measured_on="random values at the heads of the 1.1B and 8B shapes",
     )  # fmt: skip

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.cpu.cpu_vs_llama_cpp import Thresholds
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.engine import GenerateOptions, load
@@ -120,8 +120,9 @@ def native_ms(decoder: Decoder, step: NativeStep, cache: DenseKVCache, policy: P
 
 
 def main() -> None:
+    run = begin(arguments(__doc__).parse_args())
     torch.manual_seed(0)
-    report("cpu_decode", small_model() + large_model(), threads=2)
+    run.report("cpu_decode", small_model() + large_model(), threads=2)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ shape, stored as a real overlay (planes 2..6) under .cache/; no figure of qualit
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.random_models import shape
@@ -93,10 +92,11 @@ def held(decoder: Decoder) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", default="1.1B")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    run = begin(args)
     path = stored_overlay(args.shape)
     rows = []
     for bits in (6, 4, 3):
@@ -118,7 +118,7 @@ def main() -> None:
                 "overhead": round(memory / stored - 1, 4),
             }
         )  # fmt: skip
-    report("cpu_load", rows, measured_on="random weights", threads=torch.get_num_threads())
+    run.report("cpu_load", rows, measured_on="random weights", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.cpu.cpu_attention import in_turns
 from dpllm.commands.bench import read_prompt
 from dpllm.kernels.backend import Backend, choose_backend
@@ -69,9 +69,10 @@ def prompt_seconds(decoder: Any, tokens: int) -> float:
 
 
 def main() -> None:
+    run = begin(arguments(__doc__).parse_args())
     torch.set_num_threads(1)
     native = choose_backend("cpu", options=OPTIONS)
-    report(
+    run.report(
         "cpu_prompt", [row for width in WIDTHS for row in products(native, width)], threads=1, shape=NAME,
         backend=native.name, measured_on="random weights at the 1.1B shape",
     )  # fmt: skip

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.peers.gguf_random import CACHE, random_model
 from bench.peers.llama_cpp_peer import REPACKED, LlamaCppPeer
 from bench.peers.shapes import SHAPES as PEER_SHAPES
@@ -267,7 +267,7 @@ def row(entry: Contestant, entries: list[Contestant], ours: Ours) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", default="1.1B", choices=("1.1B", "8B"))
     parser.add_argument("--bits", default="2,3,4,5,6,8")
     parser.add_argument(
@@ -278,12 +278,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--only-llama-cpp", action="store_true", help="leave out torch, torchao, onnxruntime")
     args = parser.parse_args()
+    run = begin(args)
     args.python = args.python or sys.executable
     rows, facts = compete(args, [int(b) for b in args.bits.split(",")])
     if not args.only_llama_cpp:
         facts["other_runtimes_linears_only_ms"] = linears_only(args)
     name = "cpu_vs_llama_cpp" + ("" if args.shape == "1.1B" else f"_{args.shape.lower()}")
-    report(name, rows, measured_on=f"random weights at the {args.shape} shape", threads=args.threads, **facts)
+    run.report(
+        name, rows, measured_on=f"random weights at the {args.shape} shape", threads=args.threads, **facts
+    )
 
 
 if __name__ == "__main__":

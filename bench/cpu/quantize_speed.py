@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.common.report import report
+from bench.common.report import arguments, begin, torch_instruction_set
 from dpllm.quant.kmeans import nested_codes
 
 SHAPES = ((1024, 2048), (512, 4096), (128, 14336))
@@ -117,8 +117,13 @@ def memory_rows() -> list[dict]:
 
 
 def main() -> None:
-    report("quantize_speed", kmeans_rows(), measured_on="random weights")
-    report("quantize_memory", memory_rows(), measured_on="random weights")
+    run = begin(arguments(__doc__).parse_args())
+    run.report(
+        "quantize_speed", kmeans_rows(), instructions=torch_instruction_set(), measured_on="random weights"
+    )
+    run.report(
+        "quantize_memory", memory_rows(), instructions=torch_instruction_set(), measured_on="random weights"
+    )
 
 
 if __name__ == "__main__":

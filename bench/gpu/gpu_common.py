@@ -9,6 +9,7 @@ its times say nothing and are not written to bench/results.
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -26,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bench.common.report import Run, begin, instruction_set
 from dpllm.base.errors import InputError
 from dpllm.diagnostics import gpu as gpu_info
 from dpllm.kernels.backend import Backend, choose_backend
@@ -211,10 +213,19 @@ def read_gb_per_s(nbytes: int = 2 << 30) -> float:
     return source.nbytes / statistics.median(interleaved(runs, 20)["read"]) / 1e6
 
 
-def finish(bench: str, rows: list[dict], **facts: Any) -> None:
-    """Reports, with what the GPU is; a dry run prints the same and writes nothing."""
-    from bench.common.report import report
+def begun(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Run]:
+    """Parses the command line, to which it adds --dry-run, and begins a run where there is a GPU or a dry run."""
+    parser.add_argument("--dry-run", action="store_true", help="small, through Triton's interpreter")
+    args = parser.parse_args()
+    require_gpu()
+    return args, begin(args, writes=not DRY)
 
+
+def finish(run: Run, bench: str, rows: list[dict], **facts: Any) -> None:
+    """Reports, with the GPU's properties and its compute capability; a dry run prints the same and writes nothing."""
     gpu = gpu_info.describe() or {"name": "none: dry run through the interpreter"}
     name = gpu["name"].lower().replace("nvidia ", "").replace(" ", "-") if not DRY else "dry"
-    report(bench, rows, device=name, hardware=gpu["name"], write=not DRY, gpu=gpu, dry_run=DRY, **facts)
+    run.report(
+        bench, rows, device=name, hardware=gpu["name"], gpu=gpu, dry_run=DRY,
+        instructions="none: dry run through the interpreter" if DRY else instruction_set("cuda"), **facts,
+    )  # fmt: skip

@@ -13,19 +13,19 @@ behind 32768 tokens with all pairs and with 0.3 of them kept.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bench.gpu.gpu_common import DEVICE, DRY, LAUNCHED, finish, interleaved, our_backend  # isort: skip
-from bench.gpu.gpu_common import percentile, read_gb_per_s, require_gpu  # isort: skip
+from bench.gpu.gpu_common import DEVICE, DRY, LAUNCHED, begun, finish, interleaved, our_backend  # isort: skip
+from bench.gpu.gpu_common import percentile, read_gb_per_s  # isort: skip
 
 import numpy as np
 import torch
 
+from bench.common.report import arguments
 from dpllm.calib.lambda_curve import dense_curve
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.decode.gpu_step import GpuStep
@@ -306,13 +306,10 @@ def behind_a_long_text(quantised: Decoder, roofline: float) -> list[dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8B", help="smaller ones for less memory")
-    parser.add_argument("--dry-run", action="store_true", help="small, through Triton's interpreter")
-    name = parser.parse_args().shape
-    require_gpu()
+    args, run = begun(parser)
+    name = args.shape
     torch.manual_seed(0)
     roofline = read_gb_per_s()
     with torch.no_grad():
@@ -323,7 +320,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         rows += behind_a_long_text(quantised, roofline)
     finish(
-        "gpu_decode" if name == "8B" else f"gpu_decode_{name}", rows, read_gb_per_s=roofline, context=CONTEXT,
+        run, "gpu_decode" if name == "8B" else f"gpu_decode_{name}", rows, read_gb_per_s=roofline, context=CONTEXT,
         shape=name, backend=quantised.backend.name,
     )  # fmt: skip
 

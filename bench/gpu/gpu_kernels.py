@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.gpu.gpu_common import DEVICE, DRY, Contender, compare, copies_for, finish, our_backend  # isort: skip
-from bench.gpu.gpu_common import read_gb_per_s, require_gpu, row  # isort: skip
+from bench.gpu.gpu_common import DEVICE, DRY, Contender, begun, compare, copies_for, finish, our_backend  # isort: skip
+from bench.gpu.gpu_common import read_gb_per_s, row  # isort: skip
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.common.report import arguments
 from dpllm.kernels.gpu_step import tables as step_tables
 from dpllm.kernels.gpu_step.tables import PolicyTable
 from dpllm.kernels.triton.attention import decode_attention
@@ -282,12 +283,12 @@ def attention(roofline: float) -> list[dict]:
 
 
 def main() -> None:
-    require_gpu()
+    _, run = begun(arguments(__doc__))
     torch.manual_seed(0)
     roofline = read_gb_per_s()
     rows = [r for n, k in MATRICES for r in products(n, k, roofline)]
     rows += head(roofline) + attention(roofline)
-    finish("gpu_kernels", rows, read_gb_per_s=roofline)
+    finish(run, "gpu_kernels", rows, read_gb_per_s=roofline)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ it. Bytes are counted as the decoder counts them; instructions per weight are of
 GPU adds (latency, clocks under load, bank conflicts) is missing, so the figures are bounds from below more than
 forecasts; bench/gpu/gpu_decode.py writes what is really so, and its rows beside these show by how much this model errs.
 
-    python -m bench.gpu.roofline [--shape 8B] [--context 1024] [--no-write]
+    python -m bench.gpu.roofline [--shape 8B] [--context 1024]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.gpu.gpu_devices import DEVICES, Device
 from dpllm.kernels.weight import MAX_TABLE_BITS
 from dpllm.model.config import ModelConfig
@@ -118,11 +117,11 @@ def table(name: str, context: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predicts, measures nothing")
+    parser = arguments(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--no-write", action="store_true")
     args = parser.parse_args()
+    run = begin(args)
     assumed = {
         "attained_bandwidth": ATTAINED,
         "gap_us": GAP_US,
@@ -130,9 +129,9 @@ def main() -> None:
             f"sm_{t}": instructions_per_weight(t) for t in sorted({*TARGETS.values()})
         },
     }
-    report(
+    run.report(
         "roofline", table(args.shape, args.context), device="prediction", hardware="prediction: nothing was run",
-        write=not args.no_write, kind="prediction", assumed=assumed,
+        instructions="prediction: nothing was run", kind="prediction", assumed=assumed,
         published=[asdict(d) for d in DEVICES],
     )  # fmt: skip
 

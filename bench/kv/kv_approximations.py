@@ -11,14 +11,13 @@ forwarded, over those of reading.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.kv import kv_documents
 from bench.kv.kv_cells import CHUNK, asked, read
 from bench.kv.kv_quality import interval
@@ -114,9 +113,10 @@ VARIANTS: dict[str, tuple[Callable[[Context], Tensor], float]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--documents", type=int, default=100)
     args = parser.parse_args()
+    run = begin(args)
     engine = load()
     right: dict[tuple[str, float], list[int]] = {(v, r): [] for v in VARIANTS for r in RATIOS}
     for number in range(args.documents):
@@ -141,7 +141,7 @@ def main() -> None:
                 "high": round(high, 4), "questions": int(count.sum()),
             }
         )  # fmt: skip
-    report("kv_approximations", rows, measured_on="reference model")
+    run.report("kv_approximations", rows, measured_on="reference model")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the end and block by block.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm.context.kv_context import SINKS, KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
@@ -225,11 +224,12 @@ def sizes(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shapes", default="1.1B,8B")
     parser.add_argument("--contexts", type=sizes, default=[4096, 16384, 32768])
     parser.add_argument("--build", type=sizes, default=[4096, 32768])
     args = parser.parse_args()
+    run = begin(args)
     rows: list[dict] = []
     for name in args.shapes.split(","):
         config = shape(name)
@@ -240,7 +240,7 @@ def main() -> None:
         decoder.config = config  # attention alone: no weights are needed
         rows += [held_and_read(name, decoder, tokens) for tokens in args.contexts]
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    report(
+    run.report(
         "kv_memory_latency", [{c: row.get(c, "") for c in columns} for row in rows], threads=torch.get_num_threads(),
         measured_on="random weights, keys and values at the named shapes",
     )  # fmt: skip

@@ -12,7 +12,6 @@ Continues where it was stopped; one line a document in the work directory.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.kv import kv_documents
 from bench.kv.kv_cells import BLOCKWISE, POLICIES, RATIOS, WIDTHS, measure
 from bench.kv.kv_plot import plot
@@ -136,22 +135,23 @@ def rows_of(task: str, documents: dict[int, dict]) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/kv_quality"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with a share of the cores")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--available", action="store_true", help="report what is measured, measure no more")
     args = parser.parse_args()
+    run = begin(args)
     args.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     found = results(args.work, 0 if args.available else args.jobs)
     rows = [row for task, documents in found.items() if documents for row in rows_of(task, documents)]
-    if args.plot:
-        plot(rows, args.plot)
-    report(
+    run.report(
         "kv_quality", rows, measured_on="reference model", seconds=round(time.perf_counter() - began),
         overlay=str(reference.overlay_path().name), policies=[*POLICIES, BLOCKWISE], ratios=RATIOS, widths=WIDTHS,
     )  # fmt: skip
+    if args.plot:  # after the result, which is not written from an edited work tree
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

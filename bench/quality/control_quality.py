@@ -16,7 +16,6 @@ every single token within some bytes.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import time
@@ -26,7 +25,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from bench.common.random_engine import random_engine
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm import reference
 from dpllm.base.text import read_documents
 from dpllm.control.controller import ControlOptions
@@ -215,10 +214,11 @@ def limited(engine: Engine, texts: list[str]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    run = begin(args)
     options = LoadOptions(cpu=CpuOptions(threads=args.threads))
     texts = [t[:400] for t in read_documents(reference.heldout_text()) if len(t) > 400][:48]
     engine = random_engine(SHAPE, PLANES, options)
@@ -228,7 +228,7 @@ def main() -> None:
     rows += queries(reference_engine, texts)
     rows += limited(reference_engine, [t[:1600] for t in read_documents(reference.heldout_text())][:48])
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    report(
+    run.report(
         "control_quality", [{c: r.get(c, "") for c in columns} for r in rows], threads=args.threads,
         measured_on=f"random weights at the {SHAPE} shape; queries: reference model",
     )  # fmt: skip

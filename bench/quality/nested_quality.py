@@ -12,7 +12,6 @@ minimised, over that of k-means.
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from bench.common.report import report
+from bench.common.report import arguments, begin, torch_instruction_set
 from bench.quality.texts import heldout_windows
 from dpllm import reference
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
@@ -172,13 +171,17 @@ def rows(evaluator: Evaluator, only: list[str]) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=24_576, help="held-out tokens to score")
     parser.add_argument("--only", default="", help="steps, separated by ';'")
     args = parser.parse_args()
+    run = begin(args)
     evaluator = Evaluator(args.tokens)
     found = list(rows(evaluator, [s for s in args.only.split(";") if s]))
-    report("nested_quality", found, measured_on="reference model", heldout_tokens=evaluator.tokens)
+    run.report(
+        "nested_quality", found, instructions=torch_instruction_set(), measured_on="reference model",
+        heldout_tokens=evaluator.tokens,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

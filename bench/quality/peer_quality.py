@@ -12,7 +12,6 @@ collects them; our store knows the same text through its gradients. hqq and torc
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common.report import RESULTS, report
+from bench.common.report import arguments, begin, result_path
 from bench.peers.shapes import Shape
 from bench.peers.worker import Peer, PeerError
 from bench.quality.texts import heldout_windows
@@ -169,7 +168,7 @@ class Peers:
 
 def ours(tokens: int) -> list[dict]:
     """Our points on the same tokens, from the result of quality_vs_bits.py."""
-    found = json.loads((RESULTS / "quality_vs_bits-cpu.json").read_text())
+    found = json.loads(result_path("quality_vs_bits").read_text())
     decoder = load_decoder(reference.overlay_path())
     weights, head = sum(g.weights for g in decoder.groups), decoder.head_bytes()
     wanted = {
@@ -189,12 +188,13 @@ def ours(tokens: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=102_000, help="as quality_vs_bits.py --tokens")
     parser.add_argument(
         "--peers", default=sys.executable, help="interpreter with llama-cpp-python, gguf, torchao"
     )
     args = parser.parse_args()
+    run = begin(args)
     peers = Peers(heldout_windows(args.tokens).ids)
     rows = [peers.row("unquantised", "bfloat16", peers.matrices, peers.weights * 2)]
     for source in (peers.hqq(), peers.others(args.peers)):
@@ -207,7 +207,7 @@ def main() -> None:
                 )
         except (ImportError, PeerError) as error:
             print(f"left out: {error}", file=sys.stderr)
-    report("peer_quality", rows + ours(peers.tokens), measured_on="reference model")
+    run.report("peer_quality", rows + ours(peers.tokens), measured_on="reference model")
 
 
 if __name__ == "__main__":

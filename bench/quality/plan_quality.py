@@ -11,7 +11,6 @@ only the weights, and against a fixed share of the cache, at equal time.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
@@ -21,7 +20,7 @@ import torch
 from rich.progress import track
 
 from bench.common.random_engine import random_engine
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.engine import Engine, Step, load
@@ -122,9 +121,10 @@ def regret(planner: Planner, truth: QualityModel, times: list[float], context: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--documents", type=int, default=12)
     args = parser.parse_args()
+    run = begin(args)
     engine = load()
     rows = times_come_true("reference model", engine, 4 * REPEATS)
     large = random_engine(SHAPE, PLANES, LoadOptions())
@@ -143,7 +143,7 @@ def main() -> None:
         rows += regret(planner, truth, times, context)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     regrets = [r["regret"] for r in rows if "regret" in r]
-    report(
+    run.report(
         "plan_quality", [{c: row.get(c, "") for c in columns} for row in rows],
         measured_on=f"reference model; times also on random weights at the {SHAPE} shape",
         time_error={n: {"median": statistics.median(e), "largest": max(e)} for n, e in errors.items()},

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.quality.cells import Bench, Cell, means, paired_interval
 from bench.quality.jobs import Jobs
 from bench.quality.matrix import BUDGETS, Line, Sizes, main_cell, plain_cells, plan
@@ -94,8 +94,16 @@ def measure(pool: Jobs, bench: Bench, lines: list[Line], sizes: Sizes) -> None:
         pool.measure(missing)
 
 
+def draw(bench: Bench, rows: list[dict], sizes: Sizes, path: Path) -> None:
+    """The curves, and next to them the widths as *_widths.png."""
+    unquantised = bench.measure(plain_cells(sizes)[0])
+    nats = {b: means(unquantised, n)[1] for b, n in ((6, sizes.main), (5, sizes.budget))}
+    plot_curves(rows, nats, path)
+    plot_widths(bench, path.with_name(path.stem + "_widths.png"))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/quality_vs_bits"))
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with a share of the cores")
     parser.add_argument("--tokens", type=int, default=102_000, help="scored tokens at 6 resident bits")
@@ -110,6 +118,7 @@ def main() -> None:
         "--smoke", action="store_true", help="hardly any calibration: to see that all of it runs"
     )
     args = parser.parse_args()
+    run = begin(args, writes=not args.smoke)
     args.work.mkdir(parents=True, exist_ok=True)
     began, sizes = time.perf_counter(), sizes_of(args)
     effort = SMOKE if args.smoke else Effort()
@@ -118,21 +127,18 @@ def main() -> None:
         measure(Jobs(args.work, args.jobs, effort), bench, lines, sizes)
     rows = rows_of(bench, lines, sizes)
     plain = {c.text: means(bench.measure(c))[1] for c in plain_cells(sizes)}
-    if args.plot:
-        unquantised = bench.measure(plain_cells(sizes)[0])
-        nats = {b: means(unquantised, n)[1] for b, n in ((6, sizes.main), (5, sizes.budget))}
-        plot_curves(rows, nats, args.plot)
-        plot_widths(bench, args.plot.with_name(args.plot.stem + "_widths.png"))
     if args.smoke:
         print(f"smoke run: {len(rows)} lines, of which no figure means anything")
-        return
-    few = plain_cells(sizes)[0]
-    report(
-        "quality_vs_bits", rows, measured_on="reference model", seconds=round(time.perf_counter() - began),
-        full_precision_perplexity={t: round(math.exp(n), 4) for t, n in plain.items()},
-        full_precision_perplexity_few=round(math.exp(means(bench.measure(few), sizes.few)[1]), 4),
-        windows=sizes.main, files=len(set(windows_of("stdlib").files[: sizes.main])),
-    )  # fmt: skip
+    else:
+        few = plain_cells(sizes)[0]
+        run.report(
+            "quality_vs_bits", rows, measured_on="reference model", seconds=round(time.perf_counter() - began),
+            full_precision_perplexity={t: round(math.exp(n), 4) for t, n in plain.items()},
+            full_precision_perplexity_few=round(math.exp(means(bench.measure(few), sizes.few)[1]), 4),
+            windows=sizes.main, files=len(set(windows_of("stdlib").files[: sizes.main])),
+        )  # fmt: skip
+    if args.plot:  # after the result, which is not written from an edited work tree
+        draw(bench, rows, sizes, args.plot)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ python -m bench.quality.real_models OVERLAY --calibration FILE --text FILE [--te
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from bench.common.report import report
+from bench.common.report import arguments, begin, instruction_set
 from dpllm.base.text import load_tokenizer, read_documents, sample_sequences
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
-from dpllm.commands.calibrate import CalibrateArguments, run
+from dpllm.commands.calibrate import CalibrateArguments
+from dpllm.commands.calibrate import run as calibrate
 from dpllm.evaluation.evaluate import score, summarize
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.policies.make import make_policy
@@ -21,7 +21,7 @@ TARGETS = "3.25,3.5,3.75,4,4.25,4.5,4.75"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("overlay", type=Path)
     parser.add_argument(
         "--calibration", required=True, help="text to calibrate on, such as C4's training split"
@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    run(
+    run = begin(args)
+    calibrate(
         CalibrateArguments(
             str(args.overlay), args.targets, args.budget, args.calibration, "linear", samples=args.samples,
             asynchronous=True, dp_llm=True, device=args.device,
@@ -54,7 +55,10 @@ def main() -> None:
                 policy = make_policy(name, target, decoder, profile)
                 result = summarize(name, target, score(decoder, policy, pieces), decoder.head_bytes())
                 rows.append({"text": path.name} | result.as_json())
-    report("real_models", rows, device=args.device, overlay=str(args.overlay), context=args.context)
+    run.report(
+        "real_models", rows, device=args.device, instructions=instruction_set(args.device), overlay=str(args.overlay),
+        context=args.context,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

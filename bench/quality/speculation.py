@@ -11,7 +11,6 @@ rows, plain steps, and from these the acceptance at which drafting breaks even a
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.common.report import report
+from bench.common.report import arguments, begin
 from bench.quality.texts import heldout_windows
 from dpllm import reference
 from dpllm.decode.continuation import Tally
@@ -208,9 +207,10 @@ def time_model(ms: dict[tuple[int, int], list[float]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--quick", action="store_true", help="little of everything")
-    quick = parser.parse_args().quick
+    args = parser.parse_args()
+    run, quick = begin(args), args.quick
     torch.manual_seed(0)
     count, new_tokens, rounds = (2, 24, 1) if quick else (8, 128, 12)
     windows = [w for w in heldout_windows(40_000).ids if len(w) > 2 * PROMPT][::5][:count]
@@ -224,7 +224,7 @@ def main() -> None:
                 rows += accepted(engine, target, temperature, prompts, new_tokens)
                 rows += walls(engine, target, temperature, prompts, new_tokens)
     rows += time_model(measure(random_decoder(shape("1.1B"), 8), rounds))
-    report("speculation", rows, threads=2)
+    run.report("speculation", rows, threads=2)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ them asked, 200 questions; a guess has no chance.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -18,16 +17,17 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from bench.common.report import report
+from bench.common.report import arguments, begin, torch_instruction_set
 from bench.reference_model.reference_corpus import CodeTokens, read_source, stdlib_files, stdlib_root
 from bench.reference_model.train_reference import heldout_loss, recall_accuracy
 from dpllm import reference
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--against", type=Path, help="another checkpoint with the same tokenizer")
     args = parser.parse_args()
+    run = begin(args)
     root = stdlib_root()
     heldout = json.loads((reference.model_path() / "heldout_files.json").read_text())
     texts = {n: t for n in stdlib_files(root) if (t := read_source(root / n))}
@@ -46,7 +46,12 @@ def main() -> None:
                 "recall": recall_accuracy(model, tokenizer, code, questions=200, seed=2), "questions": 200,
             }
         )  # fmt: skip
-    report("reference_quality", rows, measured_on="reference model, full precision")
+    run.report(
+        "reference_quality",
+        rows,
+        instructions=torch_instruction_set(),
+        measured_on="reference model, full precision",
+    )
 
 
 if __name__ == "__main__":

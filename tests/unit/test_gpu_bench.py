@@ -36,6 +36,8 @@ def dry(name: str) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert {"bench", "commit", "command", "device", "versions", "rows", "gpu", "read_gb_per_s"} <= set(report)
+    assert report["instruction_set"] == "none: dry run through the interpreter" and report["processor"]
+    assert report["command"] == f"python -m bench.gpu.{name} --dry-run"
     assert report["dry_run"] and report["bench"] == name
     assert all(r.get("us_p50") or r.get("ms_p50") for r in report["rows"])
     assert results() == before, "a dry run leaves no result"
@@ -93,7 +95,7 @@ def test_without_a_gpu_it_says_so():
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = run("-m", "bench.gpu.gpu_kernels")
+    done = run("-m", "bench.gpu.gpu_kernels", "--allow-dirty")
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr and "Traceback" not in done.stderr
 
