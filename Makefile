@@ -1,6 +1,6 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
 # make test   creates .venv, installs, runs the tests
-# make gpu-code   compiles every GPU kernel for five targets and compares with tests/gpu_code.json; needs no GPU
+# make gpu-code   compiles every GPU kernel for five targets and compares with tests/support/gpu_code.json; needs no GPU
 # make other-triton   only those under the newest Triton, which both of these install in build/
 # make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
 # make neon-test     the same code for aarch64, under qemu-user
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Where torch comes from; https://download.pytorch.org/whl/cpu saves gigabytes on Linux without a GPU.
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
-# The Triton that tests/gpu_code.json describes, where torch does not bring one (its CUDA builds do).
+# The Triton that tests/support/gpu_code.json describes, where torch does not bring one (its CUDA builds do).
 TRITON := triton==3.6.0; sys_platform=="linux" and platform_machine=="x86_64"
 OTHER_TRITON ?= 3.9.0
 OTHER := build/triton-$(OTHER_TRITON)
@@ -24,7 +24,7 @@ test: $(STAMP) $(OTHER)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 gpu-code: $(STAMP)
-	$(BIN)/python tests/gpu_code.py --all
+	$(BIN)/python tests/support/gpu_code.py --all
 
 # Beside the Triton that torch wants, where there is one for this machine.
 $(OTHER)/.installed: $(STAMP)
@@ -54,13 +54,14 @@ types: $(STAMP)
 	cd build/types/dpllm && ln -s ../../../dpllm/* . && ln -s ../../../calib ../../../kernels ../../../kvzip_bridge ../../../quant .
 	$(BIN)/mypy build/types/dpllm
 
+# The one that draws comes last: results are not written from an edited work tree.
 bench: $(STAMP)
-	$(BIN)/python bench/reference_quality.py
-	$(BIN)/python bench/quality_vs_bits.py --plot docs/quality_vs_bits.png
-	$(BIN)/python bench/quantize_speed.py
-	$(BIN)/python bench/cpu_accuracy.py
-	$(BIN)/python bench/cpu_load.py
-	$(BIN)/python bench/cpu_decode.py
+	$(BIN)/python -m bench.reference_model.reference_quality
+	$(BIN)/python -m bench.cpu.quantize_speed
+	$(BIN)/python -m bench.cpu.cpu_accuracy
+	$(BIN)/python -m bench.cpu.cpu_load
+	$(BIN)/python -m bench.cpu.cpu_decode
+	$(BIN)/python -m bench.quality.quality_vs_bits --plot docs/quality_vs_bits.png
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("dpllm needs Python 3.10 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'

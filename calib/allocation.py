@@ -56,27 +56,3 @@ def memory_allocation(mean_loss: np.ndarray, held: np.ndarray, allowed: float) -
     DP-LLM's first stage (arXiv:2508.06041), with bytes in the place of bits.
     """
     return knapsack(mean_loss, held.astype(float), allowed)
-
-
-def equal_loss_bits(
-    mean_loss: np.ndarray, weights: np.ndarray, seed_bits: int, target_bits: float
-) -> np.ndarray:
-    """Widths [G] by BAQ's equal-loss rule (reverse water-filling), within the target.
-
-    Every group takes the least width whose loss per weight is below one common level; the level is the lowest
-    that the target affords. What is left over goes to the groups furthest above the next level.
-    """
-    density = mean_loss / weights[:, None]
-    density = np.minimum.accumulate(density, axis=1)
-    budget = target_bits * weights.sum() * (1 + 1e-12)
-    steps = np.zeros(len(weights), np.int64)
-    while True:
-        level = density[np.arange(len(steps)), steps]
-        order = np.argsort(-level, kind="stable")
-        room = budget - ((seed_bits + steps) * weights).sum()
-        for g in order:
-            if steps[g] + 1 < mean_loss.shape[1] and weights[g] <= room:
-                steps[g] += 1
-                break
-        else:
-            return seed_bits + steps

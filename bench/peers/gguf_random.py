@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from peers.shapes import Shape
-from peers.worker import Peer, PeerError, serve
+
+from bench.peers.shapes import Shape
+from bench.peers.worker import Peer, PeerError, serve
 
 FORMATS = {
     "Q2_K": 10,

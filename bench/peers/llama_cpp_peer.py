@@ -14,7 +14,7 @@ Optional extra; the package compiles its own llama.cpp:
 On processors with AMX, builds by gcc 12 crash in llama.cpp's AMX code; leave that code out with CFLAGS and CXXFLAGS
 set to "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" for the same command.
 
-    python -m peers.llama_cpp_peer      # in bench/: all formats at the 1.1B shape
+    python -m bench.peers.llama_cpp_peer      # all formats at the 1.1B shape
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.gguf_random import CACHE, FORMATS, quiet_llama_cpp, random_model
-from peers.shapes import SHAPES
-from peers.worker import Peer, PeerError, serve
+
+from bench.peers.gguf_random import CACHE, FORMATS, quiet_llama_cpp, random_model
+from bench.peers.shapes import SHAPES
+from bench.peers.worker import Peer, PeerError, serve
 
 REPACKED = ("Q2_K", "Q4_0", "Q4_K_M")  # formats whose weights llama.cpp repacks on x86
 
@@ -124,7 +125,7 @@ class LlamaCpp:
 
 
 class LlamaCppPeer(Peer):
-    """llama.cpp in a child of its own: `prefill` and `decode` of `peers.worker.Peer`."""
+    """llama.cpp in a child of its own: `prefill` and `decode` of `bench.peers.worker.Peer`."""
 
     def __init__(self, path: str, threads: int = 2, python: str = sys.executable, **more: Any) -> None:
         options = LlamaCppOptions(path, threads, **more)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers.gguf_random import quiet_llama_cpp, tensor_types
-from peers.shapes import Shape
-from peers.worker import PeerError, serve
+
+from bench.peers.gguf_random import quiet_llama_cpp, tensor_types
+from bench.peers.shapes import Shape
+from bench.peers.worker import PeerError, serve
 
 
 class Quantisers:

@@ -8,7 +8,7 @@ Optional extra:
 
     pip install torch torchao onnx onnxruntime numpy
 
-    python -m peers.torch_peers      # in bench/: every kind at the 1.1B shape
+    python -m bench.peers.torch_peers      # every kind at the 1.1B shape
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from peers.shapes import SHAPES, Shape
-from peers.worker import Peer, PeerError, serve
+
+from bench.peers.shapes import SHAPES, Shape
+from bench.peers.worker import Peer, PeerError, serve
 
 GROUP = 32  # weights per scale wherever a runtime lets one choose
 Matrices = list[tuple[str, int, int]]
@@ -235,7 +236,7 @@ KINDS: dict[str, Callable[[Matrices, int], tuple[Callable, int, str]]] = {
 
 
 class LinearsPeer(Peer):
-    """One runtime's linears in a child of its own: `prefill` and `decode` of `peers.worker.Peer`."""
+    """One runtime's linears in a child of its own: `prefill` and `decode` of `bench.peers.worker.Peer`."""
 
     def __init__(self, kind: str, shape: Shape, threads: int = 2, python: str = sys.executable) -> None:
         if kind not in KINDS:

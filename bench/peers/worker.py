@@ -4,7 +4,7 @@ Two runtimes in one process disturb each other: OpenMP workers keep spinning for
 parallel region, and both pools want the same cores. So each peer lives in a child that blocks on its standard
 input while anybody else is measured, and that answers only after its own threads have gone to sleep (`SETTLE`).
 
-A child is `python -m peers.<module> '{"option": ...}'`; the module calls `serve(make)`. Requests are
+A child is `python -m bench.peers.<module> '{"option": ...}'`; the module calls `serve(make)`. Requests are
 {"call": name, "args": [...]}; answers are {"result": ...} or {"error": "one line"}.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-BENCH = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTLE = 0.05  # seconds between the end of a measurement and its answer; libgomp spins for about 10 ms
 
 
@@ -48,11 +48,11 @@ class Peer:
         self.name = module
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         errors = None if show_errors else self._errors
-        paths = [str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {})
         try:
             self._child = subprocess.Popen(
-                [python, "-m", f"peers.{module}", json.dumps(asdict(options))],
+                [python, "-m", f"bench.peers.{module}", json.dumps(asdict(options))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env,
             )  # fmt: skip
         except OSError as error:

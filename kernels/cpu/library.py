@@ -48,7 +48,7 @@ class Accuracy(ctypes.Structure):
 
 
 # Digits (1: int8, 2: 16 bits) of tables and of activations at widths 2..8. `balanced` uses two digits where that takes
-# no time on hardware that is limited by memory; `exact` always uses two.
+# no time on hardware that is limited by memory; `exact` always uses two (bench/cpu/cpu_accuracy.py).
 ACCURACIES = {
     "balanced": ((1, 1, 1, 2, 2, 1, 1), (1, 1, 1, 1, 1, 1, 1)),
     "exact": ((2,) * 7, (2,) * 7),

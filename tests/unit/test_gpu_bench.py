@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,28 +12,32 @@ from types import SimpleNamespace
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+from bench.gpu import roofline
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *args], cwd=BENCH.parent, capture_output=True, text=True,
+        [sys.executable, *args], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
 def results() -> dict[str, float]:
-    return {p.name: p.stat().st_mtime for p in (BENCH / "results").iterdir()}
+    return {p.name: p.stat().st_mtime for p in (ROOT / "bench" / "results").iterdir()}
 
 
 def dry(name: str) -> dict:
     """What the script reports."""
     pytest.importorskip("triton")
     before = results()
-    done = run(str(BENCH / f"{name}.py"), "--dry-run")
+    done = run("-m", f"bench.gpu.{name}", "--dry-run")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert {"bench", "commit", "command", "device", "versions", "rows", "gpu", "read_gb_per_s"} <= set(report)
+    assert report["instruction_set"] == "none: dry run through the interpreter" and report["processor"]
+    assert report["command"] == f"python -m bench.gpu.{name} --dry-run"
     assert report["dry_run"] and report["bench"] == name
     assert all(r.get("us_p50") or r.get("ms_p50") for r in report["rows"])
     assert results() == before, "a dry run leaves no result"
@@ -92,30 +95,17 @@ def test_without_a_gpu_it_says_so():
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = run(str(BENCH / "gpu_kernels.py"))
+    done = run("-m", "bench.gpu.gpu_kernels", "--allow-dirty")
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr and "Traceback" not in done.stderr
-
-
-@contextmanager
-def script(name: str):
-    """A file of bench/, imported."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(BENCH))
-        sys.modules.pop(name, None)
 
 
 def test_every_call_is_made_before_it_is_captured(monkeypatch):
     """Modules that compile themselves do so one by one, and must not within a capture."""
     pytest.importorskip("triton")
     import torch
+
+    from bench.gpu import gpu_common
 
     capturing, made = [], []
 
@@ -130,18 +120,11 @@ def test_every_call_is_made_before_it_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    with script("gpu_common") as common:
-        common.captured([lambda i=i: made.append((i, bool(capturing))) for i in range(5)])
+    gpu_common.captured([lambda i=i: made.append((i, bool(capturing))) for i in range(5)])
     assert made == [(i, later) for later in (False, True) for i in range(5)]
 
 
-@pytest.fixture(scope="module")
-def roofline():
-    with script("roofline") as module:
-        yield module
-
-
-def test_predictions(roofline):
+def test_predictions():
     rows = roofline.table("8B", 1024)
     assert all(r["kind"] == "prediction" for r in rows)
     by_device = {}
@@ -157,7 +140,7 @@ def test_predictions(roofline):
     assert by_device[orin.name][4] > gb / orin.gb_per_s * 1e3
 
 
-def test_each_device_runs_its_own_code(roofline):
+def test_each_device_runs_its_own_code():
     assert set(roofline.TARGETS) == {d.name for d in roofline.DEVICES}
     counts = {t: roofline.instructions_per_weight(t) for t in set(roofline.TARGETS.values())}
     assert len({tuple(c.values()) for c in counts.values()}) > 2
@@ -165,7 +148,7 @@ def test_each_device_runs_its_own_code(roofline):
     assert by_device["RTX 5090"] == "sm_120" and by_device["Jetson AGX Orin 64GB"] == "sm_87"
 
 
-def test_bytes_are_those_of_the_decoder(roofline):
+def test_bytes_are_those_of_the_decoder():
     """What the prediction counts is what the decoder of this shape reports that it reads."""
     from dpllm.model.random_models import random_decoder
 

@@ -31,7 +31,7 @@ def other(request) -> Path:
 
 def test_machine_code(other):
     """No spills, wide loads, no barriers; instructions are compared with the table's under its own version only."""
-    under(other, str(TESTS / "gpu_code.py"), "--only", "gemv 6", "gemv 2-6")
+    under(other, str(TESTS / "support" / "gpu_code.py"), "--only", "gemv 6", "gemv 2-6")
 
 
 def test_numbers_through_the_interpreter(other):

@@ -37,8 +37,8 @@ def test_numbers_through_the_interpreter():
 
 
 def test_machine_code():
-    """No spills, wide loads, no barriers, instructions a weight: tests/gpu_code.json."""
-    process(str(TESTS / "gpu_code.py"))
+    """No spills, wide loads, no barriers, instructions a weight: tests/support/gpu_code.json."""
+    process(str(TESTS / "support" / "gpu_code.py"))
 
 
 def test_the_order_of_columns():
