@@ -37,9 +37,8 @@ def cells_of(
 ) -> tuple[dict[Cell, PrecisionPolicy], list[str]]:
     """Makes every policy, and rate-distortion, at every target it can take.
 
-    Returns the policies, and notes on those that are left out.
-
-    explicit: the user named the policies, so a policy without any possible target raises InputError.
+    Returns the policies, and notes on those that are left out. explicit: the user named the policies,
+    so a policy without any possible target raises InputError.
     """
     cells: dict[Cell, PrecisionPolicy] = {}
     notes = []

@@ -34,8 +34,8 @@ WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces,
 class ReportOptions:
     """The targets of a report and the amount of text to measure.
 
-    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that
-    is resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was
+    target_bits or tpot_ms: the target, in effective bits or in ms per token; if both are None, 3.5 bits or all that is
+    resident. policies: the policies of the curves in addition to rate-distortion; None: static and, if it was
     calibrated, DP-LLM. targets: the targets of the curves, in bits; None: five. scored_tokens: tokens to score.
     queries: queries to decode. Raises InputError for targets that exclude each other or are out of range.
     """
