@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.common.checkout import RESULTS, ROOT, Checkout
 from dpllm.kernels.cpu.library import instruction_sets
-from dpllm.planning.machine import processor_name
+from dpllm.planning.host import processor_name
 
 # What tells processors with the same name apart, as /proc/cpuinfo calls it on x86 and on ARM.
 CPUINFO = ("cpu family", "model", "stepping", "CPU implementer", "CPU part")
