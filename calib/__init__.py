@@ -1,1 +1,1 @@
-"""Calibration: how many bits each group needs for each input. Offline only."""
+"""Calibration: measures how many bits each group needs for each input. runtime/ holds what decoding uses of it."""

@@ -8,14 +8,15 @@ from dpllm.base.errors import InputError
 
 
 def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
-    """The choice of one option per group with the least total loss within a budget.
+    """Chooses one option per group, with the least total loss within a budget.
 
-    Solved as an integer program, to one part in a million of the largest loss.
+    Solves an integer program, to one part in a million of the largest loss.
 
-    loss: [G, B] of each option. size: [G, B] of each option. budget: total size allowed.
-    Returns int64 [G], the index of each group's option. Raises InputError when nothing fits.
+    loss, size: [G, B] of each option. budget: total size allowed.
+    Returns int64 [G], the index of each group's option. Raises InputError if nothing fits.
     """
-    from scipy.optimize import LinearConstraint, milp  # most runs allot nothing, and need not wait for it
+    # Imported here because most runs do not allocate, and the import takes time.
+    from scipy.optimize import LinearConstraint, milp
     from scipy.sparse import csr_array
 
     groups, options = loss.shape
@@ -42,7 +43,11 @@ def knapsack(loss: np.ndarray, size: np.ndarray, budget: float) -> np.ndarray:
 
 
 def static_bits(mean_loss: np.ndarray, weights: np.ndarray, seed_bits: int, target_bits: float) -> np.ndarray:
-    """Widths [G] of the best static allocation whose effective bits do not exceed the target."""
+    """Widths int64 [G] of the best static allocation whose effective bits do not exceed the target.
+
+    mean_loss: [G, B], the loss when every token reads this width. weights: [G], matrix elements. Raises InputError
+    for a target below the seed.
+    """
     widths = seed_bits + np.arange(mean_loss.shape[1])
     size = weights[:, None] * widths[None, :]
     return seed_bits + knapsack(mean_loss, size.astype(float), float(target_bits * weights.sum()))
@@ -51,8 +56,10 @@ def static_bits(mean_loss: np.ndarray, weights: np.ndarray, seed_bits: int, targ
 def memory_allocation(mean_loss: np.ndarray, held: np.ndarray, allowed: float) -> np.ndarray:
     """Maximum widths under a memory budget, as steps above the seed, int64 [G].
 
-    mean_loss: [G, B] of reading each width for every token. held: [G, B], bytes resident when planes up to
-    each width are usable (planes, scales, and the table of every usable width). allowed: bytes in all.
-    DP-LLM's first stage (arXiv:2508.06041), with bytes in the place of bits.
+    This is DP-LLM's first stage (arXiv:2508.06041), with bytes instead of bits.
+
+    mean_loss: [G, B], the loss when every token reads this width. held: [G, B], bytes resident when planes up to
+    this width are usable: planes, scales, and the table of every usable width. allowed: total bytes. Raises
+    InputError if even the seed does not fit.
     """
     return knapsack(mean_loss, held.astype(float), allowed)

@@ -1,16 +1,15 @@
-"""`dpllm calibrate`: what each group's next bit is worth, as a function of its own input and of the token.
+"""`dpllm calibrate`: measures what each group's next bit is worth, by the group's input and by the token.
 
-Passes over calibration text through the very decoder that will run:
+Three passes over calibration text, through the decoder that will generate text:
 
-1. saliency: the mean squared gradient at every output of every group (calib/gradient_passes.py);
-2. gains: at random widths, each token's own expected loss of every width, beside the signal the runtime will
-   compute, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2, of the input it will be computed
-   from. A probe learns to predict how much a token cares
-   (calib/runtime/token_sensitivity.py) and multiplies the signal;
-   averages per bin of the product, made monotone, are E[gain | signal]: bias, staleness and cross terms of
-   the estimate are absorbed;
-3. curve: decoding with the policy itself at a range of lambdas; the effective bits it really used are
-   stored, so a target is looked up, not hoped for.
+1. saliency: the mean squared gradient at every output of every group (calib/gradient_passes.py).
+2. gains: at random widths, each token's expected loss at every width, together with the signal that the runtime
+   computes, sum_k d_k x_k^2 with d_k = sum_n saliency_n (W_max - W_b)_nk^2, of the input that the runtime reads.
+   A probe learns to predict how sensitive each token is to errors (calib/runtime/token_sensitivity.py), and its
+   prediction multiplies the signal. Averages per bin of the product, made monotone, are E[gain | signal]. They
+   absorb bias, staleness and cross terms of the estimate.
+3. curve: text is decoded with the policy itself at several lambdas. The effective bits that each one really used
+   are stored, so the lambda of a target is looked up.
 """
 
 from __future__ import annotations
@@ -38,16 +37,20 @@ from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 from dpllm.calib.runtime.threshold_rule import RateDistortionRule, ThresholdText, stale_sources
 from dpllm.calib.runtime.token_sensitivity import TokenProbe, fit_probe, sequence_context
 
-TILT = 0.1  # relative slope over the bins of a flat gain
-NEAR = 1e-4  # values this close to each other (relative) are one value
-EVERY = 8  # sequences between two writes of the partial result
+TILT = 0.1  # relative slope that a flat gain gets over the bins
+NEAR = 1e-4  # relative distance up to which two signal values count as equal
+EVERY = 8  # sequences measured between two writes of the partial result
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """bins: how finely E[gain | signal] is resolved; points: lambdas checked by decoding; budgets: mean
-    resident bits to allot planes for; asynchronous: estimate from inputs one sub-block old where there are
-    any; token_sensitivity: foretell each token's multiplier; weighted: saliency inside the signal."""
+    """Options of one calibration.
+
+    bins: of the signal, for E[gain | signal]. points: lambdas that are checked by decoding. seed: of widths and
+    labels. budgets: mean resident bits to allot planes for. asynchronous: compute the signal from an input one
+    sub-block older, where one exists. token_sensitivity: predict each token's multiplier. weighted: use the saliency
+    in the signal.
+    """
 
     bins: int = 48
     points: int = 8
@@ -59,9 +62,9 @@ class CalibrateOptions:
 
 
 class Calibrator:
-    """One calibration of one decoder. The decoder is passed in: this package does not import it.
+    """One calibration of one decoder, which stays as it is.
 
-    sequences: int64 [S, T]. partial: where unfinished work is kept (None: nowhere).
+    sequences: int64 [S, T] on the decoder's device. partial: the file that keeps unfinished work (None: no file).
     """
 
     def __init__(
@@ -92,7 +95,10 @@ class Calibrator:
     def run(
         self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress
     ) -> CalibrationProfile:
-        """All passes. `origin` is stored, and identifies unfinished work together with the options."""
+        """Runs all passes and returns the profile.
+
+        origin: facts to store in the profile. Together with the options it identifies unfinished work.
+        """
         began = time.perf_counter()
         key = [
             overlay_hash,
@@ -113,7 +119,7 @@ class Calibrator:
         return replace(profile, origin=dict(profile.origin) | took)
 
     def saliency(self, progress: Progress) -> list[Tensor]:
-        """float32 [N] per group: mean over tokens of (dLoss/dy_n)^2."""
+        """Pass 1: the mean over tokens of (dLoss/dy_n)^2, float32 [N] per group."""
         names = [f"saliency.{g.index}" for g in self.groups]
         if not self.partial.has(names):
             found = output_saliency(self.decoder, self.sequences, self.options.seed, progress)
@@ -121,18 +127,21 @@ class Calibrator:
         return [torch.from_numpy(self.partial[n]).to(self.decoder.device) for n in names]
 
     def diagonal(self, group: CalibrationGroup, saliency: Tensor) -> Tensor:
-        """[K]: expected loss of reading too few planes, per squared input, at the middle step."""
+        """Expected loss of reading too few planes, per squared input, at the middle step: float32 [K].
+
+        saliency: float32 [N] of the group.
+        """
         middle = self.widths[len(self.widths) // 2 - 1]
         dequantize = self.decoder.backend.dequantize
         delta = dequantize(group.weight, self.widths[-1]) - dequantize(group.weight, middle)
         d = (saliency if self.options.weighted else torch.ones_like(saliency)) @ (delta**2)
         if (ratio := self.ratio[group.index]) is not None:
             d = d * ratio.to(d.device) ** 2
-        # The estimator is stored in float16; only ratios matter, the bins carry the scale.
+        # The diagonal is stored in float16. Only ratios matter: the bins carry the scale.
         return (d / d.mean().clamp(min=1e-30)).to(torch.float16).float()
 
     def measure(self, saliency: list[Tensor], diagonals: list[Tensor], progress: Progress) -> Measurements:
-        """Pass 2 over every sequence."""
+        """Pass 2: measures every sequence, or takes it from the partial result."""
         meter = Meter(self.decoder, self.widths, saliency, diagonals, self.source)
         parts: list[Measurements] = []
         fresh: dict[str, np.ndarray] = {}
@@ -157,7 +166,7 @@ class Calibrator:
         diagonals: list[Tensor],
         m: Measurements,
     ) -> CalibrationProfile:
-        """Everything but the curves."""
+        """The profile without its curves, from what pass 2 measured."""
         probe, context, explained = fit_probe(m.inputs, m.context, m.sensitivity)
         if not self.options.token_sensitivity:
             probe, context, explained = np.zeros_like(probe), np.zeros_like(context), 0.0
@@ -187,14 +196,17 @@ class Calibrator:
         )
 
     def residencies(self, mean_loss: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """(planes held int64 [R, G], row of each budget): every equal number of planes, then the budgets."""
+        """The numbers of resident planes to calibrate for: (planes int64 [R, G], row of each budget).
+
+        The first rows hold an equal number of planes for all groups, the next ones belong to the budgets.
+        """
         rows = [np.full(len(self.groups), w) for w in self.widths[1:]]
         stored = np.asarray([g.bytes_at for g in self.groups])
         tables = stored - weights[:, None] * np.asarray(self.widths)[None] / 8
         held = weights[:, None] * np.asarray(self.widths)[None] / 8 + np.cumsum(tables, axis=1)
         budgets = {}
         for bits in self.options.budgets:
-            # What equal planes of this mean would hold, tables of every width that stays usable included.
+            # The bytes of an equal number of planes with this mean, and of the tables of every usable width.
             allowed = float(sum(np.interp(bits, self.widths, h) for h in held))
             budgets[f"{bits:g}"] = len(rows)
             rows.append(self.widths[0] + memory_allocation(mean_loss, held, allowed))
@@ -205,7 +217,10 @@ class Calibrator:
     def with_curves(
         self, profile: CalibrationProfile, m: Measurements, progress: Progress
     ) -> CalibrationProfile:
-        """Dense lambda -> bits curves from the stored signals, shifted by what real decoding used instead."""
+        """Pass 3: adds the lambda -> bits curves.
+
+        They are computed from the measured signals and shifted by the difference to what decoding really used.
+        """
         ranked = np.sort(m.signal * _multipliers(profile.probe, profile.context, m), axis=1)
         low, high = float(self.widths[0]), float(self.widths[-1])
         half = self.sequences[: max(1, len(self.sequences) // 2)]
@@ -229,8 +244,9 @@ class Calibrator:
     def oracle(
         self, profile: CalibrationProfile, saliency: list[Tensor], m: Measurements
     ) -> dict[str, np.ndarray]:
-        """What the exact-error oracle needs: float16 saliency of every output, and its lambda -> bits curve."""
-        scale = max(float(s.max()) for s in saliency) / 1024  # into float16's range; lambda absorbs it
+        """Arrays for the exact-error oracle: float16 saliency of every output, and its lambda -> bits curve."""
+        # The scale brings the saliency into float16's range; lambda absorbs it.
+        scale = max(float(s.max()) for s in saliency) / 1024
         arrays = {
             f"oracle.saliency.{i}": (s / scale).to(torch.float16).cpu().numpy()
             for i, s in enumerate(saliency)
@@ -250,9 +266,9 @@ class Calibrator:
     ) -> float:
         """Effective bits of decoding these sequences with the policy at this lambda.
 
-        contexts: per sequence float32 [T, 3], the previous steps' features; replaced by what this pass gives,
-        so that passes at neighbouring lambdas see nearly the contexts they would produce themselves. Without,
-        a first pass makes them.
+        sequences: int64 [S, T]. resident: planes held. contexts: float32 [T, 3] per sequence, the features of the
+        previous steps. This pass replaces them in place with its own, so that a pass at a neighbouring lambda sees
+        nearly the contexts that it would produce itself. None: a first pass produces them.
         """
         rule = RateDistortionRule(profile, self.decoder.backend.select, self.decoder.device, resident)
         text = ThresholdText(rule, rule.thresholds_at(lam))
@@ -281,15 +297,16 @@ class Calibrator:
 
 
 def _multipliers(probe: np.ndarray, context: np.ndarray, m: Measurements) -> np.ndarray:
-    """float32 [T]: each token's multiplier, as the policy will compute it."""
+    """Each token's multiplier, float32 [T], as the policy will compute it."""
     token_probe = TokenProbe.of(probe, context)
     return token_probe.multiplier(torch.from_numpy(m.inputs), torch.from_numpy(m.context)).numpy()
 
 
 def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """E[loss(b) - loss(b+1) | signal] per group: averages in bins of equal counts, made non-decreasing.
+    """Fits E[loss(b) - loss(b+1) | signal] per group: averages in bins of equal counts, made non-decreasing.
 
-    signal: [G, T]. loss: [G, T, B]. Returns (edges float64 [G, M-1], gain float64 [G, B-1, M]).
+    signal: float32 [G, T]. loss: float32 [G, T, B]. bins: M at most; fewer where there are few tokens.
+    Returns (edges float64 [G, M-1], gain float64 [G, B-1, M]).
     """
     groups, tokens = signal.shape
     bins = max(2, min(bins, tokens // 8))
@@ -304,17 +321,17 @@ def fit_gains(signal: np.ndarray, loss: np.ndarray, bins: int) -> tuple[np.ndarr
             total = np.bincount(place, loss[g, :, step] - loss[g, :, step + 1], minlength=bins)
             mean = np.divide(total, count, out=np.zeros(bins), where=count > 0)
             gain[g, step] = isotonic_regression(mean, weights=np.maximum(count, 1e-9)).x
-    # Where the signal says nothing the fit is flat, and a whole group would jump at one lambda. A slight
-    # slope spreads the jump over the bins, at no expected cost, so that any target can be hit.
+    # Where the signal predicts nothing the fit is flat, and the width of a whole group would change at one lambda.
+    # A slight slope spreads this change over the bins, at no expected cost, so that every target can be met.
     tilt = 1 + TILT * (np.arange(bins) / (bins - 1) - 0.5)
     return edges, np.maximum(gain, 0) * tilt
 
 
 def _between(signal: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The edges moved half way to the next value that occurs.
+    """Moves each edge half way to the next value that occurs.
 
-    A signal that takes few values (the first group sees nothing but the token) puts whole quantiles on one of
-    them, and there the last bit of a sum would decide the width.
+    A signal may take few values: the first group's input depends on the token only. Whole quantiles then lie on one
+    value, and rounding in the last bit of a sum would decide the width there.
     """
     values = np.sort(signal)
     upper = np.searchsorted(values, edges * (1 + NEAR), side="right")

@@ -1,4 +1,7 @@
-"""What calibration needs of a decoder. dpllm.model.decoder.Decoder has it; this package does not import that one."""
+"""The decoder as calibration sees it.
+
+dpllm.model.decoder.Decoder fulfils this protocol. calib/ may not import that module, because calib/ lies below it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder over matrices that were dequantised once: for evaluating and calibrating small models quickly."""
+"""A view of a decoder whose matrices are dequantised once, to evaluate and calibrate small models quickly."""
 
 from __future__ import annotations
 

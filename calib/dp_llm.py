@@ -1,4 +1,4 @@
-"""DP-LLM as published (arXiv:2508.06041), calibrated for what will run: the yardstick.
+"""Calibrates DP-LLM as published (arXiv:2508.06041), for comparison, on the decoder that will generate text.
 
 Stages, each on the calibration text:
 
@@ -8,9 +8,9 @@ Stages, each on the calibration text:
    explains 90% of e, else ||G x|| with G = A (W_{l+1} - W_l), A ~ N(0, 1/k), k = 64, tuned on the text;
 4. the threshold is the quantile of the estimate at which the wider width is taken with probability frac(p).
 
-What the released code gets wrong is not copied: estimators and quantiles are fitted on the signal that the
-runtime compares (the estimate itself, of the stale input, in the quantised model), a group whose budget is the
-seed is left alone, whole-numbered averages keep a gradient, and nothing decays p.
+Errors of the released code are not copied. Estimators and quantiles are fitted on the signal that the runtime
+compares: the estimate itself, of the stale input, in the quantised model. A group whose budget is the seed is not
+tuned. Averages that are whole numbers keep a gradient. No weight decay acts on p.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ LINE, PROJECTION = 0, 1
 
 @dataclass(frozen=True)
 class DPLLMOptions:
-    """k: rows of a projection; explained: R^2 from which a line serves; averages: fine-tuning of the averages;
-    continued: its steps for a target that goes on from its neighbour's averages; tokens: inputs kept for the
-    estimators; tune_steps: descent on G; asynchronous: estimates read inputs one sub-block old."""
+    """Options of one DP-LLM calibration.
+
+    k: rows of a projection. explained: least R^2 at which a line is used. averages: options of stage 2. continued:
+    steps of stage 2 for a target that starts from its neighbour's averages. tokens: inputs kept for the estimators.
+    tune_steps: steps of the descent on G. asynchronous: estimates read inputs one sub-block older.
+    """
 
     k: int = 64
     explained: float = 0.9
@@ -53,9 +56,11 @@ class DPLLMOptions:
 
 @dataclass(frozen=True)
 class Estimator:
-    """Of e = ||(W_{l+1} - W_l) x|| from the deployed input. kind: LINE (line: slope, intercept) or PROJECTION
-    (projection: float16 [k, K]). explained: R^2 of the line. quantiles, exact: float32 [257], distributions
-    of the estimate and of e."""
+    """Estimates e = ||(W_{l+1} - W_l) x|| from the input that the runtime reads.
+
+    kind: LINE or PROJECTION. line: float32 [2], slope and intercept. projection: float16 [k, K], None for a line.
+    explained: R^2 of the line. quantiles, exact: float32 [257], the distributions of the estimate and of e.
+    """
 
     kind: int
     line: np.ndarray
@@ -68,7 +73,10 @@ class Estimator:
 def gather_inputs(
     decoder: CalibrationDecoder, sequences: Tensor, options: DPLLMOptions, progress: Progress
 ) -> dict[int, Tensor]:
-    """Inputs [T, K] of every group, at random widths. Groups that read the same input share one tensor."""
+    """The float32 inputs [T, K] of every group in decoding at random widths, by group index.
+
+    sequences: int64 [S, T].
+    """
     kept: dict[int, list[Tensor]] = {g.index: [] for g in decoder.groups}
     widths = list(range(decoder.groups[0].seed_bits, decoder.groups[0].resident_bits + 1))
     odds = 0.75 ** np.arange(len(widths))
@@ -92,8 +100,11 @@ def gather_inputs(
 def fit_estimator(
     delta: Tensor, fresh: Tensor, read: Tensor, ratio: Tensor | None, options: DPLLMOptions
 ) -> Estimator:
-    """delta: [N, K], W_{l+1} - W_l. fresh, read: [T, K], the group's input and the one the estimate reads.
-    ratio: [K], read * ratio stands for fresh (None: they are the same)."""
+    """Fits the estimator of one group and one pair of widths.
+
+    delta: [N, K], W_{l+1} - W_l. fresh, read: float32 [T, K], the group's input, and the input that the estimate
+    reads. ratio: [K], by which `read` is multiplied to approximate `fresh` (None: the two are equal).
+    """
     exact = (fresh @ delta.T).norm(dim=1)
     size = read.norm(dim=1)
     design = torch.stack([size, torch.ones_like(size)], dim=1).double()
@@ -117,7 +128,10 @@ def fit_estimator(
 
 
 def tuned_projection(delta: Tensor, read: Tensor, exact: Tensor, options: DPLLMOptions) -> Tensor:
-    """G float16 [k, K], from a random projection of delta to the least squared error of ||G x||."""
+    """G float16 [k, K]: starts as a random projection of delta; gradient descent reduces the error of ||G x||.
+
+    read: [T, K], the inputs x. exact: [T], the norms to estimate.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     draw = torch.randn(options.k, len(delta), generator=generator) / options.k**0.5
     g = (draw.to(delta.device) @ delta).requires_grad_()
@@ -141,10 +155,10 @@ def calibrate_dp_llm(
     decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
     options: DPLLMOptions, progress: Progress = no_progress, rows: list[Average] | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and the estimators they need.
+    """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and their estimators.
 
-    caps: maximum widths [G] per budget ("6", "5"). targets: of each budget; those above it are left out.
-    rows: averages tuned before, for other estimators; `targets` then says nothing.
+    sequences: int64 [S, T]. caps: maximum widths [G] per budget ("6", "5"). targets: of each budget; targets above
+    their budget are left out. rows: averages that were tuned before; `targets` is then ignored.
     """
     seed = decoder.groups[0].seed_bits
     view = dequantised_view(decoder)
@@ -163,7 +177,7 @@ def _tuned(
     decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
     options: DPLLMOptions, progress: Progress,
 ) -> list[Average]:  # fmt: skip
-    """Averages of every budget and target, each going on from its neighbour's."""
+    """Tunes the averages of every budget and target. Each target starts from its neighbour's averages."""
     seed = decoder.groups[0].seed_bits
     jobs = [(b, t) for b in caps for t in sorted(targets[b]) if t <= float(b)]
     rows: list[Average] = []
@@ -176,10 +190,10 @@ def _tuned(
         if start is not None:
             tuning = replace(tuning, steps=min(options.continued, tuning.steps))
         p = tune_averages(decoder, sequences.roll(-read, 0), caps[budget], target, tuning, start)
-        read += tuning.steps  # the next target goes on where this one stopped reading
+        read += tuning.steps  # the next target reads on where this one stopped
         span = np.maximum(caps[budget] - seed, 1e-9)
         share = np.clip((p - seed) / span, 1e-3, 1 - 1e-3)
-        start = np.log(share / (1 - share))  # the next target continues from here
+        start = np.log(share / (1 - share))  # the next target starts from these averages
         rows.append((float(budget), target, p))
         progress("averages", i + 1, len(jobs))
     return rows

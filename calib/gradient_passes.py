@@ -23,10 +23,10 @@ LABEL_STREAM = 1_000_003  # random streams per seed: one for each sequence
 class Measurements:
     """What the second pass measures on T tokens.
 
-    signal: float32 [G, T], sum_k d_k x_k^2. loss: float32 [G, T, B], expected loss of reading each width
-    instead of the widest, by the token's own squared gradients; exact: the same by mean squared gradients.
-    inputs: float32 [T, K] of group 0. context: float32 [T, 3] (see token_sensitivity). sensitivity: float32
-    [T], squared output gradients relative to their means, averaged over the model.
+    signal: float32 [G, T], sum_k d_k x_k^2. loss: float32 [G, T, B], expected loss of reading this width instead of
+    the widest, by the token's own squared gradients. exact: float32 [G, T, B], the same by mean squared gradients.
+    inputs: float32 [T, K] of group 0. context: float32 [T, 3] (see token_sensitivity). sensitivity: float32 [T],
+    squared output gradients relative to their means, averaged over the model.
     """
 
     signal: np.ndarray
@@ -108,7 +108,7 @@ class Meter:
     ):
         self.decoder, self.widths, self.source = decoder, widths, source
         self.saliency, self.diagonals = saliency, diagonals
-        odds = 0.75 ** np.arange(len(widths))  # low widths matter most, and are read most
+        odds = 0.75 ** np.arange(len(widths))  # low widths have the largest errors and are read most
         self.odds = odds / odds.sum()
 
     def sequence(self, ids: Tensor, seed: int) -> Measurements:

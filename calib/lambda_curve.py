@@ -1,4 +1,4 @@
-"""From lambda to effective bits: what stored signals would get, and the dense curve built from it."""
+"""Effective bits as a function of lambda, computed from measured signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ GRID = 192  # points of the stored lambda curve
 def stored_bits(
     profile: CalibrationProfile, ranked: np.ndarray, lam: float, resident: Resident = None
 ) -> float:
-    """Effective bits that the stored signals (sorted, [G, T]) would get at this lambda."""
+    """Effective bits that the policy would choose for measured signals at this lambda.
+
+    ranked: [G, T], each group's signals in ascending order.
+    """
     thresholds = profile.thresholds(lam, resident)
     tokens = ranked.shape[1]
     above = [tokens - np.searchsorted(r, t, side="right") for r, t in zip(ranked, thresholds, strict=True)]
@@ -21,7 +24,7 @@ def stored_bits(
 
 
 def solve(profile: CalibrationProfile, ranked: np.ndarray, target: float, resident: Resident = None) -> float:
-    """log2 lambda at which the stored signals would get these bits (bisection; bits fall with lambda)."""
+    """log2 of the lambda at which `stored_bits` is the target, by bisection: bits fall as lambda rises."""
     low, high = -200.0, 100.0
     for _ in range(48):
         middle = (low + high) / 2
@@ -33,15 +36,18 @@ def solve(profile: CalibrationProfile, ranked: np.ndarray, target: float, reside
 def dense_curve(
     profile: CalibrationProfile, ranked: np.ndarray, planes: np.ndarray, at: np.ndarray, shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(log2 lambda [C], bits [C]) with `planes` [G] resident; `shift` is added at bits `at`."""
+    """The curve (log2 lambda [C], bits [C]) with `planes` int64 [G] resident.
+
+    shift: what decoding used more than the measured signals predict, at bits `at`; it is interpolated between them.
+    """
     low = float(profile.bits[0])
     high = float((planes * profile.weights).sum() / profile.weights.sum())
     ends = [solve(profile, ranked, t, planes) for t in (low + 0.01, high - 0.01)]
     grid = np.linspace(ends[0], ends[1], GRID)
     stored = np.asarray([stored_bits(profile, ranked, 2.0**g, planes) for g in grid])
-    fade = np.minimum(1.0, (high - stored) * 4)  # a cap leaves nothing to shift near itself
+    fade = np.minimum(1.0, (high - stored) * 4)  # near the maximum, bits cannot shift
     bits = np.clip(stored + np.interp(stored, at, shift) * fade, low, high)
-    # Beyond the ends every bin takes the seed, or the maximum.
+    # Beyond the ends of the curve every bin takes the seed, or the maximum.
     grid = np.concatenate([[ends[0] + 60], grid, [ends[1] - 90]])
     return grid, np.maximum.accumulate(np.concatenate([[low], bits, [high]]))
 
@@ -49,7 +55,7 @@ def dense_curve(
 def oracle_curve(
     loss: np.ndarray, cost: np.ndarray, weights: np.ndarray, seed_bits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(log2 lambda, bits), both [C], of choosing the width of least loss + lambda * cost for every token.
+    """The curve (log2 lambda [C], bits [C]) of choosing, for every token, the width of least loss + lambda * cost.
 
     loss: float32 [G, T, B]. cost: [G, B]. weights: [G].
     """

@@ -1,4 +1,4 @@
-"""Unfinished calibrations: arrays in one file beside the profile to be, so that a killed run goes on."""
+"""Unfinished calibrations: one file next to the future profile, from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from dpllm.base.files import write_tensors
 class Partial:
     """A growing set of named arrays on disk, bound to the options of one calibration.
 
-    path None keeps everything in memory. A file that is damaged, or of other options, is started anew.
+    path: the file; None keeps everything in memory. A file that is damaged, or has other options, is ignored and
+    then overwritten.
     """
 
     def __init__(self, path: Path | None):
@@ -26,7 +27,7 @@ class Partial:
         self.arrays: dict[str, np.ndarray] = {}
 
     def open(self, key: Any) -> None:
-        """Takes up what an earlier run of the same key left."""
+        """Loads what an earlier run with the same key (a JSON value) stored."""
         self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.arrays = {}
         if self.path is None or not self.path.is_file():
@@ -36,22 +37,22 @@ class Partial:
                 self.arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no iterator)
 
     def has(self, names: list[str]) -> bool:
-        """Whether all of these were kept."""
+        """Whether all of these arrays are stored."""
         return all(n in self.arrays for n in names)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A kept array."""
+        """A stored array. Raises KeyError for an unknown name."""
         return self.arrays[name]
 
     def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """Keeps these too, atomically."""
+        """Stores more arrays; the file is replaced atomically."""
         self.arrays |= arrays
         if self.path is not None:
             tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in self.arrays.items()}
             write_tensors(self.path, tensors, {"key": self.key})
 
     def remove(self) -> None:
-        """The calibration is done: deletes the file."""
+        """Deletes the file, after the calibration has finished."""
         self.arrays = {}
         if self.path is not None:
             self.path.unlink(missing_ok=True)

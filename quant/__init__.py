@@ -1,1 +1,1 @@
-"""The overlay: nested quantisation, its on-disk format, reading and writing it."""
+"""The overlay: nested quantisation, its format on disk, reading and writing."""

@@ -1,11 +1,12 @@
 """Diagonal Fisher information of every linear layer, one decoder layer at a time.
 
-F = sum over calibration sequences of (dLoss/dW)^2, accumulated in fp32 (SqueezeLLM, arXiv:2306.07629). On
-request the guided Hessian too: H = sum over tokens of s x x^T, x the layer's input and s the mean squared
-gradient of its outputs (GuidedQuant, arXiv:2505.07004), which sees errors of different columns cancel.
-The forward pass leaves the hidden state at every layer boundary on disk; the backward pass walks the
-layers from the last to the first, reloading each one, so no more than one layer's weights and Fisher are
-ever in memory. Both passes can be cut off after any layer and continued.
+F = sum over calibration sequences of (dLoss/dW)^2, accumulated in float32 (SqueezeLLM, arXiv:2306.07629). On request
+the guided Hessian is computed too: H = sum over tokens of s x x^T, with x the layer's input and s the mean squared
+gradient of its outputs (GuidedQuant, arXiv:2505.07004). It knows which errors of different columns cancel.
+
+The forward pass writes the hidden state at every layer boundary to disk. The backward pass goes through the layers from
+the last to the first and loads each one again, so memory never holds more than one layer's weights and Fisher. Both
+passes can be interrupted after any layer and continued.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from dpllm.quant.layerwise import LayerwiseModel, call_layer
 
 
 class FisherPass:
-    """Boundary activations and gradients in `work`, and the two passes over them."""
+    """The forward and the backward pass, with boundary activations and gradients in the directory `work`."""
 
     def __init__(self, model: LayerwiseModel, sequences: Tensor, work: Path, *, guided: bool = False):
-        """guided: `backward` also leaves each linear's guided Hessian in `hessians`."""
+        """sequences: int64 [S, T]. guided: `backward` also stores each linear layer's guided Hessian in `hessians`."""
         self.model, self.sequences, self.work = model, sequences, work
         self.guided = guided
-        self.hessians: dict[str, Tensor] = {}  # fp32 [K, K] on the CPU, of the layer walked last
+        self.hessians: dict[
+            str, Tensor
+        ] = {}  # float32 [K, K] on the CPU, of the last layer that `backward` handled
         work.mkdir(parents=True, exist_ok=True)
 
     def _hidden(self, index: int) -> Path:
@@ -41,7 +44,7 @@ class FisherPass:
 
     @cached_property
     def _layer_arguments(self) -> list[dict[str, Any]]:
-        """What each layer is called with beside the hidden state; the same for every sequence."""
+        """Each layer's arguments apart from the hidden state. They are the same for every sequence."""
         return self.model.embed(self.sequences[:1])[1]
 
     def forward(self, progress: Callable[[], None]) -> None:
@@ -63,9 +66,10 @@ class FisherPass:
             write_tensors(self._gradient(depth), {"x": gradients})
 
     def backward(self, index: int) -> dict[str, Tensor]:
-        """Fisher of each linear of layer `index` (fp32, on the CPU), from the stored gradient above it.
+        """The Fisher float32 [N, K], on the CPU, of each linear layer in decoder layer `index`.
 
-        The gradient below it is stored by `keep_gradient`, after the caller has used the result.
+        It starts from the stored gradient above the layer. `keep_gradient` stores the gradient below, after the caller
+        has used the result.
         """
         layer = self.model.load_layer(index)
         names = {m: n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
@@ -87,16 +91,16 @@ class FisherPass:
         return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
 
     def keep_gradient(self, index: int) -> None:
-        """Stores the gradient below layer `index`, which the layer below starts from."""
+        """Stores the gradient below layer `index`, from which the layer below starts."""
         write_tensors(self._gradient(index), {"x": self._below})
 
     def drop_gradient(self, index: int) -> None:
-        """Forgets a gradient that no layer needs any more."""
+        """Deletes a gradient that no layer needs any more."""
         self._gradient(index).unlink(missing_ok=True)
 
 
 class _Guide:
-    """Sums a linear layer's guided Hessian over everything that passes through it, forward and back."""
+    """Sums a linear layer's guided Hessian float32 [K, K] over all forward and backward passes through the layer."""
 
     def __init__(self, module: nn.Linear):
         self.hessian = module.weight.new_zeros(module.in_features, module.in_features)
@@ -113,7 +117,7 @@ class _Guide:
 
 
 def _squaring(total: Tensor) -> Callable[[Tensor], None]:
-    """Adds the square of a fresh gradient to `total` and frees it at once."""
+    """A hook that adds the square of a new gradient to `total`, and frees the gradient at once."""
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -1,10 +1,9 @@
-"""Nested weighted 1-D k-means: a seed clustering, then every cluster split in two, bit after bit.
+"""Nested weighted 1-D k-means: a seed clustering, whose clusters are split in two for every further bit.
 
-Rows are sorted once; in sorted order a cluster is an interval, its centroid a difference of prefix sums,
-and the best split of a cluster is found exactly by scoring every cut (Any-Precision LLM,
-arXiv:2402.10517; the seed is SqueezeLLM's sensitivity-weighted k-means, arXiv:2306.07629). Everything
-runs on a block of rows at a time in flat float64 arrays, so numpy does the work and the block stays in
-cache.
+Rows are sorted once. In sorted order a cluster is an interval, and its centroid a difference of prefix sums. The best
+split of a cluster is found exactly, by scoring every cut (Any-Precision LLM, arXiv:2402.10517). The seed is
+SqueezeLLM's sensitivity-weighted k-means (arXiv:2306.07629). All of it runs on one block of rows at a time, in flat
+float64 arrays, so numpy does the work and the block stays in cache.
 """
 
 from __future__ import annotations
@@ -43,7 +42,10 @@ class _Sorted:
         )
 
     def centroids(self, bounds: np.ndarray, parent: np.ndarray | None = None) -> np.ndarray:
-        """Weighted means [R, C] of the intervals; an empty one takes its parent's, else its neighbour's."""
+        """Weighted means [R, C] of the intervals bounds [R, C+1].
+
+        An empty interval takes its parent's mean (parent: [R, C/2]), or a neighbouring value without parents.
+        """
         mass = np.diff(np.take_along_axis(self.weight, bounds, 1), axis=1)
         moment = np.diff(np.take_along_axis(self.moment, bounds, 1), axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -60,7 +62,7 @@ class _Sorted:
         return np.where(empty, mean, np.clip(mean, low, high))
 
     def split(self, bounds: np.ndarray) -> np.ndarray:
-        """Bounds [R, C+1] -> [R, 2C+1]: each interval cut where two weighted means fit it best."""
+        """Cuts each interval where two weighted means fit it best: bounds [R, C+1] -> [R, 2C+1]."""
         rows, n = self.values.shape
         sizes = np.diff(bounds, axis=1)
 
@@ -91,7 +93,7 @@ class _Sorted:
         return out
 
     def lloyd(self, bounds: np.ndarray) -> np.ndarray:
-        """Weighted k-means from these intervals: nearest centroid, new means, until nothing moves."""
+        """Runs weighted k-means from these intervals, until no value changes its cluster. Returns bounds [R, C+1]."""
         bounds = bounds.copy()
         active = np.arange(len(bounds))
         for _ in range(LLOYD_ITERATIONS):
@@ -114,7 +116,7 @@ class _Sorted:
 def nested_codes(
     w: np.ndarray, f: np.ndarray, seed_bits: int, parent_bits: int
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Nested codes and tables of each row.
+    """Computes nested codes and tables of each row.
 
     w: float32 [R, n] values; f: float32 [R, n] non-negative weights (a row of zeros counts as uniform).
     Returns (codes uint8 [R, n] of parent_bits, {bits: float16 [R, 2^bits]} for widths up to 6).
@@ -135,7 +137,7 @@ def nested_codes(
 
 
 def _usable_weights(f: np.ndarray) -> np.ndarray:
-    """Weights with a small floor, so that no value is free to be wrong; all-zero rows become uniform."""
+    """Weights with a small floor, so that every value counts. Rows of zeros become uniform."""
     mean = f.mean(1, keepdims=True, dtype=np.float64)
     return np.where(mean > 0, f / np.where(mean > 0, mean, 1), 1.0) + 1e-6
 
@@ -164,7 +166,7 @@ def _nested_block(w: np.ndarray, f: np.ndarray, seed_bits: int, parent_bits: int
 
 
 def _derived_split(values: np.ndarray, codes: np.ndarray, centres: np.ndarray, bits: int) -> np.ndarray:
-    """One more bit for widths without a free table: the nearer of the two derived children."""
+    """Adds one bit for a width without its own table: the nearer of the two derived values."""
     table = derived_table(torch.from_numpy(centres), bits).numpy().astype(np.float64)
     middle = (table[:, 0::2] + table[:, 1::2]) / 2
     upper = values > np.take_along_axis(middle, codes.astype(np.int64), 1)

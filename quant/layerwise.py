@@ -1,7 +1,7 @@
-"""Running a big model one decoder layer at a time, forward and backward.
+"""Runs a large model one decoder layer at a time, forward and backward.
 
-transformers supplies the modules; their weights come from the checkpoint when a layer is needed and go
-when it is done, so the peak is about two fp32 layers above the embedding whatever the model's size.
+transformers supplies the modules. A layer's weights are read from the checkpoint when the layer is needed and freed
+after it, so the peak of memory is about two float32 layers above the embedding, for a model of any depth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Stop(Exception):
 
 
 class _Probe(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with and passes the hidden state on."""
+    """Replaces a decoder layer: keeps its arguments, and returns the hidden state unchanged."""
 
     def __init__(self, last: bool) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class _Probe(nn.Module):
 
 
 class LayerwiseModel:
-    """A causal language model whose decoder layers are materialised on demand, in fp32.
+    """A causal language model whose decoder layers are loaded on demand, in float32.
 
-    Linears are found by type (nn.Linear inside the longest ModuleList), not by a table of names.
+    Linear layers are found by type (nn.Linear inside the longest ModuleList), without a table of names.
     """
 
     def __init__(self, source: ModelSource, device: str = "cpu"):
@@ -79,22 +79,29 @@ class LayerwiseModel:
         return [f"{self.layer_prefix(index)}.{n}" for n, m in modules if isinstance(m, nn.Linear)]
 
     def head_weight(self) -> str:
-        """The tensor the head multiplies with (the embedding's where they are tied)."""
+        """The name of the tensor that the head multiplies with: the embedding's, if the two are tied."""
         return f"{self.embedding_name if self.tied else self.head_name}.weight"
 
     def load_layer(self, index: int) -> nn.Module:
-        """A real fp32 copy of one decoder layer, weights from the checkpoint."""
+        """One decoder layer in float32, with its weights from the checkpoint."""
         empty = self.layers[index]
-        layer = type(empty)(self.config, index)  # built for real: non-persistent buffers need their values
+        layer = type(empty)(
+            self.config, index
+        )  # not on the meta device: non-persistent buffers need their values
         layer = layer.float().requires_grad_(False)
-        for name, tensor in layer.state_dict().items():  # one at a time: never two copies of a layer
+        for (
+            name,
+            tensor,
+        ) in (
+            layer.state_dict().items()
+        ):  # one tensor at a time, so that there are never two copies of a layer
             tensor.copy_(self.source.read(f"{self.layer_prefix(index)}.{name}"))
         return layer.to(self.device).eval()
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """(first hidden states [S, T, H] fp32, keyword arguments of each layer) for sequences [S, T].
+        """The first hidden states float32 [S, T, H] of sequences int64 [S, T], and each layer's keyword arguments.
 
-        The arguments differ between layers where some see a window and others everything.
+        The arguments differ between layers if some layers see a window only.
         """
         body = self.skeleton.base_model
         weight = self.source.read(f"{self.embedding_name}.weight").float()
@@ -119,7 +126,7 @@ class LayerwiseModel:
             self.layers[index] = layer
 
     def _moved(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A layer's arguments on the device, without those that would make it keep a cache."""
+        """A layer's arguments on the device, without the arguments that would make it keep a cache."""
         move = lambda v: v.to(self.device) if isinstance(v, Tensor) else v  # noqa: E731
         return {
             k: tuple(map(move, v)) if isinstance(v, tuple) else move(v)
@@ -128,7 +135,10 @@ class LayerwiseModel:
         }
 
     def head_gradients(self, states: Tensor, sequences: Tensor) -> Tensor:
-        """d(sum of next-token losses)/d(last hidden state) [S, T, H], sequence by sequence."""
+        """The gradient [S, T, H] of the sum of next-token losses with respect to the last hidden states.
+
+        states: [S, T, H]. sequences: int64 [S, T].
+        """
         final = next(m for n, m in self.skeleton.base_model.named_children() if "norm" in n)
         name = next(n for n, m in self.skeleton.named_modules() if m is final)
         norm = type(final)(self.config.hidden_size, eps=getattr(final, "variance_epsilon", 1e-6))
@@ -144,6 +154,6 @@ class LayerwiseModel:
 
 
 def call_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One decoder layer; some return a tuple."""
+    """Runs one decoder layer. Some layers return a tuple, whose first item is the hidden state."""
     out = layer(hidden, **kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -1,8 +1,8 @@
-"""The overlay on disk: one directory, planes apart, every tensor checksummed (docs/format.md).
+"""The overlay on disk: one directory, with separate planes and a checksum for every tensor (docs/format.md).
 
-`model.safetensors.index.json` is the manifest: which file holds which tensor, each tensor's sha256, each
-side file's sha256, and a sha256 of the manifest itself. It is written last. A reader that is asked for
-width b reads planes 0..b-1 and tables up to b, and nothing else.
+`model.safetensors.index.json` is the manifest: it lists which file holds which tensor, each tensor's sha256, each
+side file's sha256, and a sha256 of the manifest itself. It is written last. A reader that needs width b reads planes
+0..b-1 and tables up to b, and nothing else.
 """
 
 from __future__ import annotations
@@ -35,24 +35,27 @@ QUANT_METHOD = "dpllm"
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 of the tensor's bytes."""
+    """The sha256 of a CPU tensor's bytes, in hex."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a small file."""
+    """The sha256 of a small file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """The manifest's own checksum: everything in it but that checksum."""
+    """The manifest's own checksum, in hex: over everything in the manifest except that checksum."""
     body = {k: v for k, v in manifest.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class LinearLayout:
-    """What config.json says of one quantised matrix."""
+    """One quantised matrix as config.json describes it.
+
+    shape: (N, K). bits: the narrowest and the widest stored width. rows_per_table: rows that share one table.
+    """
 
     shape: tuple[int, int]
     bits: tuple[int, int]
@@ -60,7 +63,7 @@ class LinearLayout:
 
     @classmethod
     def of(cls, name: str, entry: Any) -> LinearLayout:
-        """Parses an entry of `quantization_config.linears`, refusing what makes no sense."""
+        """Parses an entry of `quantization_config.linears`. Raises InputError for an invalid one."""
         try:
             (n, k), (lo, hi), share = entry["shape"], entry["bits"], entry["rows_per_table"]
             ok = all(isinstance(v, int) and v > 0 for v in (n, k, lo, hi, share))
@@ -68,12 +71,12 @@ class LinearLayout:
             ok = False
         if not ok or not MIN_BITS <= lo <= hi <= MAX_BITS or lo > MAX_TABLE_BITS or n % share:
             raise InputError(
-                f"config.json: quantization_config.linears['{name}'] is {entry!r}, which is no valid layout."
+                f"config.json: quantization_config.linears['{name}'] is {entry!r}, which is not a valid layout."
             )
         return cls((n, k), (lo, hi), share)
 
     def tensors(self, name: str) -> dict[str, tuple[list[int], torch.dtype]]:
-        """Every tensor this matrix consists of: name -> (shape, dtype)."""
+        """Every tensor that the matrix consists of: name -> (shape, dtype)."""
         n, k = self.shape
         lo, hi = self.bits
         out = {f"{name}.planes.{p}": ([n, -(-k // WORD)], torch.int32) for p in range(hi)}
@@ -85,7 +88,7 @@ class LinearLayout:
 
 
 class Overlay:
-    """An opened overlay. `bits` is the stored range, `hash` binds calibration profiles to it."""
+    """An opened overlay. `bits` is the stored range of widths; calibration profiles refer to the overlay by `hash`."""
 
     def __init__(self, path: Path, config: dict[str, Any], manifest: dict[str, Any]):
         self.path, self.config = path, config
@@ -100,16 +103,16 @@ class Overlay:
 
     @classmethod
     def open(cls, path: Path) -> Overlay:
-        """Checks manifest, config and the list of tensors; reads no weights.
+        """Opens an overlay. Checks manifest, config and the list of tensors, but reads no weights.
 
-        Raises InputError for anything missing, altered, unexpected or of a newer format.
+        Raises InputError for anything that is missing, altered or unexpected, and for another format version.
         """
         if not path.is_dir():
-            raise InputError(f"{path} is no directory. Make an overlay: dpllm quantize MODEL {path}")
+            raise InputError(f"{path} is not a directory. Make an overlay: dpllm quantize MODEL {path}")
         config = read_json(path / "config.json")
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-            raise InputError(f"{path} is no dpllm overlay. Make one: dpllm quantize {path} OUT")
+            raise InputError(f"{path} is not a dpllm overlay. Make one: dpllm quantize {path} OUT")
         version = quantization.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
@@ -118,7 +121,7 @@ class Overlay:
             )
         if quantization.get("codebook") != "lut":
             raise InputError(
-                f"{path / 'config.json'}: codebook {quantization.get('codebook')!r} is unknown; 'lut' is read."
+                f"{path / 'config.json'}: codebook {quantization.get('codebook')!r} is unknown; this dpllm reads 'lut'."
             )
         manifest = read_json(path / INDEX)
         _check_manifest(path, manifest)
@@ -135,7 +138,7 @@ class Overlay:
             raise InputError(f"{self.path}: tensor {name!r} is {what} the overlay. Quantise the model again.")
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, checked against its shape, dtype and sha256."""
+        """One tensor. Raises InputError if its shape, dtype or sha256 is not as listed."""
         entry = self._tensors.get(name)
         if entry is None:
             raise InputError(f"{self.path} has no tensor '{name}'. Quantise the model again.")
@@ -166,7 +169,11 @@ class Overlay:
     def linear(
         self, name: str, resident_bits: int | None = None, planes: torch.Tensor | None = None
     ) -> QuantizedWeight:
-        """One quantised matrix with its top `resident_bits` planes (default: all), in `planes` where given."""
+        """One quantised matrix with its top `resident_bits` planes (default: all).
+
+        planes: int32 [resident planes, N, ceil(K/32)] to read into; None allocates memory. Raises InputError for fewer
+        planes than the seed width, and for tensors that are not as listed.
+        """
         layout = self.linears[name]
         keep = self._planes_to_read(name, resident_bits)
         for tensor, (shape, dtype) in layout.tensors(name).items():
@@ -185,7 +192,7 @@ class Overlay:
         return QuantizedWeight(planes, lut, layout.shape[1], layout.bits[0], scale)
 
     def stacked(self, names: Sequence[str], resident_bits: int | None = None) -> QuantizedWeight:
-        """Matrices that share an input as one, row after row; each plane is read to where it stays."""
+        """Matrices that share an input as one matrix, row after row. Each plane is read directly into place."""
         if len(names) == 1:
             return self.linear(names[0], resident_bits)
         layouts = [self.linears[n] for n in names]
@@ -207,7 +214,7 @@ class Overlay:
         return keep
 
     def int8(self, name: str) -> Int8Weight:
-        """One int8 matrix (the head)."""
+        """One int8 matrix, such as the head."""
         return Int8Weight(self.read(f"{name}.int8"), self.read(f"{name}.scale"))
 
     def has(self, name: str) -> bool:
@@ -232,7 +239,7 @@ class Overlay:
         return sum(f.bytes_read for f in self._files.values())
 
     def stored_bytes(self) -> dict[str, int]:
-        """Bytes on disk by kind: planes, tables, scales, other."""
+        """Tensor bytes on disk, by kind: planes, tables, scales, other."""
         out = {"planes": 0, "tables": 0, "scales": 0, "other": 0}
         for name, entry in self._tensors.items():
             kind = "planes" if ".planes." in name else "tables" if ".lut." in name else "other"
@@ -250,7 +257,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     where = path / INDEX
     if not isinstance(manifest.get("tensors"), dict) or not isinstance(manifest.get("files"), dict):
         raise InputError(
-            f"{where} is no dpllm manifest ('tensors' or 'files' is missing). Copy the overlay again."
+            f"{where} is not a dpllm manifest ('tensors' or 'files' is missing). Copy the overlay again."
         )
     if manifest.get("sha256") != manifest_sha256(manifest):
         raise InputError(f"{where} is damaged: its checksum does not match. Copy the overlay again.")

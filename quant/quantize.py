@@ -1,7 +1,7 @@
-"""`dpllm quantize`: a checkpoint in, an overlay out, one decoder layer at a time.
+"""`dpllm quantize`: makes an overlay from a checkpoint, one decoder layer at a time.
 
-Work happens in a sibling directory `OUT.partial`. Each finished layer is a finished shard there, so a run
-that was killed continues where it was, with a byte-identical result; the manifest comes last and the
+Work happens in a sibling directory `OUT.partial`. Each finished layer is a finished shard there, so a killed run
+continues after the last finished layer, with a byte-identical result. The manifest is written last, and then the
 directory is renamed into place.
 """
 
@@ -43,7 +43,11 @@ from dpllm.quant.source import INDEX, TOKENIZER_FILES, ModelSource, TensorFile
 
 
 class Quantizer:
-    """One quantisation job; `run` does it all and returns the overlay's directory."""
+    """One quantisation job. `run` does all of it.
+
+    seconds: time that this run spent in each stage. weights_done: weights that this run quantised; a run that continues
+    an earlier one quantises only the rest.
+    """
 
     def __init__(
         self,
@@ -56,19 +60,22 @@ class Quantizer:
         device: str = "cpu",
         jobs: int = 1,
     ):
-        """documents: calibration text for the Fisher pass, None for plain (unweighted) k-means."""
+        """documents: calibration text for the Fisher pass; None for unweighted k-means. jobs: threads of k-means."""
         self.options, self.out, self.jobs = options, out, jobs
         self.source = source
         self.model = LayerwiseModel(source, device)
         self.partial = out.parent / (out.name + ".partial")
-        self.scratch = self.partial / ".job"  # what to resume from; gone when the overlay is finished
+        self.scratch = self.partial / ".job"  # the state of an unfinished job, deleted at the end
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
-        self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}  # of this run, and
-        self.weights_done = 0  # what it quantised (a resumed run does less)
+        self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}
+        self.weights_done = 0
 
     def run(self, progress: Progress = no_progress) -> Path:
-        """Quantises everything. progress(stage, done, total) is called as work goes on."""
+        """Quantises everything and returns the overlay's directory.
+
+        Raises InputError if `out` exists, the disk is too small, or a tensor of the checkpoint cannot be used.
+        """
         if self.out.exists():
             raise InputError(f"{self.out} exists already. Choose another place, or remove it first.")
         self._check_space()
@@ -107,7 +114,9 @@ class Quantizer:
     def _check_space(self) -> None:
         parent = self.out.parent
         if not parent.is_dir():
-            raise InputError(f"{parent} is no directory; {self.out} cannot be made there. Create it first.")
+            raise InputError(
+                f"{parent} is not a directory; {self.out} cannot be made there. Create it first."
+            )
         held = (
             sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file())
             if self.partial.exists()
@@ -121,7 +130,7 @@ class Quantizer:
             )
 
     def _start_or_resume(self) -> None:
-        """Keeps the finished shards of an interrupted run of the same job; starts afresh otherwise."""
+        """Keeps the finished shards of an interrupted run of the same job. Otherwise deletes what is there."""
         job = {
             "format_version": FORMAT_VERSION,
             "options": asdict(self.options) | {"bits": list(self.options.bits)},
@@ -141,7 +150,7 @@ class Quantizer:
         job_file.write_text(json.dumps(job))
 
     def _inputs(self) -> list[Path]:
-        """The files the result depends on."""
+        """The files that the result depends on."""
         shards = {f.path for f in self.source.files.values()}
         side = {self.source.path / name for name in TOKENIZER_FILES}
         return sorted(shards | {p for p in side if p.is_file()})
@@ -150,7 +159,7 @@ class Quantizer:
         return self.partial / f"model-{index + 1:05d}-of-{len(self.model) + 1:05d}.safetensors"
 
     def _mark(self, index: int) -> Path:
-        """Exists once a layer's shard and the gradient below it are both on disk."""
+        """The file that exists when a layer's shard and the gradient below the layer are both on disk."""
         return self.scratch / f"done-{index:04d}"
 
     def _fisher_forward(self, progress: Progress) -> FisherPass | None:
@@ -187,13 +196,13 @@ class Quantizer:
         return tensors
 
     def _other_tensors(self) -> dict[str, torch.Tensor]:
-        """Embedding, final norm and the head at its own width."""
+        """Tensors outside the decoder layers: embedding, final norm, and the head at its own width."""
         tensors = {}
         layers = self.model.layers_name + "."
         head_bits, head = self.options.head_bits, self.model.head_weight()
         replaced = set() if head_bits == 16 else {f"{self.model.head_name}.weight"}
         if head_bits == 8 and self.model.tied:
-            replaced.add(head)  # one int8 matrix serves both the look-up and the head
+            replaced.add(head)  # one int8 matrix is used for both the embedding and the head
         elif head_bits == 16 and self.model.tied:
             replaced.add(f"{self.model.head_name}.weight")
         for name in self.source.names():
@@ -210,7 +219,11 @@ class Quantizer:
         self, name: str, weight: torch.Tensor, fisher: torch.Tensor | None, bits: tuple[int, int],
         hessian: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
-        """Planes, tables and scales of one matrix [N, K], ready to be stored; refined where a Hessian is given."""
+        """Planes, tables and scales of one matrix, ready to be stored.
+
+        weight: [N, K]. fisher: [N, K], weights of the k-means (None: uniform). hessian: float32 [K, K], with which the
+        result is refined (None: it is not). Raises InputError for a value beyond float16.
+        """
         n, k = weight.shape
         self.weights_done += n * k
         share = self.options.rows_per_table or default_rows_per_table(n, k)
@@ -246,7 +259,7 @@ class Quantizer:
         self, w: np.ndarray, scale: np.ndarray | None, codes: np.ndarray, tables: dict[int, np.ndarray],
         hessian: torch.Tensor,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:  # fmt: skip
-        """Codes and tables that leave less error in the layer's output (refine.py)."""
+        """Codes uint8 [N, K] and tables with less error in the layer's output (refine.py)."""
         matrix = NestedMatrix(
             torch.from_numpy(np.ascontiguousarray(w)),
             torch.ones(len(w)) if scale is None else torch.from_numpy(scale).float(),
@@ -259,7 +272,7 @@ class Quantizer:
         return found.codes.numpy(), {b: t.numpy() for b, t in found.tables.items()}
 
     def _nested(self, w: np.ndarray, f: np.ndarray, bits: tuple[int, int]):
-        """nested_codes over row blocks on `jobs` threads; the result does not depend on their number."""
+        """Runs nested_codes over blocks of rows on `jobs` threads. The result does not depend on their number."""
         if self.jobs == 1:
             return nested_codes(w, f, *bits)
         step = max(1, 4 * BLOCK_WEIGHTS // w.shape[1])
@@ -270,7 +283,7 @@ class Quantizer:
         return np.concatenate([c for c, _ in parts]), tables
 
     def _finish(self) -> None:
-        """Config, tokenizer and, last, the manifest; then the directory takes its name."""
+        """Writes config, tokenizer files and, last, the manifest. Then renames the directory."""
         for name in TOKENIZER_FILES:
             if (self.source.path / name).is_file():
                 shutil.copyfile(self.source.path / name, self.partial / name)
@@ -348,7 +361,7 @@ def _why_plain(name: str, model: LayerwiseModel) -> str:
 
 
 def normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scale fp16 [N], rows at unit RMS, weights in the normalised domain) for rows that share a table."""
+    """Normalises rows that share a table: (scale float16 [N], rows at unit RMS [N, K], k-means weights [N, K])."""
     rms = np.sqrt((w.astype(np.float64) ** 2).mean(1))
     scale = np.clip(rms, 0, 65504).astype(np.float16)
     used = (scale > 0)[:, None]  # a row of zeros must not pull the shared table towards zero
@@ -357,7 +370,7 @@ def normalise_rows(w: np.ndarray, f: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """int8 values with one fp16 scale a row, symmetric."""
+    """Symmetric int8 values [N, K] with one float16 scale per row. Raises InputError for a value beyond float16."""
     w = weight.float()
     scale = (w.abs().amax(1) / 127).clamp(min=1e-7).to(torch.float16)
     if not torch.isfinite(scale).all():
@@ -367,15 +380,17 @@ def quantize_int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _map_large_blocks() -> None:
-    """Makes glibc give freed matrices back to the system: its heap keeps freed blocks of up to 32 MB, and
-    their fragments tripled the peak. Elsewhere nothing happens."""
+    """Makes glibc return freed matrices to the system; does nothing with another C library.
+
+    glibc's heap keeps freed blocks of up to 32 MB, and their fragments tripled the peak of memory.
+    """
     with suppress(OSError, AttributeError):
         m_mmap_threshold = -3  # malloc.h
         ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 8 << 20)
 
 
 def _fingerprint(path: Path) -> list[int]:
-    """Size and time of change: enough to notice that a checkpoint was replaced between two runs."""
+    """A file's size and time of change, which show that a checkpoint was replaced between two runs."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
@@ -383,5 +398,5 @@ def _fingerprint(path: Path) -> list[int]:
 def _same_json(path: Path, value: dict[str, Any]) -> bool:
     try:
         return json.loads(path.read_text()) == value
-    except (OSError, ValueError):  # undecodable or no JSON
+    except (OSError, ValueError):  # undecodable, or not JSON
         return False

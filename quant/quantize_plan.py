@@ -1,4 +1,4 @@
-"""What quantising a model means and costs, before any weight is read."""
+"""Options of a quantisation, and its size, memory and time, before any weight is read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ LLAMA_3_8B_SHAPES = (
 )  # fmt: skip
 LLAMA_3_8B_LAYER = sum(n * k for n, k in LLAMA_3_8B_SHAPES)
 REFINEMENTS = ("none", "tables", "full")
-TABLE_WEIGHTS = 2048  # a table shared by fewer weights would flatter the low widths
+TABLE_WEIGHTS = 2048  # with fewer weights per table, tables would take a large part of the bytes
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to store. head_bits: 16 leaves the head alone, 8 is plain int8, 2..7 planes of that width."""
+    """What to store.
+
+    bits: the narrowest and the widest width. head_bits: 16 leaves the head unquantised, 8 makes it plain int8, 2..7
+    make planes of that width. samples, sequence_length, seed: of the calibration text for the Fisher pass.
+    """
 
     bits: tuple[int, int] = (2, 6)
     head_bits: int = 8
-    rows_per_table: int = 0  # 0: as many as give a table at least TABLE_WEIGHTS weights
+    rows_per_table: int = 0  # 0: enough to give a table TABLE_WEIGHTS weights
     samples: int = 64
     sequence_length: int = 512
     seed: int = 0
@@ -44,7 +48,7 @@ class QuantizeOptions:
             )
         if self.head_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
             raise InputError(
-                f"--head-bits {self.head_bits} is not possible. Choose 2..8, or 16 to leave it alone."
+                f"--head-bits {self.head_bits} is not possible. Choose 2..8, or 16 to leave it unquantised."
             )
         if self.samples < 1 or self.sequence_length < 16:
             raise InputError("at least one sample of at least 16 tokens is needed for the Fisher pass.")
@@ -54,18 +58,22 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """What quantising this model will cost; times are for this run's job count."""
+    """Size and cost of quantising one model, in bytes.
+
+    other_bytes: embedding and head on disk. output_bytes: the whole overlay. peak_bytes: memory above the runtime's.
+    work_bytes: scratch files.
+    """
 
     linears: dict[str, tuple[int, int]]  # name -> (N, K), decoder layers only
     other_bytes: int
     output_bytes: int
     peak_bytes: int
     work_bytes: int
-    refine_products: int  # multiply-adds with Hessians, most of the time of refining a large model
+    refine_products: int  # multiply-adds with Hessians, which take most of the time of refining a large model
 
 
 def default_rows_per_table(rows: int, columns: int) -> int:
-    """Rows that share a table: a power of two that divides `rows`, so that a table serves >= 2048 weights."""
+    """Rows that share a table: a power of two that divides `rows`, large enough for >= 2048 weights if possible."""
     share = 1
     while share * columns < TABLE_WEIGHTS and rows % (share * 2) == 0:
         share *= 2
@@ -73,7 +81,10 @@ def default_rows_per_table(rows: int, columns: int) -> int:
 
 
 def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool) -> QuantizePlan:
-    """Shapes, output size, peak memory and scratch space, before any weight is read."""
+    """Computes shapes, output size, peak memory and scratch space, without reading a weight.
+
+    fisher: whether there is calibration text.
+    """
     source = model.source
     linears: dict[str, tuple[int, int]] = {}
     for i in range(len(model)):
@@ -99,13 +110,13 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
 
 
 def _matrix_bytes(shape: tuple[int, int], bits: tuple[int, int], options: QuantizeOptions) -> int:
-    """Planes, tables and scales of one matrix."""
+    """Bytes of one matrix's planes, tables and scales."""
     layout = LinearLayout(shape, bits, options.rows_per_table or default_rows_per_table(*shape))
     return sum(int(np.prod(s)) * d.itemsize for s, d in layout.tensors("x").values())
 
 
 def _head_and_embedding_bytes(model: LayerwiseModel, options: QuantizeOptions) -> int:
-    """A tied model stores one matrix for both, unless the head has planes of its own."""
+    """Bytes of head and embedding. A tied model stores one matrix for both, unless the head has its own planes."""
     name = model.head_weight()
     n, k = model.source.shape(name)
     dense = n * k * {"F64": 8, "F32": 4}.get(model.source.dtype(name), 2)
@@ -117,13 +128,16 @@ def _head_and_embedding_bytes(model: LayerwiseModel, options: QuantizeOptions) -
 
 
 def predicted_peak_bytes(head: int, layer: int, boundary: int | None) -> int:
-    """Memory above the runtime's own: the embedding, one fp32 layer and (with Fisher, boundary given) its
-    Fisher and the boundary states. head, layer: matrix elements."""
+    """Predicted peak of memory above the runtime's own, in bytes.
+
+    It holds the embedding and one float32 layer, and in a Fisher pass also the layer's Fisher and the boundary states.
+    head, layer: matrix elements. boundary: bytes of the hidden states between two layers; None without a Fisher pass.
+    """
     return head * 4 + (layer * 4 if boundary is None else layer * 8 + 4 * boundary)
 
 
 def refine_bytes(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int:
-    """Memory for refining one layer: a Hessian per matrix and the working space of the largest."""
+    """Bytes for refining one layer: a Hessian per matrix, and the working space of the largest matrix."""
     if options.refine == "none":
         return 0
     widths = _free_widths(options)
@@ -131,7 +145,7 @@ def refine_bytes(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int
 
 
 def refine_products(shapes: list[tuple[int, int]], options: QuantizeOptions) -> int:
-    """Multiply-adds with Hessians that refining matrices of these shapes takes."""
+    """Multiply-adds with Hessians in refining matrices of these shapes [N, K]."""
     if options.refine == "none":
         return 0
     how = RefineOptions(codes=options.refine == "full")
@@ -143,10 +157,11 @@ def _free_widths(options: QuantizeOptions) -> int:
 
 
 def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int, fisher: bool) -> str:
-    """What Llama-3-8B would take at the rates just measured: a prediction, one line.
+    """Predicts, in one line, what quantising Llama-3-8B would take on this machine.
 
-    Refining costs a part for each weight, as measured, and products with Hessians that this model's shorter
-    rows hide; those are foretold from the rate of one such product.
+    seconds: measured time per stage. weights: the weights that were quantised in this time. Time of refinement is the
+    measured time per weight, plus the products with Hessians: they grow with the length of rows, so their time is
+    predicted from the rate of one such product.
     """
     layer, head = LLAMA_3_8B_LAYER, 128_256 * 4096
     scale = 32 * layer / weights
@@ -160,14 +175,14 @@ def llama_3_8b(options: QuantizeOptions, seconds: dict[str, float], weights: int
         hours = (seconds["refine"] * scale + products / multiply_adds_per_second()) / 3600
         parts.append(f"{hours:.0f} h of refinement")
         peak += refine_bytes(list(LLAMA_3_8B_SHAPES), options)
-    cuda = " (--device cuda: a small part of it)" if fisher else ""
+    cuda = " (much less with --device cuda)" if fisher else ""
     return (
         f"predicted for Llama-3-8B on this machine: {', '.join(parts)}{cuda}, {peak / 1e9:.1f} GB of memory"
     )
 
 
 def multiply_adds_per_second() -> float:
-    """Of a float32 product of a block of rows with a large Hessian, on the CPU."""
+    """Measures the rate of a float32 product of a block of rows with a large Hessian, on the CPU."""
     a, b = torch.ones(512, 2048), torch.ones(2048, 2048)
     a @ b
     began = time.perf_counter()

@@ -1,17 +1,16 @@
-"""Nested codes and tables refined against the loss, after k-means has placed them.
+"""Refines the nested codes and tables of k-means against the loss.
 
-k-means treats every weight for itself. What a layer gets wrong is its output, so here the error of row n at
-width b is e^T H e with e = w_n - q_n(b) and H = sum over tokens of s_t x_t x_t^T, s_t the mean squared loss
-gradient of the layer's outputs at token t (GuidedQuant, arXiv:2505.07004, equation 8, one group of outputs).
-As in its LNQ (algorithm 2), two steps alternate, neither of which can raise the error:
+k-means handles every weight separately, but the loss depends on a layer's output. So the error of row n at width b is
+e^T H e here, with e = w_n - q_n(b) and H = sum over tokens of s_t x_t x_t^T, where s_t is the mean squared loss
+gradient of the layer's outputs at token t (GuidedQuant, arXiv:2505.07004, equation 8, one group of outputs). As in
+GuidedQuant's LNQ (algorithm 2), two steps alternate, and neither can raise the error:
 
-* tables: with codes fixed, each width's table is a least-squares problem of its own. Conjugate gradients from
-  the present table need one product with H a step, where forming the normal equations would scatter N K^2 terms.
-* codes: cyclic coordinate descent over columns. LNQ knows one width; here a code serves all of them, and each
-  weight takes the parent code with the smallest sum over widths of `balance`^b times the error of its b-bit
-  prefix. Nesting needs no care: a prefix stays a prefix. Letting the seed width choose freely and splitting its
-  codes afterwards is the limit of a small balance; it costs wide widths more than it gives narrow ones
-  (docs/log.md).
+* tables: with codes fixed, each width's table is a separate least-squares problem. Conjugate gradients from the current
+  table need one product with H per step; forming the normal equations would scatter N K^2 terms.
+* codes: cyclic coordinate descent over columns. LNQ has one width. Here all widths share a code, and each weight takes
+  the parent code with the smallest sum over widths of `balance`^b times the error of the code's b-bit prefix. Codes
+  stay nested, because every width reads a prefix of the same code. With a small balance the seed width chooses freely
+  and the other widths split its codes; this costs wide widths more than it gains at narrow ones (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,14 +23,18 @@ from torch import Tensor
 from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
 
-BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # refined at a time: bounds memory (working_bytes)
-BLOCK_COLUMNS = 64  # columns between two products with the rest of H
-DAMPING = 1e-4  # of H's mean diagonal, added to it: inputs never seen still tie a weight to its value
+BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # weights refined at a time; limits memory (working_bytes)
+BLOCK_COLUMNS = 64  # columns between two products with the remaining part of H
+DAMPING = 1e-4  # of H's mean diagonal, added to the diagonal: weights of inputs that never occurred keep their values
 
 
 @dataclass(frozen=True)
 class RefineOptions:
-    """codes: move codes too, not tables alone. balance: weight of a width's error over that of the width below."""
+    """Options of the refinement.
+
+    codes: change codes as well as tables. rounds: of codes and tables in turn. sweeps: over all columns, per round.
+    table_steps: of conjugate gradients. balance: weight of a width's error relative to the next narrower width's.
+    """
 
     codes: bool = True
     rounds: int = 2
@@ -60,23 +63,23 @@ class NestedMatrix:
         return len(self.weight) // len(next(iter(self.tables.values())))
 
     def error(self, bits: int) -> Tensor:
-        """Quantised less original weight at a free width, float32 [N, K], in units of the row's scale."""
+        """Quantised minus original weight, float32 [N, K], in units of the row's scale. bits: a width up to 6."""
         index = (self.codes >> (self.parent_bits - bits)).long()
         return self.tables[bits].float().repeat_interleave(self.share, 0).gather(1, index) - self.weight
 
 
 def output_error(matrix: NestedMatrix, hessian: Tensor, bits: int) -> Tensor:
-    """e^T H e of every row at this width, float32 [N]."""
+    """The error e^T H e of every row at this width, float32 [N]. hessian: float32 [K, K]."""
     e = matrix.error(bits) * matrix.scale[:, None]
     return (e * (e @ hessian)).sum(1)
 
 
 def refine(matrix: NestedMatrix, hessian: Tensor, options: RefineOptions = RefineOptions()) -> NestedMatrix:
-    """Better tables and codes for the same bytes.
+    """Finds better tables and codes, of the same size.
 
-    hessian: float32 [K, K], symmetric, of non-negative diagonal; it is scaled and damped here. Tables alone:
-    no width's error rises. With codes: the balanced sum over widths does not. Raises InputError where the
-    Hessian is of the wrong shape or not finite.
+    hessian: float32 [K, K], symmetric, with a non-negative diagonal; it is scaled and damped here. If only tables
+    change, no width's error rises. If codes change too, the balanced sum over widths does not rise. Raises InputError
+    for a Hessian that has the wrong shape, is not finite, or has a negative diagonal.
     """
     h = _usable(hessian, matrix.weight.shape[1])
     share = matrix.share
@@ -97,27 +100,27 @@ def refine(matrix: NestedMatrix, hessian: Tensor, options: RefineOptions = Refin
 
 
 def working_bytes(rows: int, columns: int, widths: int) -> int:
-    """Memory above Hessian, weights and codes that refining an [N, K] matrix takes on the CPU."""
+    """Bytes that refining an [N, K] matrix takes on the CPU, apart from Hessian, weights and codes."""
     block = min(rows * columns, max(BLOCK_WEIGHTS["cpu"], columns))
     return 4 * columns**2 + block * (12 * widths + 16)
 
 
 def multiply_adds(rows: int, columns: int, widths: int, options: RefineOptions = RefineOptions()) -> int:
-    """Of the products with H, which are most of the work where rows are long."""
+    """Multiply-adds of the products with H, which are most of the work if rows are long."""
     tables = options.table_steps + 2
     codes = 1.5 * options.sweeps + 2 if options.codes else 0
     return int(rows * columns**2 * widths * (options.rounds if options.codes else 1) * (tables + codes))
 
 
 def _usable(hessian: Tensor, columns: int) -> Tensor:
-    """Of mean diagonal 1, damped; identity where no input or no gradient ever came."""
+    """The Hessian scaled to a mean diagonal of 1, and damped; the identity if it is zero."""
     if hessian.shape != (columns, columns):
         raise InputError(f"a Hessian of shape {list(hessian.shape)} does not fit {columns} columns.")
     mean = hessian.diagonal().mean()
     if not torch.isfinite(hessian).all() or not torch.isfinite(mean):
         raise InputError("a layer's Hessian holds NaN or infinite values. Give other calibration text.")
     if (hessian.diagonal() < 0).any():
-        raise InputError("a layer's Hessian has a negative diagonal: it is no sum of squares.")
+        raise InputError("a layer's Hessian has a negative diagonal: it is not a sum of squares.")
     if mean == 0:
         return torch.eye(columns, device=hessian.device)
     h = hessian / mean
@@ -138,10 +141,10 @@ def _refine_block(block: NestedMatrix, h: Tensor, options: RefineOptions) -> Nes
 
 
 def _refit(m: NestedMatrix, h: Tensor, bits: int, steps: int) -> Tensor:
-    """The table of one width for the codes as they are: float16 [T, 2^bits].
+    """The best table of one width for the present codes: float16 [T, 2^bits].
 
-    Preconditioned conjugate gradients on every table's normal equations at once. A table that rounding to
-    float16 would leave worse stays.
+    It runs preconditioned conjugate gradients on the normal equations of all tables at once. A table whose error would
+    rise by rounding to float16 stays.
     """
     old = m.tables[bits].float()
     count, size = old.shape
@@ -181,7 +184,7 @@ def _refit(m: NestedMatrix, h: Tensor, bits: int, steps: int) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, 0 where b is no positive number."""
+    """a / b, and 0 where b is not positive."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 
@@ -191,12 +194,12 @@ def _descend(m: NestedMatrix, h: Tensor, options: RefineOptions) -> Tensor:
     before = state.loss(h)
     for _ in range(options.sweeps):
         state.sweep(h)
-    kept = state.loss(h) <= before  # rounding in a nearly singular H must not cost a row anything
+    kept = state.loss(h) <= before  # rounding in a nearly singular H must not make a row worse
     return torch.where(kept[:, None], state.codes.T, m.codes)
 
 
 class _Descent:
-    """One block of rows, columns first: a step of the descent then touches contiguous memory.
+    """Coordinate descent on one block of rows, stored columns first, so that a step reads contiguous memory.
 
     codes: uint8 [K, N]; error: float32 [B, K, N], all widths; leaf: [B, N, 2^P], each width's value per parent code.
     """
@@ -215,12 +218,15 @@ class _Descent:
         self.error = torch.stack([m.error(b).T for b in widths])
 
     def loss(self, h: Tensor) -> Tensor:
-        """Balanced error of each row, [N]."""
+        """The balanced error of each row, float32 [N]."""
         return ((self.error * (h @ self.error)).sum(1) * self.root**2).sum(0)
 
     def sweep(self, h: Tensor) -> None:
-        """Every column once. What a column's change does to later columns is added at once within a block of
-        columns and by one product beyond it."""
+        """Updates every column once.
+
+        The effect of a changed column on later columns is added at once within a block of columns, and by one product
+        for the columns after the block.
+        """
         columns = len(self.codes)
         pull = h @ self.error  # [B, K, N]: half the gradient
         for first in range(0, columns, BLOCK_COLUMNS):
@@ -237,7 +243,7 @@ class _Descent:
             pull[:, last:] += h[last:, first:last] @ change
 
     def _best_code(self, column: int, step: Tensor) -> Tensor:
-        """int64 [N]: the parent code whose prefixes lie nearest to each width's optimum for this column."""
+        """The parent codes int64 [N] whose prefixes lie nearest to each width's optimum for this column."""
         optimum = (self.error[:, column] + self.weight[column] - step) * self.root  # [B, N]
         cost = (self.scaled[0] - optimum[0, :, None]).square_()
         for table, goal in zip(self.scaled[1:], optimum[1:], strict=True):
@@ -247,9 +253,9 @@ class _Descent:
 
 
 def _with_derived_bits(m: NestedMatrix, parent_bits: int) -> NestedMatrix:
-    """Widths beyond the free tables: each weight takes the nearer child, bit by bit.
+    """Adds the widths above 6, bit by bit: each weight takes the nearer of two derived values.
 
-    Derived tables want ascending centres, which refined ones need not be.
+    Derived tables need ascending centres, and refined tables may not be ascending.
     """
     table = m.tables[MAX_TABLE_BITS].float()
     up, down = table.cummax(1).values, table.flip(1).cummin(1).values.flip(1)

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model directory: config, tensors by name, nothing that needs unpickling."""
+"""Reads a Hugging Face model directory: config and tensors by name. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TOKENIZER_FILES = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError where it is missing or is no object."""
+    """The JSON object in a file. Raises InputError if the file is missing, or does not hold an object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing. Give a directory that holds it.") from None
-    except (OSError, ValueError, RecursionError) as e:  # undecodable, no JSON, or absurd JSON
+    except (OSError, ValueError, RecursionError) as e:  # undecodable, not JSON, or nested too deeply
         raise InputError(f"{path} cannot be read as JSON: {e}. Restore the file and try again.") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object. Restore the file.")
@@ -36,7 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TensorFile:
-    """One safetensors file, opened lazily; counts the bytes it hands out."""
+    """One safetensors file, whose tensors are read when they are asked for. `bytes_read` counts their bytes.
+
+    Raises InputError for a file that is missing or damaged.
+    """
 
     def __init__(self, path: Path):
         self.path, self.bytes_read = path, 0
@@ -46,14 +49,14 @@ class TensorFile:
         except FileNotFoundError:
             raise InputError(f"{path} is missing. Copy the model again.") from None
         except (SafetensorError, OSError) as e:
-            raise InputError(f"{path} is damaged or no safetensors file ({e}). Copy it again.") from None
+            raise InputError(f"{path} is damaged or not a safetensors file ({e}). Copy it again.") from None
 
     def names(self) -> list[str]:
-        """Names of the tensors inside."""
+        """Names of the tensors in the file."""
         return list(self._file.keys())
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, copied out of the map; other tensors are not touched."""
+        """One tensor, copied out of the mapped file. Raises InputError if it cannot be read."""
         try:
             tensor = self._file.get_tensor(name)
         except SafetensorError as e:
@@ -65,15 +68,16 @@ class TensorFile:
         return tensor
 
     def layout(self, name: str) -> tuple[list[int], str]:
-        """(shape, dtype name) without reading the data."""
+        """A tensor's (shape, dtype name), without reading its data."""
         piece = self._file.get_slice(name)
         return list(piece.get_shape()), str(piece.get_dtype())
 
 
 def resolve_model(model: str) -> Path:
-    """A directory as it is, a hub id through the local Hugging Face cache or the hub.
+    """The directory of a model, given as a directory or as a hub id ('owner/name').
 
-    Raises InputError with the way out where neither is to be had.
+    A hub id is looked up in the local Hugging Face cache, and else downloaded. Raises InputError if there is no such
+    directory and the hub does not provide the model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -81,16 +85,20 @@ def resolve_model(model: str) -> Path:
     if path.exists():
         raise InputError(f"{path} is a file; give the model's directory (config.json, *.safetensors).")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise InputError(f"'{model}' is no directory here and no hub id ('owner/name'). Check the path.")
+        raise InputError(
+            f"'{model}' is not a directory, and not a hub id ('owner/name') either. Check the path."
+        )
     from huggingface_hub import snapshot_download
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
-    except Exception as e:  # the hub library raises many kinds, all meaning: not to be had
+    except (
+        Exception
+    ) as e:  # the hub library raises many kinds of errors, and each means that the model is not available
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(
-            f"'{model}' is no directory here and could not be fetched from the hub ({reason[:160]}). "
+            f"'{model}' is not a directory, and could not be downloaded from the hub ({reason[:160]}). "
             "Check the name and the connection, or give a local directory."
         ) from None
 
@@ -105,7 +113,7 @@ class ModelSource:
 
     @classmethod
     def open(cls, path: Path) -> ModelSource:
-        """Opens config and shards; refuses pickled weights and shards that do not match the index."""
+        """Opens config and shards. Raises InputError for pickled weights, and for shards that differ from the index."""
         config = read_json(path / "config.json")
         if (path / INDEX).exists():
             weight_map = read_json(path / INDEX).get("weight_map")
@@ -133,7 +141,7 @@ class ModelSource:
         raise InputError(f"{path} holds no *.safetensors. Give a Hugging Face model directory.")
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor; InputError where it is missing or holds NaN or infinity."""
+        """One tensor. Raises InputError if it is missing, or holds NaN or infinity."""
         file = self._file(name)
         tensor = file.read(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -1,1 +1,1 @@
-"""The part of calibration that a decode step computes with: profile, rule, sensitivity, correction."""
+"""What a decode step computes with: profile, threshold rule, token sensitivity, bits correction."""

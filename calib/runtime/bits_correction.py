@@ -1,12 +1,12 @@
-"""Keeps effective bits on target by arithmetic alone, whatever text comes.
+"""Keeps the effective bits of any text on target, by integral control.
 
-Each token reads some bits; what it missed the target by moves one number, the correction, which scales the
-next token's signals (it is added to the exponent of the token's multiplier). A step of integral control:
+The miss of each token moves one number, the correction. It is added to the exponent of the next token's multiplier,
+so it scales the next token's signals:
 
     c <- clamp(c + rate * (target - bits))
 
-Summed over n tokens the misses are (c_n - c_0) / rate, so the mean misses its target by at most
-2 * limit / (rate * n), and by far less where calibration was nearly right.
+Summed over n tokens the misses are (c_n - c_0) / rate. So the mean misses its target by at most 2 * limit / (rate * n),
+and by far less where the calibration was nearly right.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Per bit missed: a time constant of about 30 tokens where a factor e is worth 0.7 bits. Slower misses on short texts,
-# faster takes bits from texts that need more than their share (docs/log.md has both prices).
+# Change of the correction per bit missed. Where a factor e is worth 0.7 bits, the time constant is about 30 tokens. A
+# lower rate misses the target on short texts; a higher one takes bits from the tokens that need most (docs/log.md).
 RATE = 0.05
 LIMIT = 4.0
 

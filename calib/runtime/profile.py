@@ -1,6 +1,6 @@
-"""A calibration profile: everything a policy needs to answer to any target, in one safetensors file.
+"""A calibration profile: everything a policy needs to meet any target, in one safetensors file.
 
-Bound to one overlay by its hash, and checksummed. Arrays are per decision group; widths are
+A profile belongs to one overlay, by its hash, and has a checksum. Arrays are per decision group; widths are
 seed_bits .. max_bits.
 """
 
@@ -26,25 +26,26 @@ _VECTORS = (
     "knots", "gain", "mean_loss", "weights", "cost", "source", "probe", "context", "resident",
     "curve_bits", "curve_log2_lambda",
 )  # fmt: skip
-Resident = int | np.ndarray | None  # planes held: of every group alike, of each group, or all
+Resident = int | np.ndarray | None  # planes held: a number for every group, [G] of each group, None for all
 
 
 @dataclass(frozen=True)
 class CalibrationProfile:
-    """One calibration. G groups, B widths, M bins of the signal, R residencies, C points of a lambda curve.
+    """One calibration: G groups, B widths, M bins of the signal, R residencies, C points of a lambda curve.
 
     A group's signal is m_t * sum_k d_k x_k^2, with x the input of group `source` and m_t the token's
-    multiplier (calib/runtime/token_sensitivity.py), one number a token.
+    multiplier (calib/runtime/token_sensitivity.py), one number per token.
 
-    diagonals: per group float16 [K], expected loss per squared input. source: int64 [G], the group whose
-    input is read; an earlier one where the estimate is asynchronous. probe: float16 [K] over group 0's
-    input, context: float64 [2C+1] (weights and means of the context features, bias): the multiplier.
+    diagonals: float16 [K] per group, expected loss per squared input. source: int64 [G], the group whose
+    input is read: an earlier group where the estimate is asynchronous. probe (float16 [K], over group 0's
+    input) and context (float64 [7]: weights and means of the context features, bias) define the multiplier.
     knots: float64 [G, M-1] ascending, bin edges of the signal. gain: float64 [G, B-1, M], expected loss
     saved by one more bit in each bin, non-decreasing in the signal. mean_loss: float64 [G, B].
     weights: int64 [G], matrix elements. cost: int64 [G, B], bytes read at each width.
     resident: int64 [R, G], planes held of each group; curve_log2_lambda, curve_bits: float64 [R, C],
-    effective bits that decoding uses at each lambda with those planes; lambda falls, bits rise along C.
-    extra: arrays of other policies ("dp-llm.*"), empty unless they were calibrated.
+    effective bits that decoding uses at each lambda with those planes; lambda falls and bits rise along C.
+    origin: facts about the calibration, as JSON. extra: arrays of other policies ("dp-llm.*"), empty unless those
+    were calibrated.
     """
 
     overlay_hash: str
@@ -67,11 +68,11 @@ class CalibrationProfile:
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def estimator_bytes(self) -> int:
-        """Bytes the selector itself reads for every token."""
+        """Bytes that the selector itself reads for every token."""
         return sum(d.nbytes for d in self.diagonals) + self.probe.nbytes
 
     def planes(self, resident: Resident) -> np.ndarray:
-        """int64 [G]: planes held of each group."""
+        """The planes held of each group, int64 [G]."""
         high = self.bits[1] if resident is None else resident
         return np.minimum(np.broadcast_to(np.asarray(high, np.int64), len(self.gain)), self.bits[1])
 
@@ -87,23 +88,29 @@ class CalibrationProfile:
         return self.curve_log2_lambda[rows[0]], self.curve_bits[rows[0]]
 
     def target_range(self, resident: Resident = None) -> tuple[float, float]:
-        """Effective bits that can be asked for when these planes are resident (default: all)."""
+        """The (lowest, highest) effective bits that a target may have with these planes resident (default: all)."""
         _, bits = self._curve(resident)
         return float(bits[0]), float(bits[-1])
 
     def lambda_for(self, target_bits: float, resident: Resident = None) -> float:
-        """The lambda whose measured effective bits are the target (log-linear between curve points)."""
+        """The lambda whose measured effective bits are the target (log-linear between curve points).
+
+        Raises InputError for a target out of range, or for resident planes without a curve.
+        """
         low, high = self.target_range(resident)
         if not low - 1e-9 <= target_bits <= high + 1e-9:
             raise InputError(
-                f"target {target_bits} bits is out of reach: {low:.2f} to {high:.2f} can be had. "
-                "Choose a target in between; a wider range needs more resident planes."
+                f"target {target_bits} bits is out of reach: {low:.2f} to {high:.2f} is possible. "
+                "Choose a target in between, or hold more resident planes for a wider range."
             )
         log2_lambda, bits = self._curve(resident)
         return float(2 ** np.interp(target_bits, bits, log2_lambda))
 
     def budget(self, memory_bits: float) -> np.ndarray:
-        """int64 [G]: the planes that calibration allotted under this mean number of resident bits."""
+        """The planes that calibration allotted under this mean number of resident bits, int64 [G].
+
+        Raises InputError for a budget that was not calibrated.
+        """
         means = (self.resident * self.weights).sum(axis=1) / self.weights.sum()
         stored = self.origin.get("budgets", {})
         if f"{memory_bits:g}" in stored:
@@ -117,16 +124,18 @@ class CalibrationProfile:
         )
 
     def thresholds(self, lam: float, resident: Resident = None) -> np.ndarray:
-        """Signal above which each further bit is worth its bytes. float32 [G, max(planes) - seed], ascending.
+        """The signal above which each further bit is worth its bytes: float32 [G, max(planes) - seed], ascending.
 
-        In every bin the width minimises expected loss + lambda * bytes; since gains rise with the signal,
-        the best width does too, so the whole rule is a threshold per step (possibly infinite).
+        In every bin the chosen width minimises expected loss + lambda * bytes. Gains rise with the signal, so the best
+        width does too, and the whole rule is one threshold per step (possibly infinite).
         """
         planes = self.planes(resident)
         steps = int(planes.max()) - self.bits[0]
         groups = len(self.gain)
         price = lam * np.diff(self.cost, axis=1)[:, :steps, None]
-        merit = np.cumsum(self.gain[:, :steps] - price, axis=1)  # of going from the seed up to each width
+        merit = np.cumsum(
+            self.gain[:, :steps] - price, axis=1
+        )  # loss saved by each width over the seed, less its price
         merit = np.concatenate([np.zeros_like(merit[:, :1]), merit], axis=1)
         beyond = np.arange(steps + 1)[None, :] > (planes - self.bits[0])[:, None]
         merit[beyond] = -np.inf
@@ -140,13 +149,15 @@ class CalibrationProfile:
         return out
 
     def lower_edges(self) -> np.ndarray:
-        """Where each bin of signals begins, float32 [G, M]: thresholds are such edges, so the bins at or above one are
-        those that exceed it."""
+        """The lower edge of each bin of signals, float32 [G, M].
+
+        Every finite threshold is such an edge, so a bin exceeds a threshold where its edge is at or above it.
+        """
         open_below = np.full((len(self.gain), 1), -np.inf)
         return np.concatenate([open_below, self.knots], axis=1).astype(np.float32)
 
     def exceeded(self, thresholds: np.ndarray) -> np.ndarray:
-        """Share of the calibrated tokens whose signal exceeds each threshold, [G, steps]: of whole bins."""
+        """The share of the calibrated tokens whose signal exceeds each threshold [G, steps], counted in whole bins."""
         return (self.lower_edges()[:, None, :] >= thresholds[:, :, None]).mean(axis=2)
 
     def save(self, path: Path) -> None:
@@ -168,7 +179,11 @@ class CalibrationProfile:
 
     @classmethod
     def load(cls, path: Path, overlay_hash: str | None = None) -> CalibrationProfile:
-        """Reads and checks a profile; with overlay_hash, refuses one made for another overlay."""
+        """Reads and checks a profile.
+
+        Raises InputError for a file that is missing, damaged or of another version, and for a profile of another
+        overlay than overlay_hash (None: any).
+        """
         header, tensors = _read(path)
         if overlay_hash is not None and header["overlay_hash"] != overlay_hash:
             raise InputError(
@@ -189,9 +204,9 @@ class CalibrationProfile:
 
 
 def merge(one: CalibrationProfile, other: CalibrationProfile) -> CalibrationProfile:
-    """`one` with the budgets and policies that only `other` has. Both must come from the same measurement.
+    """Adds to `one` the budgets and policies that only `other` has. Both must come from the same measurement.
 
-    Raises InputError where they were calibrated for different overlays, groups or gains.
+    Raises InputError if they were calibrated for different overlays, groups or gains.
     """
     same = (one.overlay_hash, one.granularity, one.bits) == (
         other.overlay_hash,
@@ -202,7 +217,7 @@ def merge(one: CalibrationProfile, other: CalibrationProfile) -> CalibrationProf
         raise InputError("profiles of different overlays, granularities or widths cannot be merged.")
     if not (np.array_equal(one.gain, other.gain) and np.array_equal(one.knots, other.knots)):
         raise InputError(
-            "the profiles hold different measurements (other text, seed or options). Calibrate both alike."
+            "the profiles hold different measurements (other text, seed or options). Calibrate both in the same way."
         )
     fresh = [i for i, row in enumerate(other.resident) if not (one.resident == row).all(axis=1).any()]
     budgets = dict(one.origin.get("budgets", {}))
@@ -231,7 +246,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         sound = header["sha256"] == _sha256(tensors, {k: v for k, v in header.items() if k != "sha256"})
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         raise InputError(
-            f"{path} is no intact calibration profile ({e}). Run dpllm calibrate again."
+            f"{path} is not an intact calibration profile ({e}). Run dpllm calibrate again."
         ) from None
     if version != PROFILE_VERSION:
         raise InputError(

@@ -1,13 +1,12 @@
-"""How much the next token cares about errors, foretold by one number: the token's multiplier.
+"""Predicts how sensitive the next token is to errors: one number, the token's multiplier.
 
-A confident token's errors cost nothing, and a layer-average sensitivity cannot see that. What can be known
-before the first matrix is read: the embedding of the token (group 0's input, `probe`), and how the
-previous step went (`context`): the log entropy of its prediction, the log probability it gave to the token
-that came, and a moving average of log entropies. A linear function of these foretells the log of the
-token's squared output gradients; half of it (power 0.5, measured in docs/log.md) multiplies the signal of
-every group:
+Errors at a confident token cost nothing, and a sensitivity averaged over a layer cannot see that. Two things are known
+before the first matrix is read: the embedding of the token (group 0's input, `probe`), and how the previous step went
+(`context`): the log entropy of its prediction, the log probability that it gave to the next token, and a moving average
+of log entropies. A linear function of these predicts the log of the token's squared output gradients. Half of it (power
+0.5, measured in docs/log.md) multiplies the signal of every group:
 
-    m_t = exp(bias + probe . x_0 + weights . (context - means))      computed once a token, before group 0
+    m_t = exp(bias + probe . x_0 + weights . (context - means))      computed once per token, before group 0
 
 Without a previous step (the first token of a text) the context counts as its mean.
 """
@@ -22,17 +21,17 @@ import torch
 from torch import Tensor
 
 FEATURES = 3  # log entropy, log probability of the token, moving average of log entropy
-DECAY = 0.8  # of the moving average
-POWER = 0.5  # of the foretold sensitivity
-RIDGE = 0.005  # of the tokens: how strongly the probe is pulled to zero
-LIMIT = 3.0  # |log multiplier| at most: a guard against inputs unlike anything calibrated
+DECAY = 0.8  # of the moving average, per token
+POWER = 0.5  # of the predicted sensitivity
+RIDGE = 0.005  # times the number of tokens: how strongly the coefficients are pulled to zero
+LIMIT = 3.0  # largest |log multiplier|: protects against inputs that calibration never saw
 
 
 def step_context(logits: Tensor, tokens: Tensor, previous: Tensor | None) -> Tensor:
-    """Context features behind one decode step, for the next one.
+    """The context features after one decode step, for the next step: float32 [R, 3].
 
-    logits: [R, V] of the step, R sequences side by side. tokens: int64 [R], what came next. previous:
-    float32 [R, 3], the context before this step (None: there was none). Returns float32 [R, 3].
+    logits: [R, V] of the step, for R sequences side by side. tokens: int64 [R], the next token of each sequence.
+    previous: float32 [R, 3], the context before this step (None at the first step).
     """
     if len(logits) == 1 and logits.device.type == "cpu":
         before = None if previous is None else float(previous[0, 2])
@@ -46,9 +45,9 @@ def step_context(logits: Tensor, tokens: Tensor, previous: Tensor | None) -> Ten
 
 
 def _one_step(logits: np.ndarray, token: int, before: float | None) -> tuple[float, float, float]:
-    """The same for one row: logits [V] and the trend before.
+    """The context features of one row, from its logits [V] and the moving average before the step.
 
-    By numpy: waking torch's threads for one row took longer than a small model's whole step.
+    It uses numpy because waking torch's threads for one row took longer than a small model's whole step.
     """
     shifted = logits - logits.max()
     p = np.exp(shifted)
@@ -61,9 +60,9 @@ def _one_step(logits: np.ndarray, token: int, before: float | None) -> tuple[flo
 
 
 def sequence_context(logits: Tensor, ids: Tensor) -> Tensor:
-    """The same for a whole sequence, position after position. float32 [T, 3], NaN in the first row.
+    """The context features of every position of a sequence, float32 [T, 3], with NaN in the first row.
 
-    logits: [T, V] at each position. ids: int64 [T], the sequence itself.
+    logits: [T, V] at each position. ids: int64 [T], the sequence.
     """
     steps = step_context(logits[:-1], ids[1:].to(logits.device), None).cpu()
     level = steps[:, 0].tolist()
@@ -85,24 +84,27 @@ class TokenProbe:
 
     @classmethod
     def of(cls, probe: np.ndarray, context: np.ndarray, device: torch.device | str = "cpu") -> TokenProbe:
-        """From a profile's arrays."""
+        """Makes the probe from a profile's arrays: probe [K], context [7] (weights, means, bias)."""
         numbers = torch.from_numpy(np.asarray(context, np.float32)).to(device)
         weights, means = numbers[:FEATURES], numbers[FEATURES : 2 * FEATURES]
         return cls(torch.from_numpy(probe).float().to(device), weights, means, float(context[-1]))
 
     def multiplier(self, x: Tensor, context: Tensor | None, correction: float | Tensor = 0.0) -> Tensor:
-        """float32 [R]. x: [R, K], input of group 0. context: [R, 3], NaN where unknown, or None.
+        """The multiplier of each row, float32 [R].
 
-        correction: added to the exponent (calib/runtime/bits_correction.py), one number or [R].
+        x: [R, K], input of group 0. context: [R, 3], NaN where unknown, or None. correction: one number or [R], added
+        to the exponent (calib/runtime/bits_correction.py).
         """
         exponent = x.float() @ self.probe + self.offset(context)
         return (exponent.clamp(-LIMIT, LIMIT) + correction).exp().float()
 
     def offset(self, context: Tensor | None) -> Tensor | float:
-        """What the exponent holds beside the probe of the input: float32 [R], or a number without context."""
+        """The exponent without the probe of the input: float32 [R], or one number if there is one row or no context."""
         if context is None:
             return self.bias
-        if len(context) == 1 and context.device.type == "cpu":  # numbers, for the same reason as in _one_step
+        if (
+            len(context) == 1 and context.device.type == "cpu"
+        ):  # plain numbers, for the reason given in _one_step
             rows = zip(context[0].tolist(), self.means.tolist(), self.weights.tolist(), strict=True)
             return self.bias + sum(w * (c - mean) for c, mean, w in rows if c == c)
         known = (context.to(self.means.device) - self.means).nan_to_num(nan=0.0)
@@ -112,11 +114,12 @@ class TokenProbe:
 def fit_probe(
     inputs: np.ndarray, context: np.ndarray, sensitivity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ridge regression of log sensitivity on the input of group 0 and the context.
+    """Fits the probe: ridge regression of log sensitivity on the input of group 0 and the context.
 
-    inputs: [T, K]. context: [T, 3], NaN where unknown. sensitivity: [T], squared output gradients relative
-    to their means, one sample of labels (so noisy, but unbiased). Returns (probe float16 [K],
-    context float64 [7], share of variance explained on a tenth of the tokens that the fit did not see).
+    inputs: [T, K]. context: [T, 3], NaN where unknown. sensitivity: [T], squared output gradients relative to their
+    means, from one sample of labels: noisy, but unbiased.
+    Returns (probe float16 [K], context float64 [7], share of variance explained on the last tenth of the tokens,
+    which that fit did not see). Probe and context are zero where nothing can be predicted.
     """
     target = np.log(np.maximum(sensitivity, 1e-9)).astype(np.float64)
     means = np.nanmean(context, axis=0) if np.isfinite(context).any() else np.zeros(FEATURES)
@@ -124,10 +127,10 @@ def fit_probe(
     cut = max(1, len(target) * 9 // 10)
     held = slice(cut, None)
     coefficients, centre, middle = _ridge(features[:cut], target[:cut])
-    foretold = (features[held] - centre) @ coefficients + middle
+    predicted = (features[held] - centre) @ coefficients + middle
     spread = ((target[held] - target[held].mean()) ** 2).sum() if cut < len(target) else 0.0
-    explained = 1 - ((target[held] - foretold) ** 2).sum() / spread if spread > 0 else 0.0
-    if explained <= 0:  # nothing can be foretold: every token counts the same
+    explained = 1 - ((target[held] - predicted) ** 2).sum() / spread if spread > 0 else 0.0
+    if explained <= 0:  # nothing can be predicted: every token counts the same
         return np.zeros(inputs.shape[1], np.float16), np.zeros(2 * FEATURES + 1), float(explained)
     coefficients, centre, _ = _ridge(features, target)
     coefficients *= POWER

@@ -486,7 +486,7 @@ def test_existing_output_is_never_touched(checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "out")
     for out in (Path("."), Path("/")):
         refused(job(checkpoints / "llama", out), "exists already")
-    refused(job(checkpoints / "llama", tmp_path / "no" / "out"), f"{tmp_path / 'no'} is no directory")
+    refused(job(checkpoints / "llama", tmp_path / "no" / "out"), f"{tmp_path / 'no'} is not a directory")
     assert contents(tmp_path).keys() == {"out", "out/mine.txt", "file"}
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 

@@ -274,7 +274,7 @@ def test_missing_files(overlay_path, tmp_path):
         copy = shutil.copytree(overlay_path, tmp_path / file.name)
         (copy / file.name).unlink()
         refused(lambda copy=copy: read_all(copy), copy / file.name, "missing")
-    refused(lambda: Overlay.open(tmp_path / "nowhere"), tmp_path / "nowhere", "is no directory")
+    refused(lambda: Overlay.open(tmp_path / "nowhere"), tmp_path / "nowhere", "is not a directory")
 
 
 def test_a_file_replaced_by_a_folder(copy):
@@ -327,8 +327,8 @@ def test_misshapen_tensor_with_a_matching_checksum(copy):
         ("format_version", 2, ["format_version is 2", "Upgrade dpllm", "config.json"]),
         ("format_version", "1", ["format_version is '1'", "config.json"]),
         ("format_version", None, ["format_version is None", "config.json"]),
-        ("quant_method", "gptq", ["no dpllm overlay"]),
-        ("quant_method", None, ["no dpllm overlay"]),
+        ("quant_method", "gptq", ["not a dpllm overlay"]),
+        ("quant_method", None, ["not a dpllm overlay"]),
         ("codebook", "uniform", ["'uniform'", "config.json"]),
     ],
 )
@@ -362,7 +362,7 @@ def test_the_manifest_is_sealed(copy):
         refused(lambda: Overlay.open(copy), file, "its checksum does not match")
     for key in ("tensors", "files"):
         file.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
-        refused(lambda: Overlay.open(copy), file, "no dpllm manifest")
+        refused(lambda: Overlay.open(copy), file, "not a dpllm manifest")
     file.write_text(json.dumps(manifest, indent=4))
     assert Overlay.open(copy).hash == manifest["sha256"], "white space is no change"
 

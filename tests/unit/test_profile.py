@@ -140,7 +140,7 @@ def test_newer_version(tmp_path, monkeypatch):
 def test_foreign_safetensors(tmp_path, metadata):
     path = tmp_path / "p.safetensors"
     save_file({"x": torch.zeros(3)}, path, metadata=metadata)
-    assert "no intact calibration profile" in refused(path)
+    assert "is not an intact calibration profile" in refused(path)
 
 
 def test_no_file(tmp_path):
