@@ -24,12 +24,13 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from dpllm.api import load
     from dpllm.base.errors import InputError
-    from dpllm.context.build import build_context, prune_tail
     from dpllm.context.kv_context import KVContext
     from dpllm.context.options import ContextOptions
-    from dpllm.context.saved import load_context, save_context
-    from dpllm.engine import Engine, GenerateOptions, Step, load
+    from dpllm.decode.generation import Generation, GenerationStats, Step
+    from dpllm.decode.options import GenerateOptions
+    from dpllm.engine import Engine, TextScore
     from dpllm.kvzip_bridge.budget import Budget
     from dpllm.planning.plan import plan
     from dpllm.planning.planner import Planned
@@ -41,25 +42,23 @@ _EXPORTS = {
     "CalibrationReport": "dpllm.prepare.calibrate",
     "ContextOptions": "dpllm.context.options",
     "Engine": "dpllm.engine",
-    "GenerateOptions": "dpllm.engine",
+    "GenerateOptions": "dpllm.decode.options",
+    "Generation": "dpllm.decode.generation",
+    "GenerationStats": "dpllm.decode.generation",
     "InputError": "dpllm.base.errors",
     "KVContext": "dpllm.context.kv_context",
     "Planned": "dpllm.planning.planner",
-    "Step": "dpllm.engine",
-    "build_context": "dpllm.context.build",
+    "Step": "dpllm.decode.generation",
+    "TextScore": "dpllm.engine",
     "calibrate": "dpllm.prepare.calibrate",
-    "load": "dpllm.engine",
-    "load_context": "dpllm.context.saved",
+    "load": "dpllm.api",
     "plan": "dpllm.planning.plan",
-    "prune_tail": "dpllm.context.build",
     "quantize": "dpllm.prepare.quantize",
-    "save_context": "dpllm.context.saved",
 }
 
 __all__ = [
-    "Budget", "CalibrationReport", "ContextOptions", "Engine", "GenerateOptions", "InputError", "KVContext", "Planned",
-    "Step", "__version__", "build_context", "calibrate", "load", "load_context", "plan", "prune_tail", "quantize",
-    "save_context",
+    "Budget", "CalibrationReport", "ContextOptions", "Engine", "GenerateOptions", "Generation", "GenerationStats",
+    "InputError", "KVContext", "Planned", "Step", "TextScore", "__version__", "calibrate", "load", "plan", "quantize",
 ]  # fmt: skip
 
 

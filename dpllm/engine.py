@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from dpllm.base.errors import InputError
+from dpllm.base.progress import Progress, no_progress
 from dpllm.calib.runtime.profile import CalibrationProfile
-from dpllm.context.build import build_context
+from dpllm.context.build import build_context, prune_tail
 from dpllm.context.kv_context import KVContext
-from dpllm.context.options import ContextOptions
+from dpllm.context.options import DEFAULT_KEEP, ContextOptions
 from dpllm.control.controller import ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.control.pilot import Pilot
@@ -258,18 +259,37 @@ class Engine:
         ids = list(self.prompts.chat_template([dict(m) for m in messages], tokenize=True))
         return self._generation(_Text(ids, chosen))
 
-    def read(self, text: str, keep: float | None = None, **options: Any) -> KVContext:
+    def read(
+        self,
+        text: str,
+        keep: float = DEFAULT_KEEP,
+        *,
+        budget: Budget | None = None,
+        policy: str = "kvzip",
+        allocation: str | None = None,
+        block: int | None = None,
+        chunk: int | None = None,
+        chat: bool = False,
+        progress: Progress = no_progress,
+    ) -> KVContext:
         """Reads a text once, prunes its KV cache, and returns it to be asked often: `generate(..., context=...)`.
 
-        keep: share of the cache's pairs to keep, 0.3 where neither it nor a budget is given. options: the fields of
-        ContextOptions. Raises InputError for an empty text, a text too long for the model, or a budget that cannot be
-        met.
+        keep: share of the cache's pairs to keep; or budget: another budget, such as Budget(tokens=1024). policy,
+        allocation, block, chunk, chat: see ContextOptions. progress: called with (stage, tokens done, tokens in all).
+        Raises InputError for an empty text, a text too long for the model, or a budget that cannot be met.
         """
-        if keep is not None:
-            options["budget"] = Budget(keep_ratio=keep)
+        options = ContextOptions(budget or Budget(keep_ratio=keep), policy, allocation, block, chunk, chat)
         return build_context(
-            text, ContextOptions(**options), decoder=self.decoder, prompts=self.prompts, profile=self.profile
+            text, options, progress, decoder=self.decoder, prompts=self.prompts, profile=self.profile
         )
+
+    def prune(self, context: KVContext, options: ContextOptions = ContextOptions()) -> None:
+        """Prunes what a conversation has added to a context since it was last pruned.
+
+        The budget is that of both together. Interrupted, the context is as before. Raises InputError where the budget
+        leaves nothing to the conversation.
+        """
+        prune_tail(context, options, decoder=self.decoder, prompts=self.prompts, profile=self.profile)
 
     def score(self, text: str) -> TextScore:
         """Log probabilities of a text's tokens, every token decoded as `generate` would: at its own widths.

@@ -165,7 +165,7 @@ def open_model(name: str, widths: list[int], hardware: Hardware, *, random: bool
     """
     from dpllm.model.loading import is_overlay, load_decoder
     from dpllm.model.memory import check_memory
-    from dpllm.model.random_models import random_decoder, resident_bytes
+    from dpllm.model.random_models import random_decoder, shape_resident_bytes
     from dpllm.model.random_models import shape as shape_of
 
     options = hardware.load_options()
@@ -179,7 +179,7 @@ def open_model(name: str, widths: list[int], hardware: Hardware, *, random: bool
     config, widest = shape_of(name), max(widths)
     if not 2 <= widest <= 8:
         raise InputError(f"--bits {','.join(map(str, widths))}: a random model holds 2 to 8 planes.")
-    check_memory(name, {b: resident_bytes(config, b) for b in range(2, widest + 1)})
+    check_memory(name, {b: shape_resident_bytes(config, b) for b in range(2, widest + 1)})
     note(f"making a model of shape {name} with {widest} random planes")
     return random_decoder(config, widest, options), "random weights"
 
@@ -217,12 +217,11 @@ def measure(
 
     Widths take turns, and the bandwidth is measured between them.
     """
-    from dpllm.decode.choose_step import fast_step
-    from dpllm.decode.step import decode_one
+    from dpllm.decode.choose_step import StepMaker
     from dpllm.kernels.weight import empty_planes
     from dpllm.policies.fixed import StaticPolicy
 
-    step = fast_step(decoder)
+    step = StepMaker(decoder).new()
     policies = {b: StaticPolicy([b] * len(decoder.groups), name="uniform") for b in widths}
     cache = decoder.new_cache(load.longest)
     prefill = None
@@ -242,7 +241,7 @@ def measure(
             cache.rewind(0)
             cache.advance(load.context)
             count = min(8, load.new_tokens - 8 * r) + WARM_UP
-            decode = partial(decode_one, decoder, step, 1, cache, policies[b])
+            decode = partial(step, 1, cache, policies[b])
             seconds = [timed(decode, decoder.device) for _ in range(count)]
             times[b] += seconds[WARM_UP:]
             if cpu is not None:

@@ -140,7 +140,7 @@ def _show(report: CalibrationReport) -> None:
         f"{report.seconds:.1f} s; the selector reads {profile.estimator_bytes() / 1e3:.1f} kB a token "
         f"({share:.2%} of a 3.5-bit step)"
     )
-    memory = "" if report.peak_bytes is None else f"peak memory {report.peak_bytes / 1e9:.2f} GB; "
+    memory = "" if report.process_peak_bytes is None else f"peak memory {report.process_peak_bytes / 1e9:.2f} GB; "
     note(
         f"  {memory}at this pace a Llama of 8B weights would take {report.hours_for_8b:.1f} hours for as many tokens"
     )
@@ -165,7 +165,7 @@ def as_json(report: CalibrationReport) -> dict[str, object]:
     return {
         "profile": str(report.path), "overlay_hash": profile.overlay_hash, "groups": len(profile.group_names),
         "granularity": profile.granularity, "target_range": list(report.target_range),
-        "seconds": round(report.seconds, 2), "peak_bytes": report.peak_bytes,
+        "seconds": round(report.seconds, 2), "peak_bytes": report.process_peak_bytes,
         "estimator_bytes": profile.estimator_bytes(), "probe_explains": profile.origin["probe_explains"],
         "targets": [asdict(t) for t in report.targets], "mean_loss": loss.round(6).tolist(),
     }  # fmt: skip

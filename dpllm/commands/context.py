@@ -151,10 +151,9 @@ def build(
 
     Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
     """
-    from dpllm.context.build import build_context
     from dpllm.context.options import ContextOptions
-    from dpllm.context.saved import check_free, save_context
-    from dpllm.engine import load
+    from dpllm.context.saved import check_free
+    from dpllm.opening import open_engine as load
 
     budget = budget_of(keep=keep, keep_tokens=keep_tokens, keep_memory=keep_memory)
     options = ContextOptions(
@@ -168,9 +167,12 @@ def build(
     hardware.note_if_slow(engine.decoder.backend)
     began = time.perf_counter()
     with stage_bars() as bars:
-        context = build_context(engine, text, options, bars)
+        context = engine.read(
+            text, budget=options.budget, policy=options.policy, allocation=options.allocation, block=options.block,
+            chunk=options.chunk, chat=options.chat, progress=bars,
+        )  # fmt: skip
     seconds = time.perf_counter() - began
-    save_context(context, target, engine)
+    context.save(target)
     summary = summarize(engine, context, target) | {"seconds": round(seconds, 2)}
     if json:
         print_json(summary)

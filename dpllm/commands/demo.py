@@ -12,7 +12,7 @@ from rich.text import Text
 from dpllm.commands.app import COMMON, Command, Json, app
 from dpllm.commands.common import Hardware, command_line, print_json, stage_bars, stdout, tell
 from dpllm.commands.evaluate import token_documents
-from dpllm.commands.generate import stream, summarize
+from dpllm.commands.generate import summarize
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine
@@ -31,7 +31,7 @@ Tokens = Annotated[
 def demo(*, tokens: Tokens = 40, json: Json = False) -> None:
     """Show the idea in half a minute: one stored model at 2.5, 3.25 and 4 bits."""
     from dpllm import reference
-    from dpllm.engine import load
+    from dpllm.opening import open_engine as load
 
     engine = load()
     Hardware().note_if_slow(engine.decoder.backend)
@@ -56,16 +56,14 @@ def demo(*, tokens: Tokens = 40, json: Json = False) -> None:
 
 def run_targets(engine: Engine, documents: list[list[int]], *, tokens: int) -> list[dict[str, Any]]:
     """Generates the same prompt at each target and scores the documents at it: one object per target."""
-    from dpllm.decode.options import GenerateOptions
     from dpllm.evaluation.evaluate import evaluate
 
     total = sum(len(d) - 1 for d in documents)
     rows: list[dict[str, Any]] = []
-    options = GenerateOptions(max_new_tokens=tokens)
     with stage_bars() as progress:
         for target in TARGETS:
             engine.set_policy("rate-distortion", target)
-            made = summarize(engine, stream(engine, PROMPT, options, context=None, show=False))
+            made = summarize(engine, engine.generate(PROMPT, max_new_tokens=tokens))
             done = 0
 
             def tick(n: int, label: str = f"{target} bits") -> None:

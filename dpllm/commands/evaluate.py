@@ -93,7 +93,7 @@ def evaluate(
     The seed is that of policy 'random'.
     """
     from dpllm import reference
-    from dpllm.engine import load
+    from dpllm.opening import open_engine as load
 
     targets, names = parse_numbers(target_bits, "--target-bits"), parse_policies(policy)
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,8 +36,8 @@ from dpllm.commands.common import Hardware, note, print_json, stage_bars
 
 if TYPE_CHECKING:
     from dpllm.context.kv_context import KVContext
-    from dpllm.decode.options import GenerateOptions
-    from dpllm.engine import Engine, Step
+    from dpllm.decode.generation import Generation
+    from dpllm.engine import Engine
 
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")]
 Stop = Annotated[
@@ -81,6 +80,37 @@ TopP = Annotated[
     typer.Option(
         "--top-p",
         help="Sample from the likeliest tokens whose probabilities add up to this.",
+        rich_help_panel=EXPERT,
+    ),
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        "--top-k", help="Sample from this number of likeliest tokens; 0 is all.", rich_help_panel=EXPERT
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        help="Sample only tokens that are at least this share as likely as the likeliest one.",
+        rich_help_panel=EXPERT,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        help="Make tokens that are in the text already less likely. 1 changes nothing; 1.1 is a usual value.",
+        rich_help_panel=EXPERT,
+    ),
+]
+Headroom = Annotated[
+    float | None,
+    typer.Option(
+        "--headroom",
+        help="With --tpot-ms, let one token take this many times the time to hold. More headroom gives better text at "
+        "the same mean time, and a less even pace.",
         rich_help_panel=EXPERT,
     ),
 ]
@@ -128,9 +158,13 @@ def generate(
     threads: Threads = None,
     backend: Backend = None,
     resident_bits: ResidentBits = None,
+    headroom: Headroom = None,
     policy: Policy = None,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: RandomSeed = None,
     speculate: Speculate = "auto",
     draft_bits: DraftBits = None,
@@ -141,11 +175,12 @@ def generate(
     Examples: dpllm generate 'def fibonacci(n):' --target-bits 3.25. With --tpot-ms 25 it reads as many bits as that
     time allows.
     """
-    from dpllm.context.saved import load_context
+    from dpllm.context.kv_context import KVContext
     from dpllm.decode.options import GenerateOptions
 
     options = GenerateOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()),
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
         chat=chat, speculate=speculate, draft_bits=draft_bits,
     )  # fmt: skip
     text = read_prompt(prompt)
@@ -160,19 +195,20 @@ def generate(
         overlay, hardware, bits=bits, target_bits=target_bits, policy=policy,
         resident=planes_to_hold(overlay, resident_bits=resident_bits, max_memory=max_memory),
     )  # fmt: skip
-    about = None if context is None else load_context(Path(context).expanduser(), engine)
+    about = None if context is None else KVContext.load(context, engine)
     hardware.note_if_slow(engine.decoder.backend)
     if guarantee:
         assert target_bits is not None
         engine.hold_budget(target_bits)
     if tpot_ms is not None:
         pairs = 0.0 if about is None else float(about.cache.lengths.sum())
-        hold_time(engine, tpot_ms, max_quality_loss=max_quality_loss, pairs=pairs)
+        hold_time(engine, tpot_ms, max_quality_loss=max_quality_loss, headroom=headroom, pairs=pairs)
     if resident_bits is not None or max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
-    steps = stream(engine, text, options, context=about, show=not json)
-    summary = summarize(engine, steps)
+    generation = engine.generate_with(text, options, context=about)
+    stream(generation, show=not json)
+    summary = summarize(engine, generation)
     if json:
         print_json(summary)
         return
@@ -252,7 +288,7 @@ def open_engine(
     resident: int | None,
 ) -> Engine:
     """The model at the precision asked for; `resident` is the number of planes to hold, None for all."""
-    from dpllm.engine import load
+    from dpllm.opening import open_engine as load
 
     if bits is not None:
         target_bits, policy = float(bits), "uniform"
@@ -260,36 +296,29 @@ def open_engine(
     return load(overlay, target_bits=target_bits, policy=policy, options=options, progress=note)
 
 
-def hold_time(engine: Engine, tpot_ms: float, *, max_quality_loss: str | None, pairs: float) -> None:
+def hold_time(
+    engine: Engine, tpot_ms: float, *, max_quality_loss: str | None, headroom: float | None, pairs: float
+) -> None:
     """Lets a controller hold the time per token.
 
     pairs: key-value pairs in the cache already. Raises InputError for a time that even the fewest bits exceed.
     """
-    from dpllm.base.quantities import parse_share
+    from dpllm.api import bits_for_quality
     from dpllm.planning.cost_measurement import cost_of
-    from dpllm.planning.quality_model import quality_of
 
     with stage_bars() as progress:
         cost = cost_of(engine, progress=progress)
-    least = 0.0
-    if max_quality_loss is not None:
-        quality, share = quality_of(engine), parse_share(max_quality_loss)
-        least = next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
+    least = bits_for_quality(engine, max_quality_loss)
     cost.check(tpot_ms, pairs, least)
-    engine.hold_latency(tpot_ms, cost, least)
+    engine.hold_latency(tpot_ms, cost, least, headroom)
 
 
-def stream(
-    engine: Engine, prompt: str, options: GenerateOptions, *, context: KVContext | None, show: bool
-) -> list[Step]:
-    """Generates, and with `show` prints the text as it comes. Returns the steps."""
-    steps = []
-    for step in engine.generate(prompt, options, context=context):
-        steps.append(step)
+def stream(generation: Generation, *, show: bool) -> None:
+    """Generates, and with `show` prints the text as it comes."""
+    for step in generation:
         if show:
             sys.stdout.write(step.text)
             sys.stdout.flush()
-    return steps
 
 
 def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:
@@ -311,34 +340,17 @@ def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:
     return f"[{' · '.join(parts)}]"
 
 
-def summarize(engine: Engine, steps: Sequence[Step]) -> dict[str, Any]:
-    """The object of `dpllm generate --json`.
-
-    Figures are over decode steps. The first token comes from reading the prompt at the resident maximum, and counts as
-    ttft_ms only.
-    """
-    import numpy as np
-
+def summarize(engine: Engine, generation: Generation) -> dict[str, Any]:
+    """The object of `dpllm generate --json`. See GenerationStats for its figures."""
     from dpllm.control.controller import LatencyController
 
-    decoded, held = steps[1:], engine.controller
-    times = [s.tpot_ms for s in decoded]
-    dynamic = engine.quantized and bool(decoded)
-    target: dict[str, float | None] = {"bits": engine.target_bits}
+    held, target = engine.controller, {"bits": engine.target_bits}
     if isinstance(held, LatencyController):
         target = {"tpot_ms": held.target_ms}
     return {
-        "text": "".join(s.text for s in steps),
-        "new_tokens": len(steps),
-        "effective_bits": round(float(np.mean([s.effective_bits for s in decoded])), 4) if dynamic else None,
-        "ttft_ms": round(steps[0].tpot_ms, 3),
-        "tpot_ms": {f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
+        "text": generation.text,
+        **asdict(generation.stats),
         "policy": engine.policy.name if engine.policy else None,
         "target": target,
         "backend": engine.decoder.backend.name,
-        "weight_bytes_per_token": round(float(np.mean([s.weight_bytes for s in decoded])))
-        if dynamic
-        else None,
-        "kv_bytes": steps[-1].kv_bytes,
-        "speculation": engine.tally.summary(),
     }

@@ -73,7 +73,7 @@ def plan(
 
     Example: dpllm plan --tpot-ms 25 --max-memory 4GB --context 16k
     """
-    from dpllm.engine import load
+    from dpllm.opening import open_engine as load
     from dpllm.planning.plan import plan as make_plan
     from dpllm.planning.plan import targets_of
 

@@ -61,16 +61,16 @@ def profile(
     quiet, or has changed.
     """
     from dpllm import reference
-    from dpllm.engine import load
-    from dpllm.planning.cost_measurement import cost_path, measure
-    from dpllm.planning.quality_measurement import measure as measure_quality
+    from dpllm.opening import open_engine as load
+    from dpllm.planning.cost_measurement import cost_path, measure_cost
+    from dpllm.planning.quality_measurement import measure_quality
     from dpllm.planning.quality_model import NAME
 
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
     hardware.note_if_slow(engine.decoder.backend)
     with stage_bars() as progress:
-        cost = measure(engine, progress)
+        cost = measure_cost(engine, progress)
         where = cost_path(engine)
         cost.save(where)
         found = None

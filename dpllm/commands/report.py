@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,11 +155,9 @@ def report(
     DP-LLM's curve needs its own calibration: dpllm calibrate OVERLAY --dp-llm --targets 2.5,3,3.5,4
     """
     from dpllm import reference
-    from dpllm.context.saved import load_context
+    from dpllm.context.kv_context import KVContext
     from dpllm.decode.options import GenerateOptions
-    from dpllm.planning.machine import machine_of
-    from dpllm.report.data import Report
-    from dpllm.report.measure import ReportOptions, measure
+    from dpllm.report.measure import ReportInputs, ReportOptions, measure_report
 
     options = ReportOptions(
         target_bits=target_bits, tpot_ms=tpot_ms,
@@ -173,7 +170,7 @@ def report(
     given = None if prompt is None else read_prompt(prompt)
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = open_engine(overlay, hardware, profile=profile)
-    about = None if context is None else load_context(Path(context).expanduser(), engine)
+    about = None if context is None else KVContext.load(context, engine)
     hardware.note_if_slow(engine.decoder.backend)
     scored = reference.heldout_text() if text is None else Path(text).expanduser()
     documents = token_documents(engine, scored, engine.decoder.config.max_positions)
@@ -181,15 +178,12 @@ def report(
         given = default_prompt(engine, documents, own_text=text is not None, context=context)
     with stage_bars() as progress:
         name = "the bundled held-out files" if text is None else scored.name
-        found = measure(engine, given, documents, name, options, sampling, about, progress)
-    page = Report(
-        model="reference model" if overlay is None else engine.path.resolve().name,
-        command=command_line(*sys.argv[1:]),
-        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        seconds=round(time.perf_counter() - began, 1),
-        machine=machine_of(engine.decoder),
-        **found.__dict__,
-    )
+        inputs = ReportInputs(
+            prompt=given, documents=documents, text=name, generate=sampling, context=about,
+            model="reference model" if overlay is None else engine.path.resolve().name,
+            command=command_line(*sys.argv[1:]), began=began,
+        )  # fmt: skip
+        page = measure_report(engine, inputs, options, progress)
     write(page, target, json=json)
 
 
@@ -209,7 +203,7 @@ def check_out(out: str) -> Path:
 
 def open_engine(overlay: str | None, hardware: Hardware, *, profile: str | None) -> Engine:
     """The model with its calibration profile. Raises InputError for a model that has none."""
-    from dpllm.engine import load
+    from dpllm.opening import open_engine as load
 
     engine = load(overlay, profile=profile, options=hardware.load_options())
     if not engine.quantized:

@@ -51,7 +51,7 @@ def build_context(
     lead = prompts.plain_ids(before)
     ids = [*lead, *prompts.plain_ids(text)] if options.chat else prompts.prompt_ids(text)
     prompts.check_prompt(ids)
-    context = KVContext(decoder.new_ragged_cache(0), behind=behind, between=between)
+    context = KVContext(decoder.new_ragged_cache(0), behind=behind, between=between, model=prompts.path)
     context.protected = max(len(lead), min(SINKS, len(ids)))
     pruner = Pruner(context, options, len(ids), decoder=decoder, prompts=prompts, profile=profile)
     share = pruner.share()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text
+from dpllm.context.saved import load_context, save_context
 from dpllm.decode.prompting import Prompts
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
+from dpllm.model.decoder import Decoder
+
+
+class LoadedModel(Protocol):
+    """What a context is loaded for: an engine."""
+
+    path: Path
+    decoder: Decoder
 
 
 @dataclass
@@ -19,7 +30,7 @@ class KVContext:
     ids: the tokens that the cache has read. protected: the number of leading tokens that are never evicted. behind,
     between: the text that the chat template puts after a question, and between an answer and the next question.
     pending: the end of the last answer, which the cache has not read yet. facts: the options that the context was
-    built with.
+    built with. model: the directory of the model that read the text.
     """
 
     cache: RaggedKVCache
@@ -29,7 +40,26 @@ class KVContext:
     between: str = ""
     pending: list[int] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    model: Path | None = None
     _busy: bool = field(default=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def save(self, path: str | Path) -> dict[str, Any]:
+        """Writes the context to a new directory and returns its manifest.
+
+        Raises InputError where the directory exists or cannot be written; no file is left then.
+        """
+        assert self.model is not None, "a context that is saved was made by Engine.read or KVContext.load"
+        return save_context(self, Path(path).expanduser(), model=self.model)
+
+    @classmethod
+    def load(cls, path: str | Path, engine: LoadedModel) -> KVContext:
+        """Loads a saved context. engine: of the model that read it.
+
+        Raises InputError for another model, another format, or a damaged file.
+        """
+        fields = load_context(Path(path).expanduser(), decoder=engine.decoder, model=engine.path)
+        return cls(**fields, model=engine.path)
 
     def question(self, prompts: Prompts, prompt: str, chat: bool) -> list[int]:
         """Returns the token ids of the next question, led by the pending end of the last answer.
@@ -49,13 +79,14 @@ class KVContext:
 
     def begin_turn(self) -> None:
         """Claims the cache for one question. Raises InputError while another is being answered."""
-        if self._busy:
-            raise InputError(
-                "another question to this context is still being answered. Exhaust or close that generator first."
-            )
-        if len(self.ids) != self.cache.length:
-            raise InputError("this context was interrupted while it was being pruned. Build it again.")
-        self._busy = True
+        with self._lock:
+            if self._busy:
+                raise InputError(
+                    "another question to this context is still being answered. Exhaust or close that generator first."
+                )
+            if len(self.ids) != self.cache.length:
+                raise InputError("this context was interrupted while it was being pruned. Build it again.")
+            self._busy = True
 
     def end_turn(self, question: Sequence[int], answer: Sequence[int], read: int, keep: bool) -> None:
         """Ends the turn that `begin_turn` began.

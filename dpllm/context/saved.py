@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
-from dpllm.context.kv_context import KVContext
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
@@ -39,6 +38,23 @@ KEYS: dict[str, Any] = {
     "chat": dict, "pending": list, "made": dict, "sha256": str,
 }  # fmt: skip
 SAMPLE = 1024  # bytes at the beginning and in the middle of each tensor that enter a checkpoint's hash
+
+
+class Savable(Protocol):
+    """The fields of a context that are saved: see KVContext."""
+
+    cache: RaggedKVCache
+    ids: list[int]
+    protected: int
+    behind: str
+    between: str
+    pending: list[int]
+    facts: dict[str, Any]
+
+    @property
+    def kept_ratio(self) -> float:
+        """Pairs held over pairs read, all layers and heads."""
+        ...
 
 
 def is_context(path: Path) -> bool:
@@ -77,7 +93,7 @@ def check_free(path: Path) -> None:
         raise InputError(f"{path} cannot be made: {e.strerror or e}. Choose another place.") from None
 
 
-def save_context(context: KVContext, path: Path, *, model: Path) -> dict[str, Any]:
+def save_context(context: Savable, path: Path, *, model: Path) -> dict[str, Any]:
     """Writes the context and returns its manifest.
 
     path: the new directory. model: the directory of the model that read the context. Raises InputError where the
@@ -127,8 +143,8 @@ def _holds(part: Any, key: str) -> bool:
     return isinstance(part, dict) and isinstance(part.get(key), str)
 
 
-def load_context(path: Path, *, decoder: Decoder, model: Path) -> KVContext:
-    """Loads a saved context for the model that read it.
+def load_context(path: Path, *, decoder: Decoder, model: Path) -> dict[str, Any]:
+    """Loads the fields of a saved context for the model that read it.
 
     decoder: the loaded model; the cache takes its dtype and device. model: the model's directory. Raises InputError
     for another model, another format, or a damaged file.
@@ -149,13 +165,13 @@ def load_context(path: Path, *, decoder: Decoder, model: Path) -> KVContext:
     )  # fmt: skip
     cache = cache.to(decoder.kv_dtype, decoder.device)
     frame = manifest["chat"]
-    return KVContext(
-        cache, tensors["ids"].tolist(), manifest["protected"], frame["behind"], frame["between"], manifest["pending"],
-        manifest["made"],
-    )  # fmt: skip
+    return {
+        "cache": cache, "ids": tensors["ids"].tolist(), "protected": manifest["protected"], "behind": frame["behind"],
+        "between": frame["between"], "pending": manifest["pending"], "facts": manifest["made"],
+    }  # fmt: skip
 
 
-def _tensors(context: KVContext) -> dict[str, Tensor]:
+def _tensors(context: Savable) -> dict[str, Tensor]:
     cache = context.cache
     tensors = {"ids": torch.tensor(context.ids, dtype=torch.int64), "lengths": cache.lengths}
     tensors["kept"] = torch.tensor([[len(p) for p in heads] for heads in cache.kept], dtype=torch.int32)
@@ -174,7 +190,7 @@ def _by_head(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
     return [list(tensors[f"positions.{layer}"].split(counts)) for layer, counts in enumerate(sizes)]
 
 
-def _manifest(context: KVContext, model: Path) -> dict[str, Any]:
+def _manifest(context: Savable, model: Path) -> dict[str, Any]:
     cache = context.cache
     return {
         "format": FORMAT, "format_version": FORMAT_VERSION, "dpllm": __version__,

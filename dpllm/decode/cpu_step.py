@@ -107,7 +107,8 @@ class NativeStep(TokenStep):
     def __init__(self, model: NativeModel):
         self.model, self.decoder = model, model.decoder
         rows, config = native.MAX_ROWS, self.decoder.config
-        self._make_room(1)
+        self._logits = torch.empty(1, config.vocab_size)
+        self._bits = torch.empty(1, len(self.decoder.groups), dtype=torch.int32)
         self._tokens, self._greedy = (native.Int * rows)(), (native.Int * rows)()
         self._read_bits = (native.Long * rows)()
         self._corrections = (native.Float * rows)()
@@ -214,11 +215,10 @@ class NativeStep(TokenStep):
         return not self._selection.choose
 
     def _make_room(self, rows: int) -> None:
-        """Makes memory for the results of `rows` tokens: for one, or for as many as there can be."""
-        if not hasattr(self, "_logits") or len(self._logits) < rows:
-            count = 1 if rows == 1 else native.MAX_ROWS
-            self._logits = torch.empty(count, self.decoder.config.vocab_size)
-            self._bits = torch.empty(count, len(self.decoder.groups), dtype=torch.int32)
+        """Makes memory for the results of `rows` tokens: where one is too few, for as many as there can be."""
+        if len(self._logits) < rows:
+            self._logits = torch.empty(native.MAX_ROWS, self.decoder.config.vocab_size)
+            self._bits = torch.empty(native.MAX_ROWS, len(self.decoder.groups), dtype=torch.int32)
 
     def follow(self, text: TextPolicy) -> None:
         """Makes a text's policy the one that decides; decoding with another text does so, too."""

@@ -12,7 +12,7 @@ from dpllm.base.progress import Progress, no_progress
 from dpllm.base.quantities import parse_count, parse_share, parse_size
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.cost_measurement import cost_of
-from dpllm.planning.planner import Planned, Planner, Targets, machine_of
+from dpllm.planning.planner import Planned, Planner, Targets, plan_inputs
 from dpllm.planning.quality_model import quality_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def plan(
     )
     if not isinstance(cost, CostModel):
         cost = cost_of(engine, None if cost is None else Path(cost).expanduser(), progress or no_progress)
-    return Planner(machine_of(engine), cost, quality_of(engine)).plan(targets)
+    return Planner(plan_inputs(engine), cost, quality_of(engine)).plan(targets)
 
 
 def targets_of(

@@ -64,7 +64,7 @@ class OracleText(TextPolicy):
 
     def __init__(self, policy: OracleRateDistortion):
         self.policy = policy
-        self.bits_correction = Correction(policy.target_bits, policy.correction_rate)
+        self.bits_correction = self._control = Correction(policy.target_bits, policy.correction_rate)
         self._multiplier = torch.ones(1)
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
@@ -87,5 +87,5 @@ class OracleText(TextPolicy):
         previous = None if self.previous is None else self.previous[: len(tokens)]
         self.previous = step_context(logits, tokens, previous)
         if read_bits is not None:
-            self.bits_correction.update(read_bits)
-            self.correction = self.bits_correction.value
+            self._control.update(read_bits)
+            self.correction = self._control.value

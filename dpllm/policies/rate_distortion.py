@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,13 +39,13 @@ class RateDistortionPolicy(PrecisionPolicy):
     def __init__(
         self, profile: CalibrationProfile, decoder: Decoder, target_bits: float, corrected: bool = True
     ):
-        planes = [g.resident_bits for g in decoder.groups]
+        planes = np.asarray([g.resident_bits for g in decoder.groups])
         self.rule = RateDistortionRule(profile, decoder.backend.select, decoder.device, planes)
         self.profile, self.target_bits = profile, target_bits
         self.correction_rate = RATE if corrected else 0.0
         self.extra_bytes = profile.estimator_bytes()
         # With nothing but the seed planes resident there is nothing to choose.
-        self.chooses = max(planes) > profile.bits[0]
+        self.chooses = bool(planes.max() > profile.bits[0])
         self.lam = profile.lambda_for(target_bits, self.rule.planes) if self.chooses else 1.0
         self.thresholds = self.rule.thresholds_at(self.lam)
         self._near: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
@@ -75,7 +76,7 @@ class RateDistortionPolicy(PrecisionPolicy):
         return round(target_bits / STEER) * STEER
 
 
-class RateDistortionText(ThresholdText, TextPolicy):
+class RateDistortionText(ThresholdText, TextPolicy):  # type: ignore[misc]  # rule and thresholds: never None
     """One text decoded with a rate-distortion policy: the previous step, the correction, and the token's allowance."""
 
     name = RateDistortionPolicy.name
@@ -84,7 +85,7 @@ class RateDistortionText(ThresholdText, TextPolicy):
     def __init__(self, policy: RateDistortionPolicy):
         super().__init__(policy.rule, policy.thresholds)
         self.policy, self.extra_bytes = policy, policy.extra_bytes
-        self.bits_correction = Correction(policy.target_bits, policy.correction_rate)
+        self.bits_correction = self._control = Correction(policy.target_bits, policy.correction_rate)
         self.lag = 0
         self._coming: deque[float] = deque()  # corrections of the next tokens, of a delayed text
         self._left: Tensor | None = None  # int64 [R], what is left of the allowance of the tokens under way
@@ -95,7 +96,7 @@ class RateDistortionText(ThresholdText, TextPolicy):
         allowance: the most that a token may cost, however much it is worth (dpllm/policies/token_limit.py); None for no
         limit.
         """
-        self.bits_correction.target_bits, self.allowance = target_bits, allowance
+        self._control.target_bits, self.allowance = target_bits, allowance
         if not self.policy.chooses:
             return
         self.thresholds = self.policy.thresholds_near(target_bits)
@@ -153,10 +154,10 @@ class RateDistortionText(ThresholdText, TextPolicy):
             self.previous = step_context(logits, tokens.to(logits.device), previous)
         if read_bits is None:
             return
-        self.bits_correction.update(read_bits)
+        self._control.update(read_bits)
         if self.lag:
-            self._coming.append(float(self.bits_correction.value))
+            self._coming.append(float(self._control.value))
             self._coming.popleft()
             self.correction = self._coming[0]
         else:
-            self.correction = self.bits_correction.value
+            self.correction = self._control.value

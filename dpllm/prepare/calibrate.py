@@ -19,16 +19,15 @@ from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import documents_sha256, load_tokenizer, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
-from dpllm.calib.dequantised import dense
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.context.head_profile import head_profile
 from dpllm.context.pruner import HEADS
-from dpllm.engine import Engine
+from dpllm.decode.prompting import Prompts
 from dpllm.model.decoder import Decoder
 from dpllm.model.hardware import check_device, cpu_options
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.model.memory import peak_bytes
+from dpllm.model.memory import process_peak_bytes
 from dpllm.prepare.data import calibration_documents
 from dpllm.quant.overlay import Overlay
 
@@ -56,7 +55,7 @@ class CalibrationReport:
 
     path: the profile's file. overlay: the overlay's directory. profile: what this run measured; the file also holds
     what earlier runs of the same measurement stored there. targets: the targets that were checked. seconds: the time
-    it took. peak_bytes: the most memory the process has held; None where the system does not say.
+    it took. process_peak_bytes: the most memory the process has held; None where the system does not say.
     """
 
     path: Path
@@ -64,7 +63,7 @@ class CalibrationReport:
     profile: CalibrationProfile = field(repr=False)
     targets: tuple[CheckedTarget, ...]
     seconds: float
-    peak_bytes: int | None
+    process_peak_bytes: int | None
 
     @property
     def target_range(self) -> tuple[float, float]:
@@ -132,12 +131,12 @@ def calibrate(
     if dp_llm:
         profile = _with_dp_llm(decoder, sequences, profile, wanted.targets, seed=seed, progress=show)
     if kv_heads:
-        profile = _with_heads(Engine(path, decoder, tokenizer, profile), sequences, profile, show)
+        profile = _with_heads(decoder, Prompts(tokenizer, decoder.config, path), sequences, profile, show)
     checked = _check_targets(calibrator, profile, wanted, show)
     _merged(profile, target).save(target)
     return CalibrationReport(
         path=target, overlay=path, profile=profile, targets=checked, seconds=time.perf_counter() - began,
-        peak_bytes=peak_bytes(),
+        process_peak_bytes=process_peak_bytes(),
     )  # fmt: skip
 
 
@@ -235,10 +234,19 @@ def _with_dp_llm(
 
 
 def _with_heads(
-    engine: Engine, sequences: torch.Tensor, profile: CalibrationProfile, progress: Progress
+    decoder: Decoder,
+    prompts: Prompts,
+    sequences: torch.Tensor,
+    profile: CalibrationProfile,
+    progress: Progress,
 ) -> CalibrationProfile:
     """Adds the score of every KV head, for KV policy 'heads'."""
-    heads = head_profile(engine, sequences.tolist(), lambda done: progress("KV heads", done, len(sequences)))
+    heads = head_profile(
+        sequences.tolist(),
+        lambda done: progress("KV heads", done, len(sequences)),
+        decoder=decoder,
+        prompts=prompts,
+    )
     extra: dict[str, Any] = dict(profile.extra) | {HEADS: heads.cpu().numpy()}
     return replace(profile, extra=extra)
 
@@ -247,14 +255,13 @@ def _check_targets(
     calibrator: Calibrator, profile: CalibrationProfile, wanted: _Wanted, progress: Progress
 ) -> tuple[CheckedTarget, ...]:
     """Decodes the calibration text at every target under every budget."""
-    checked, cells = [], wanted.cells
-    with dense(calibrator.decoder):
-        for done, (target, budget) in enumerate(cells, 1):
-            planes = profile.budget(budget)
-            lam = profile.lambda_for(min(target, profile.target_range(planes)[1]), planes)
-            used = calibrator.bits_used(profile, lam, calibrator.sequences, planes)
-            checked.append(CheckedTarget(target, budget, round(used, 4)))
-            progress("targets", done, len(cells))
+    checked, cells, fast = [], wanted.cells, calibrator.dequantised()
+    for done, (target, budget) in enumerate(cells, 1):
+        planes = profile.budget(budget)
+        lam = profile.lambda_for(min(target, profile.target_range(planes)[1]), planes)
+        used = fast.bits_used(profile, lam, calibrator.sequences, planes)
+        checked.append(CheckedTarget(target, budget, round(used, 4)))
+        progress("targets", done, len(cells))
     return tuple(checked)
 
 

@@ -14,8 +14,12 @@ from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
 from dpllm.context.kv_context import KVContext
 from dpllm.control.cost_model import CostModel
-from dpllm.engine import DEFAULT_TARGET_BITS, Engine, GenerateOptions, Step
+from dpllm.decode.continuation import read_prompt
+from dpllm.decode.generation import Step
+from dpllm.decode.options import GenerateOptions
+from dpllm.engine import Engine
 from dpllm.kvzip_bridge.cache import KVCache
+from dpllm.opening import DEFAULT_TARGET_BITS
 from dpllm.planning.cost_measurement import cost_of
 from dpllm.planning.host import host_facts
 from dpllm.policies.fixed import StaticPolicy
@@ -25,7 +29,7 @@ from dpllm.report import query_spread
 from dpllm.report.accounting import bytes_by_kind
 from dpllm.report.data import Generation, GroupInfo, KeptPairs, KindBytes, OperatingPoint, Report, Token
 from dpllm.report.frontier import OURS, cells_of, default_targets, measure_frontier
-from dpllm.report.timed_steps import BLOCK, read
+from dpllm.report.timed_steps import BLOCK
 
 WINDOW, PIECES = 256, 8  # most tokens of a scored piece of text; fewest pieces, for the intervals
 
@@ -147,7 +151,7 @@ def _prompt_cache(engine: Engine, prompt: str, context: KVContext | None, chat: 
         cache = engine.decoder.new_cache(len(ids) + room)
     else:
         cache = context.cache.fork(len(ids) + room)
-    read(engine, ids, cache)
+    read_prompt(engine.decoder, ids, cache)
     return cache
 
 
@@ -178,8 +182,7 @@ def _operating_point(
         why = f"Nothing was asked for: the target is the default, {target:g} bits."
     policy = make_policy(OURS, target, engine.decoder, engine.profile)
     assert isinstance(policy, RateDistortionPolicy)
-    lam = policy.profile.lambda_for(target, policy.planes) if policy.thresholds.numel() else 1.0
-    return OperatingPoint(OURS, target, options.tpot_ms, round(math.log2(lam), 3), why)
+    return OperatingPoint(OURS, target, options.tpot_ms, round(math.log2(policy.lam), 3), why)
 
 
 def _aim(engine: Engine, operating: OperatingPoint, cost: CostModel | None) -> None:
@@ -197,7 +200,7 @@ def generate_at(
     read_before = 0 if context is None else context.cache.length
     asked = _prompt_ids(engine, prompt, context, options.chat)
     steps = []
-    for step in engine.generate(prompt, options, context=context):
+    for step in engine.generate_with(prompt, options, context=context):
         steps.append(step)
         progress("generate", len(steps), options.max_new_tokens)
     progress("generate", len(steps), len(steps))
@@ -208,7 +211,7 @@ def generate_at(
     first = engine.decoder.groups[0]
     generation = Generation(
         prompt=prompt, prompt_tokens=len(asked), context_tokens=read_before, first=steps[0].text,
-        ttft_ms=round(steps[0].tpot_ms, 3), seed_bits=first.seed_bits,
+        ttft_ms=round(steps[0].ms, 3), seed_bits=first.seed_bits,
         resident_bits=max(g.resident_bits for g in engine.decoder.groups),
         groups=_groups(engine, operating.target_bits), tokens=tuple(_token(engine, s) for s in steps[1:]),
     )  # fmt: skip
@@ -220,7 +223,7 @@ def generate_at(
 def _token(engine: Engine, step: Step) -> Token:
     return Token(
         label=engine.tokenizer.decode([step.token]), text=step.text, effective_bits=round(step.effective_bits, 4),
-        tpot_ms=round(step.tpot_ms, 4), weight_bytes=step.weight_bytes, kv_bytes=step.kv_bytes, bits=tuple(step.bits),
+        tpot_ms=round(step.ms, 4), weight_bytes=step.weight_bytes, kv_bytes=step.kv_bytes, bits=tuple(step.bits),
     )  # fmt: skip
 
 
@@ -228,7 +231,7 @@ def _groups(engine: Engine, target_bits: float) -> tuple[GroupInfo, ...]:
     fixed = make_policy("static", target_bits, engine.decoder, engine.profile)
     assert isinstance(fixed, StaticPolicy)
     return tuple(
-        GroupInfo(layer.index, g.name.rpartition(".")[2], g.weights, fixed.bits[g.index])
+        GroupInfo(layer.index, g.name.rpartition(".")[2], g.weights, fixed.fixed_bits[g.index])
         for layer in engine.decoder.layers
         for g in (*layer.qkv, layer.o, *layer.gate_up, layer.down)
     )

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpllm.base.progress import Progress
+from dpllm.decode.continuation import read_prompt
 from dpllm.engine import Engine
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 from dpllm.report.data import Service, ServiceLevel
-from dpllm.report.timed_steps import forced_steps, read
+from dpllm.report.timed_steps import timed_steps
 
 PROMPT, NEW = 16, 64  # tokens of a query that are read, and that are decoded
 SHORTEST = 8  # fewest tokens of a query that are decoded
@@ -36,9 +37,9 @@ def measure_query_spread(
     cache = engine.decoder.new_cache(max(map(len, queries)))
     for number, query in enumerate([queries[0], *queries]):  # the first one warms up
         cache.rewind(0)
-        logits = read(engine, query[:PROMPT], cache)
+        logits = read_prompt(engine.decoder, query[:PROMPT], cache).logits
         for mode, policy in modes.items():
-            steps = list(forced_steps(engine, policy, cache, query[PROMPT:], logits))
+            steps = list(timed_steps(engine, policy, cache, query[PROMPT:], logits))
             cache.rewind(PROMPT)
             if number:
                 widths = np.mean([s.bits.numpy() for s in steps], axis=0)

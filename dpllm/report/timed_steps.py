@@ -1,4 +1,4 @@
-"""Times real decode steps under a policy, as `Engine.generate` times them: observe, decode, sample the token."""
+"""Times real decode steps under a policy, as `Engine.generate` times them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from dpllm.decode.sampling import sample
-from dpllm.decode.step import decode_one
-from dpllm.engine import PREFILL_CHUNK, Engine
+from dpllm.engine import Engine
+from dpllm.evaluation.forced_steps import forced_steps
 from dpllm.kvzip_bridge.cache import KVCache
-from dpllm.policies.base import PrecisionPolicy, begin_text, observe
+from dpllm.policies.base import PrecisionPolicy
 
 Key = TypeVar("Key")
 
@@ -30,33 +28,22 @@ class ForcedStep:
     bits: Tensor
 
 
-@torch.no_grad()
-def read(engine: Engine, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Reads ids into the cache at the resident maximum. Returns the logits [1, V] after them."""
-    for chunk in torch.tensor(ids, device=engine.decoder.device).split(PREFILL_CHUNK):
-        logits = engine.decoder.forward(chunk, cache, last_only=True)
-    return logits
-
-
-def forced_steps(
+def timed_steps(
     engine: Engine,
     policy: PrecisionPolicy,
     cache: KVCache,
     tokens: Sequence[int],
     logits: Tensor | None = None,
 ) -> Iterator[ForcedStep]:
-    """Decodes given tokens one by one after the cache, as a separate text, and yields each step.
+    """Decodes given tokens one by one after the cache, as a separate text, and yields the time of each step.
 
     logits: [1, V] of the step before the first token, or None. The cache grows by the tokens.
     """
-    deciding = begin_text(policy)
-    for token in tokens:
+    began = time.perf_counter()
+    for stepped in forced_steps(engine.new_step(), policy, cache, tokens, logits):
+        assert stepped.bits is not None
+        yield ForcedStep((time.perf_counter() - began) * 1e3, stepped.bits[0].clone())
         began = time.perf_counter()
-        if logits is not None:
-            observe(deciding, logits, torch.tensor([token], device=logits.device))
-        logits, bits = decode_one(engine.decoder, engine.step, token, cache, deciding)
-        sample(logits[-1], 0.0, 1.0, None)
-        yield ForcedStep((time.perf_counter() - began) * 1e3, bits[0].clone())
 
 
 def interleaved_ms(
@@ -74,7 +61,7 @@ def interleaved_ms(
     for r in range(rounds):
         own = [tokens[(r * BLOCK + i) % len(tokens)] for i in range(BLOCK + 1)]
         for key, policy in policies.items():
-            steps = [s.ms for s in forced_steps(engine, policy, cache, own)]
+            steps = [s.ms for s in timed_steps(engine, policy, cache, own)]
             cache.rewind(base)
             times[key] += steps[1:]
         progress(r + 1, rounds)
