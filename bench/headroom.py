@@ -31,10 +31,11 @@ from dpllm import reference
 from dpllm.base.text import read_documents
 from dpllm.control.controller import ControlOptions, LatencyController
 from dpllm.control.cost_model import CostModel
-from dpllm.engine import Engine, load
+from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import DocumentScore, score, summarize
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
@@ -183,7 +184,7 @@ def main() -> None:
     texts = read_documents(reference.heldout_text())
     rows: list[dict] = []
     if args.documents:
-        engine = load(options=options)
+        engine = open_engine(options=options)
         documents = [engine.prompt_ids(t[:CHARACTERS]) for t in texts[: args.documents]]
         for bits in args.bits:
             rows += quality(engine, documents, bits, args.headrooms)

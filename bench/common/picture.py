@@ -13,7 +13,8 @@ import matplotlib
 import numpy as np
 
 from dpllm.commands.demo import PROMPT
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
+from dpllm.opening import open_engine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("--target-bits", type=float, default=3.25)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs/idea.png")
     args = parser.parse_args()
-    engine = load(target_bits=args.target_bits)
-    steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=44)))[1:]
+    engine = open_engine(target_bits=args.target_bits)
+    steps = list(engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=44)))[1:]
     bits = np.asarray([s.bits for s in steps]).T  # [groups, tokens]
     labels = [repr(engine.tokenizer.decode([s.token]))[1:-1] for s in steps]
 

@@ -16,13 +16,13 @@ import torch
 from bench.common.report import arguments, begin
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
-from dpllm.engine import load
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels import reference as exact
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS, QuantizedWeight, empty_planes
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.policies.make import make_policy
 
 ROWS, COLUMNS = 256, 4096
@@ -62,7 +62,7 @@ def perplexity_rows(max_tokens: int) -> list[dict]:
     cells = [("rate-distortion", 3.25), *(("uniform", float(b)) for b in range(2, 7))]
     rows, base = [], {}
     for name, options in settings.items():
-        engine = load(options=options)
+        engine = open_engine(options=options)
         documents = token_documents(engine, reference.heldout_text(), 1024, max_tokens)
         row: dict = {"measured_on": "reference model", "accuracy": name}
         for policy, target in cells:

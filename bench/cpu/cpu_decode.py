@@ -19,12 +19,13 @@ import torch
 from bench.common.report import arguments, begin
 from bench.cpu.cpu_vs_llama_cpp import Thresholds
 from dpllm.decode.cpu_step import NativeStep
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
+from dpllm.opening import open_engine
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 
@@ -33,10 +34,10 @@ def small_model() -> list[dict]:
     """Tokens per second on the reference model, through the engine, at one and two threads."""
     rows = []
     for threads in (1, 2):
-        engine = load(target_bits=3.5, options=LoadOptions(cpu=CpuOptions(threads=threads)))
+        engine = open_engine(target_bits=3.5, options=LoadOptions(cpu=CpuOptions(threads=threads)))
         times = []
         for _ in range(5):
-            steps = list(engine.generate("def main():\n", GenerateOptions(max_new_tokens=200)))
+            steps = list(engine.generate_with("def main():\n", GenerateOptions(max_new_tokens=200)))
             times += [s.tpot_ms for s in steps[1:]]
         middle = statistics.median(times)
         rows.append(

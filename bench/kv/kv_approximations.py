@@ -21,13 +21,13 @@ from bench.common.report import arguments, begin
 from bench.kv import kv_documents
 from bench.kv.kv_cells import CHUNK, asked, read
 from bench.kv.kv_quality import interval
-from dpllm.engine import load
 from dpllm.kvzip_bridge.budget import over_all
 from dpllm.kvzip_bridge.interfaces import ScoringInput
 from dpllm.kvzip_bridge.policies.common import protect
 from dpllm.kvzip_bridge.policies.kvzip import KVzip
 from dpllm.kvzip_bridge.query_recording import QueriesWanted
 from dpllm.kvzip_bridge.repetition import Repetition, repetitions
+from dpllm.opening import open_engine
 
 SPAN, ASKING, RATIOS, TOKENS, FACTS = 64, 24, (0.5, 0.3, 0.2, 0.1), 1024, 10
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100)
     args = parser.parse_args()
     run = begin(args)
-    engine = load()
+    engine = open_engine()
     right: dict[tuple[str, float], list[int]] = {(v, r): [] for v in VARIANTS for r in RATIOS}
     for number in range(args.documents):
         document = kv_documents.recall(number, TOKENS, FACTS)

@@ -30,9 +30,10 @@ from bench.kv.kv_cells import BLOCKWISE, POLICIES, RATIOS, WIDTHS, measure
 from bench.kv.kv_plot import plot
 from dpllm import reference
 from dpllm.context.head_profile import head_profile
-from dpllm.engine import Engine, load
+from dpllm.engine import Engine
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 
 # name: (documents, how one is made, its arguments, whether the weights' width is varied too)
 TASKS: dict[str, tuple[int, str, tuple[int, ...], bool]] = {
@@ -51,7 +52,7 @@ def _start(cores: Any, heads: torch.Tensor) -> None:
     global _engine, _heads
     os.sched_setaffinity(0, cores.get())
     torch.set_num_threads(1)
-    _engine, _heads = load(options=LoadOptions(cpu=CpuOptions(threads=1))), heads
+    _engine, _heads = open_engine(options=LoadOptions(cpu=CpuOptions(threads=1))), heads
 
 
 def _measure(task: str, number: int) -> tuple[str, int, dict]:
@@ -62,7 +63,7 @@ def _measure(task: str, number: int) -> tuple[str, int, dict]:
 
 def profile_of_heads() -> torch.Tensor:
     """The largest KVzip score of every head over texts of facts, float32 [P, KVH]."""
-    engine = load()
+    engine = open_engine()
     texts = [kv_documents.recall(-1 - i, 1024, 10).context for i in range(CALIBRATION)]
     return head_profile(texts, decoder=engine.decoder, prompts=engine.prompts)
 

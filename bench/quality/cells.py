@@ -25,7 +25,8 @@ from bench.quality.texts import CONTEXT, windows_of
 from dpllm import reference
 from dpllm.base.text import load_tokenizer
 from dpllm.calib.runtime.profile import CalibrationProfile
-from dpllm.engine import Engine, GenerateOptions
+from dpllm.decode.options import GenerateOptions
+from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import score
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
@@ -168,7 +169,7 @@ class Bench:
         whole = [w for w in windows_of("stdlib").ids if len(w) == CONTEXT]
         for i, ids in enumerate(whole[: cell.windows]):
             options = GenerateOptions(GENERATED, temperature=0.8, seed=i)
-            decoded = [s for s in engine.generate(tokenizer.decode(ids[:PROMPT]), options) if s.bits]
+            decoded = [s for s in engine.generate_with(tokenizer.decode(ids[:PROMPT]), options) if s.bits]
             bits.append(round(sum(s.effective_bits for s in decoded), 3))
             tokens.append(len(decoded))
             nbytes += sum(s.weight_bytes for s in decoded)

@@ -30,10 +30,12 @@ from dpllm import reference
 from dpllm.base.text import read_documents
 from dpllm.control.controller import ControlOptions
 from dpllm.control.cost_model import CostModel
-from dpllm.engine import Engine, GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
+from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
@@ -75,7 +77,7 @@ def pairs(engine: Engine, tokens: int) -> float:
 
 def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
     """Milliseconds of each token behind the first."""
-    steps = engine.generate(prompt, GenerateOptions(tokens + 1, ignore_eos=True))
+    steps = engine.generate_with(prompt, GenerateOptions(tokens + 1, ignore_eos=True))
     next(steps)
     for step in steps:
         yield step.tpot_ms
@@ -183,7 +185,7 @@ def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 
             engine.hold_budget(bits)
         found, ms = [], []
         for text in texts:
-            steps = list(engine.generate(text, GenerateOptions(tokens, ignore_eos=True)))[1:]
+            steps = list(engine.generate_with(text, GenerateOptions(tokens, ignore_eos=True)))[1:]
             found.append(statistics.mean(s.effective_bits for s in steps))
             ms.append(statistics.median(s.tpot_ms for s in steps))
         row = {"what": "queries", "phase": f"{mode}, target {bits:g} bits", "queries": len(found)}
@@ -224,7 +226,7 @@ def main() -> None:
     engine = random_engine(SHAPE, PLANES, options)
     pair = Pair(engine, measure_cost(engine), texts[0])
     rows = growing(pair, args.rounds) + loaded(pair, args.rounds, 1) + changing(pair, args.rounds)
-    reference_engine = load(options=options)
+    reference_engine = open_engine(options=options)
     rows += queries(reference_engine, texts)
     rows += limited(reference_engine, [t[:1600] for t in read_documents(reference.heldout_text())][:48])
     columns = list(dict.fromkeys(k for r in rows for k in r))

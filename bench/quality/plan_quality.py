@@ -23,9 +23,11 @@ from bench.common.random_engine import random_engine
 from bench.common.report import arguments, begin
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.engine import Engine, Step, load
+from dpllm.decode.generation import Step
+from dpllm.engine import Engine
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import TOKENS, Cell, cells_of, fit_cost_model, measure_cost, steps_at
 from dpllm.planning.planner import Plan, Planner, Targets, plan_inputs
 from dpllm.planning.quality_measurement import QualityOptions, measure_quality
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=12)
     args = parser.parse_args()
     run = begin(args)
-    engine = load()
+    engine = open_engine()
     rows = times_come_true("reference model", engine, 4 * REPEATS)
     large = random_engine(SHAPE, PLANES, LoadOptions())
     of_shape = times_come_true(f"{SHAPE} shape", large, REPEATS)

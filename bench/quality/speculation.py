@@ -24,12 +24,14 @@ from bench.quality.texts import heldout_windows
 from dpllm import reference
 from dpllm.decode.continuation import Tally
 from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.options import GenerateOptions
 from dpllm.decode.speculation.draft_length import Pacer, expected_tokens
-from dpllm.engine import Engine, GenerateOptions, load
+from dpllm.engine import Engine
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
+from dpllm.opening import open_engine
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
@@ -73,7 +75,7 @@ def engines(folder: Path) -> dict[int, Engine]:
     source = ModelSource.open(reference.model_path())
     job = Quantizer(source, folder / "overlay", QuantizeOptions(bits=(2, 8)), documents=None)
     one = LoadOptions(cpu=CpuOptions(threads=1))  # so small a model gains nothing from two
-    return {6: load(options=one), 8: load(job.run(), options=one)}
+    return {6: open_engine(options=one), 8: open_engine(job.run(), options=one)}
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def generate(
     engine: Engine, mode: tuple[str, int | None], prompt: str, seed: int, temperature: float, n: int
 ):
     options = GenerateOptions(n, temperature, seed=seed, speculate=mode[0], draft_bits=mode[1])
-    return list(engine.generate(prompt, options))
+    return list(engine.generate_with(prompt, options))
 
 
 def name_of(mode: tuple[str, int | None]) -> str:

@@ -140,7 +140,9 @@ def _show(report: CalibrationReport) -> None:
         f"{report.seconds:.1f} s; the selector reads {profile.estimator_bytes() / 1e3:.1f} kB a token "
         f"({share:.2%} of a 3.5-bit step)"
     )
-    memory = "" if report.process_peak_bytes is None else f"peak memory {report.process_peak_bytes / 1e9:.2f} GB; "
+    memory = (
+        "" if report.process_peak_bytes is None else f"peak memory {report.process_peak_bytes / 1e9:.2f} GB; "
+    )
     note(
         f"  {memory}at this pace a Llama of 8B weights would take {report.hours_for_8b:.1f} hours for as many tokens"
     )

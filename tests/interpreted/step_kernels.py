@@ -236,13 +236,13 @@ def test_a_whole_step(reference_decoder, name):
     from dpllm.decode.gpu_step import GpuStep
     from dpllm.decode.step import decode_one
     from dpllm.kernels.triton import step_operations
-    from dpllm.policies.base import begin_text, observe
+    from dpllm.policies.base import observe
     from dpllm.policies.make import make_policy
 
     decoder, profile = reference_decoder
     results = []
     for step in (GpuStep(decoder, step_operations), None):
-        policy, cache = begin_text(make_policy(name, 3.5, decoder, profile)), decoder.new_ragged_cache(8)
+        policy, cache = make_policy(name, 3.5, decoder, profile).begin_text(), decoder.new_ragged_cache(8)
         logits, found = torch.empty(0), []
         for t, token in enumerate((5, 17, 99)):
             if t:

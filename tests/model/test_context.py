@@ -20,12 +20,13 @@ from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.context.saved import read_manifest
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
 from dpllm.kernels.reference import causal_attention
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import DenseKVCache
 from dpllm.kvzip_bridge.policies import KV_POLICIES
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 
 QUESTION, LENGTH = "\n    return self", 12
 PRUNING = [name for name in KV_POLICIES if name not in ("keep-all", "whole-heads")]
@@ -39,12 +40,12 @@ def text(calibration_documents) -> str:
 @pytest.fixture(scope="module")
 def plain(tiny_checkpoint):
     """The unquantised model, all in float32."""
-    return load(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
+    return open_engine(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_overlay):
-    return load(tiny_overlay, target_bits=3.5, options=LoadOptions(backend="reference"))
+    return open_engine(tiny_overlay, target_bits=3.5, options=LoadOptions(backend="reference"))
 
 
 def options(keep: float = 0.4, **more) -> ContextOptions:
@@ -73,7 +74,7 @@ def load_context(path: Path, engine) -> KVContext:
 
 
 def answer(engine, context=None, question=QUESTION, **more) -> list[int]:
-    steps = engine.generate(question, GenerateOptions(LENGTH), context=context, **more)
+    steps = engine.generate_with(question, GenerateOptions(LENGTH), context=context, **more)
     return [s.token for s in steps]
 
 
@@ -121,7 +122,7 @@ def test_pruned_is_masked(plain, text, policy):
 def test_everything_kept_answers_like_no_context_at_all(engine, text):
     context = build_context(engine, text, options(1.0))
     assert context.kept_ratio == 1.0
-    joined = engine.generate(text + QUESTION, GenerateOptions(LENGTH))
+    joined = engine.generate_with(text + QUESTION, GenerateOptions(LENGTH))
     assert context.ids + context.question(engine.prompts, QUESTION, False) == engine.prompts.prompt_ids(
         text + QUESTION
     )
@@ -131,7 +132,7 @@ def test_everything_kept_answers_like_no_context_at_all(engine, text):
 @needs_library
 def test_native_and_reference_agree(tiny_overlay, text):
     engines = [
-        load(
+        open_engine(
             tiny_overlay,
             target_bits=3.5,
             options=LoadOptions(backend=b, cpu=options_of(), kv_dtype=torch.float32),
@@ -147,7 +148,7 @@ def test_a_question_leaves_the_context_as_it_was(engine, text):
     context = build_context(engine, text, options())
     before, first = held(context.cache), answer(engine, context)
     answer(engine, context, "\nclass A(")
-    unfinished = engine.generate("import os", GenerateOptions(LENGTH), context=context)
+    unfinished = engine.generate_with("import os", GenerateOptions(LENGTH), context=context)
     next(unfinished)
     unfinished.close()
     assert all(map(torch.equal, held(context.cache), before))
@@ -228,7 +229,7 @@ def test_block_by_block_never_holds_the_whole(plain, text, monkeypatch):
 def test_layers_with_a_window_keep_what_they_see(checkpoints, tokenizer, model, tmp_path):
     shutil.copytree(checkpoints / model, tmp_path / model)
     tokenizer.save_pretrained(tmp_path / model)
-    engine, ids, question = load(tmp_path / model), torch.arange(3, 73), torch.tensor([9, 8, 7])
+    engine, ids, question = open_engine(tmp_path / model), torch.arange(3, 73), torch.tensor([9, 8, 7])
     windows = engine.decoder.config.windows
     context = KVContext(engine.decoder.new_ragged_cache(0), protected=4)
     pruner = Pruner(context, options(0.5, policy="recent"), len(ids), **parts(engine))
@@ -280,7 +281,7 @@ def test_a_question_that_failed_was_not_asked(plain, text, monkeypatch):
 
 def test_one_question_at_a_time(engine, text):
     context = build_context(engine, text, options())
-    first = engine.generate("import os", GenerateOptions(LENGTH), context=context)
+    first = engine.generate_with("import os", GenerateOptions(LENGTH), context=context)
     next(first)
     with pytest.raises(InputError, match="still being answered"):
         answer(engine, context)
@@ -403,7 +404,7 @@ def test_questions_that_cannot_be(plain, text):
     with pytest.raises(InputError, match="the prompt is empty"):
         answer(plain, context, "")
     with pytest.raises(InputError, match="not built as a chat"):
-        next(plain.generate("hello", GenerateOptions(chat=True), context=context))
+        next(plain.generate_with("hello", GenerateOptions(chat=True), context=context))
     with pytest.raises(InputError, match=f"after {len(context.ids)} tokens of context"):
         answer(plain, context, text * 2)
     assert context.cache.length == len(context.ids)
@@ -419,7 +420,7 @@ def test_a_chat_is_the_template(plain, text, tiny_checkpoint):
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]A{% endif %}"
     )
-    chatting = load(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
+    chatting = open_engine(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
     chatting.prompts = replace(chatting.prompts, tokenizer=tokenizer)
     context = build_context(chatting, text, options(1.0, chat=True))
     assert tokenizer.decode(context.ids[: context.protected]) == "<s>[user]", (
@@ -441,7 +442,7 @@ def test_a_chat_is_the_template(plain, text, tiny_checkpoint):
 
 
 def test_a_frame_longer_than_a_block(tiny_checkpoint, text):
-    chatting = load(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
+    chatting = open_engine(tiny_checkpoint, options=LoadOptions(kv_dtype=torch.float32))
     chatting.tokenizer.chat_template = (
         "You are one who answers truthfully, at length and with patience, whatever the question may be about. "
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dpllm import engine as engine_module
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
+from dpllm.decode.options import GenerateOptions
 from dpllm.decode.sampling import sample
 from dpllm.decode.text_stream import TextStream
-from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.policies.base import Recorder, observe
 from dpllm.policies.make import make_policy
 
@@ -29,19 +30,19 @@ PROMPT = "def main(argv):\n    return "
 
 @pytest.fixture(scope="module")
 def plain(tiny_checkpoint):
-    return load(tiny_checkpoint)
+    return open_engine(tiny_checkpoint)
 
 
 @pytest.fixture
 def engine(tiny_overlay):
-    return load(tiny_overlay)
+    return open_engine(tiny_overlay)
 
 
 GREEDY = GenerateOptions(max_new_tokens=24)
 
 
 def tokens_of(engine, options=GREEDY, prompt=PROMPT) -> list[int]:
-    return [s.token for s in engine.generate(prompt, options)]
+    return [s.token for s in engine.generate_with(prompt, options)]
 
 
 # -- a model that says what it is told --------------------------------------------------------------------
@@ -82,13 +83,13 @@ def scripted(tokenizer, tmp_path):
         shutil.rmtree(tmp_path / "scripted", ignore_errors=True)
         model.save_pretrained(tmp_path / "scripted")
         tokenizer.save_pretrained(tmp_path / "scripted")
-        return load(tmp_path / "scripted")
+        return open_engine(tmp_path / "scripted")
 
     return build
 
 
 def pieces(engine, prompt="A", **options) -> list[str]:
-    return [s.text for s in engine.generate(prompt, GenerateOptions(**options))]
+    return [s.text for s in engine.generate_with(prompt, GenerateOptions(**options))]
 
 
 def test_streaming_gives_the_whole_text(scripted):
@@ -105,7 +106,7 @@ def test_a_character_cut_off_by_the_limit_is_marked(scripted):
 
 
 def test_eos_ends_and_is_no_text(scripted):
-    steps = list(scripted("abc").generate("A", GenerateOptions(max_new_tokens=40)))
+    steps = list(scripted("abc").generate_with("A", GenerateOptions(max_new_tokens=40)))
     assert [s.text for s in steps] == ["a", "b", "c", ""]
     assert steps[-1].token == 1
 
@@ -220,7 +221,7 @@ def test_greedy_is_the_argmax_of_transformers(plain, tiny_checkpoint):
 
 
 def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
-    steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=24)))
+    steps = list(engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=24)))
     decoder, ids = engine.decoder, torch.tensor(engine.prompts.prompt_ids(PROMPT))
     policy = make_policy("rate-distortion", 3.5, decoder, engine.profile)
     recorder, cache = Recorder(policy, decoder.groups), decoder.new_cache(100)
@@ -317,7 +318,7 @@ def test_a_tokenizer_of_another_model(checkpoints, tokenizer, tmp_path):
     shutil.copytree(checkpoints / "llama", tmp_path / "mixed")  # knows 96 tokens
     tokenizer.save_pretrained(tmp_path / "mixed")
     with pytest.raises(InputError, match="the model knows 96"):
-        next(load(tmp_path / "mixed").generate("return self.value"))
+        next(open_engine(tmp_path / "mixed").generate("return self.value"))
 
 
 def test_chat_template(scripted, tiny_checkpoint):
@@ -335,7 +336,7 @@ def test_chat_template(scripted, tiny_checkpoint):
 
 def test_no_chat_template(plain):
     with pytest.raises(InputError, match="no chat template"):
-        next(plain.generate("hello", GenerateOptions(chat=True)))
+        next(plain.generate_with("hello", GenerateOptions(chat=True)))
 
 
 # -- steps, policies, life of a generator -----------------------------------------------------------------
@@ -365,13 +366,13 @@ def test_step_fields(engine):
 
 
 def test_steps_of_an_unquantised_model(plain):
-    steps = list(plain.generate(PROMPT, GenerateOptions(max_new_tokens=3)))
+    steps = list(plain.generate_with(PROMPT, GenerateOptions(max_new_tokens=3)))
     assert {s.effective_bits for s in steps} == {0.0}
 
 
 def test_abandoning_a_generator(engine):
     whole = tokens_of(engine)
-    begun = engine.generate(PROMPT, GenerateOptions(max_new_tokens=24))
+    begun = engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=24))
     assert [s.token for s in islice(begun, 3)] == whole[:3]
     begun.close()
     assert tokens_of(engine) == whole
@@ -380,7 +381,7 @@ def test_abandoning_a_generator(engine):
 def test_generators_do_not_disturb_each_other(engine):
     options = GenerateOptions(max_new_tokens=10)
     alone = [tokens_of(engine, options, p) for p in (PROMPT, "import os")]
-    both = zip(engine.generate(PROMPT, options), engine.generate("import os", options), strict=True)
+    both = zip(engine.generate_with(PROMPT, options), engine.generate_with("import os", options), strict=True)
     together = [[s.token for s in steps] for steps in zip(*both, strict=True)]
     assert together == alone
 
@@ -389,7 +390,7 @@ def test_retargeting_while_generating(engine):
     """The new target holds from the very next token."""
     engine.set_policy("uniform", 2)
     used = []
-    for step in engine.generate(PROMPT, GenerateOptions(max_new_tokens=9)):
+    for step in engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=9)):
         used.append(step.effective_bits)
         if len(used) == 3:
             engine.set_policy("uniform", 5)
@@ -400,29 +401,30 @@ def test_retargeting_while_generating(engine):
 
 
 def test_what_load_chooses(tiny_overlay, tmp_path, tiny_checkpoint):
-    chosen = load(tiny_overlay)
+    chosen = open_engine(tiny_overlay)
     assert (chosen.policy.name, chosen.target_bits) == ("rate-distortion", 3.5)
-    small = load(tiny_overlay, options=LoadOptions(resident_bits=3))
+    small = open_engine(tiny_overlay, options=LoadOptions(resident_bits=3))
     assert (small.policy.name, small.target_bits) == ("rate-distortion", 3.0)
     shutil.copytree(tiny_overlay, tmp_path / "bare")
     (tmp_path / "bare" / "profile.safetensors").unlink()
-    bare = load(tmp_path / "bare")
+    bare = open_engine(tmp_path / "bare")
     assert (bare.policy.name, bare.target_bits, bare.profile) == ("uniform", 6.0, None)
     assert (
-        load(tmp_path / "bare", profile=tiny_overlay / "profile.safetensors").policy.name == "rate-distortion"
+        open_engine(tmp_path / "bare", profile=tiny_overlay / "profile.safetensors").policy.name
+        == "rate-distortion"
     )
-    assert load(tiny_checkpoint).policy is None
+    assert open_engine(tiny_checkpoint).policy is None
     with pytest.raises(InputError, match="one precision"):
-        load(tiny_checkpoint, target_bits=3.0)
+        open_engine(tiny_checkpoint, target_bits=3.0)
     with pytest.raises(InputError, match="no directory"):
-        load(tmp_path / "nowhere")
+        open_engine(tmp_path / "nowhere")
 
 
 def test_a_linear_profile_decides_per_matrix(tiny_overlay, profiles, tmp_path):
     profiles["linear"].save(tmp_path / "linear.safetensors")
-    engine = load(tiny_overlay, profile=tmp_path / "linear.safetensors", target_bits=3.0)
+    engine = open_engine(tiny_overlay, profile=tmp_path / "linear.safetensors", target_bits=3.0)
     assert len(engine.decoder.groups) == 3 * 7
-    assert len(list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=2)))[1].bits) == 21
+    assert len(list(engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=2)))[1].bits) == 21
 
 
 # -- sampling ---------------------------------------------------------------------------------------------
@@ -431,9 +433,9 @@ def test_a_linear_profile_decides_per_matrix(tiny_overlay, profiles, tmp_path):
 def test_planes_held_differ_from_group_to_group(tiny_overlay, profiles):
     profile = profiles["fused"]
     planes = dict(zip(profile.group_names, profile.budget(4).tolist(), strict=True))
-    engine = load(tiny_overlay, options=LoadOptions(resident_bits=planes))
+    engine = open_engine(tiny_overlay, options=LoadOptions(resident_bits=planes))
     assert engine.target_bits == 3.5
-    first, *others = engine.generate("import os", GenerateOptions(max_new_tokens=12))
+    first, *others = engine.generate_with("import os", GenerateOptions(max_new_tokens=12))
     groups = engine.decoder.groups
     held = sum(planes[g.name] * g.weights for g in groups) / sum(g.weights for g in groups)
     assert first.effective_bits == pytest.approx(held), "the prompt reads what is there"

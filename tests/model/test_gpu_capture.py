@@ -12,7 +12,7 @@ from gpu_cases import assert_same, decode_text, load, step_of
 
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.step import decode_one
-from dpllm.policies.base import begin_text, observe
+from dpllm.policies.base import observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 
@@ -89,8 +89,8 @@ def test_prepared_before_the_first_token(capturing, quantized, profiles, heldout
     step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
     step.prepare(policy, lines.append)
     assert lines == ["capturing the decode step (weighted) ...", "captured: one launch a token"]
-    found = decode_text(decoder, begin_text(policy), ids, step)
-    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+    found = decode_text(decoder, policy.begin_text(), ids, step)
+    assert_same(found, decode_text(decoder, policy.begin_text(), ids, None))
     assert Replayed.made == 1
 
 
@@ -105,7 +105,7 @@ def test_a_capture_that_fails_is_told_once(
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     with caplog.at_level(logging.WARNING):
-        found = decode_text(decoder, begin_text(policy), ids, step)
-    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+        found = decode_text(decoder, policy.begin_text(), ids, step)
+    assert_same(found, decode_text(decoder, policy.begin_text(), ids, None))
     (message,) = [r.message for r in caplog.records]
     assert "could not be captured (operation not permitted when stream is capturing)" in message

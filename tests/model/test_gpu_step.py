@@ -17,14 +17,14 @@ from dpllm.calib.runtime.threshold_rule import stale_sources
 from dpllm.decode import gpu_step
 from dpllm.decode.choose_step import fast_step
 from dpllm.decode.gpu_step import GpuStep
+from dpllm.decode.options import GenerateOptions
 from dpllm.decode.sampling import drawn
 from dpllm.decode.step import decode_one
-from dpllm.engine import GenerateOptions
-from dpllm.engine import load as engine_of
 from dpllm.evaluation.evaluate import score
 from dpllm.kernels.gpu_step import definition as step_reference
 from dpllm.model.loading import LoadOptions
-from dpllm.policies.base import begin_text, observe
+from dpllm.opening import open_engine as engine_of
+from dpllm.policies.base import observe
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
@@ -126,9 +126,9 @@ def test_a_text_with_context_and_correction(quantized, profiles, heldout_sequenc
             own.set_target(4.5)
 
     for ids in (heldout_sequences[i][:30].tolist() for i in range(2)):
-        found = decode_text(decoder, begin_text(policy), ids, step, change)
+        found = decode_text(decoder, policy.begin_text(), ids, step, change)
         policy.set_target(2.6)  # the thresholds are shared
-        assert_same(found, decode_text(decoder, begin_text(policy), ids, None, change))
+        assert_same(found, decode_text(decoder, policy.begin_text(), ids, None, change))
         assert found[1][16:].double().mean() > found[1][:15].double().mean() + 0.7
         policy.set_target(2.6)  # the thresholds are shared
 
@@ -151,7 +151,7 @@ def test_what_a_token_may_cost(quantized, profiles, heldout_sequences):
     policy, results = RateDistortionPolicy(profiles["fused"], decoder, 3.0), []
     for step in (step_of(decoder), None):
         policy.set_target(3.0)
-        results.append(decode_text(decoder, begin_text(policy), ids, step, change))
+        results.append(decode_text(decoder, policy.begin_text(), ids, step, change))
     assert_same(*results)
     limit, over = None, []
     for t, bits in enumerate(results[0][1].tolist()):
@@ -166,7 +166,7 @@ def test_a_target_that_changes_at_every_token(quantized, profiles, heldout_seque
     decoder, ids = load(quantized), heldout_sequences[1][:40].tolist()
     policy, results = RateDistortionPolicy(profiles["fused"], decoder, 3.0), []
     for step in (step_of(decoder), None):
-        own = begin_text(policy)
+        own = policy.begin_text()
         results.append(
             decode_text(decoder, own, ids, step, lambda t, own: own.steer(2.5 + 0.37 * t % 2.0, None))
         )
@@ -183,7 +183,7 @@ def test_asynchronous_signals_and_what_a_token_may_cost(quantized, profiles, hel
     most = prices.seed + sum(g.bytes_at[1] - g.bytes_at[0] for g in decoder.groups)
     free, held = (
         decode_text(
-            decoder, begin_text(policy), ids, step_of(decoder),
+            decoder, policy.begin_text(), ids, step_of(decoder),
             lambda t, own, allowance=allowance: own.steer(3.5, allowance),
         )[1]
         for allowance in (None, Allowance(most, prices))
@@ -197,8 +197,8 @@ def test_who_decides_may_change_between_any_two_tokens(quantized, profiles, held
     """A text begun by one step goes on by operations, or by another text's step, as if nothing had happened."""
     decoder, ids = load(quantized), heldout_sequences[2][:24].tolist()
     policy, step = RateDistortionPolicy(profiles["fused"], decoder, 3.25), step_of(decoder)
-    expected = decode_text(decoder, begin_text(policy), ids, None)
-    own, interloper, cache = begin_text(policy), begin_text(policy), decoder.new_cache(len(ids))
+    expected = decode_text(decoder, policy.begin_text(), ids, None)
+    own, interloper, cache = policy.begin_text(), policy.begin_text(), decoder.new_cache(len(ids))
     found, logits = [], torch.empty(0)
     for t, token in enumerate(ids):
         if t:
@@ -234,8 +234,8 @@ def test_an_interrupted_beginning_is_begun_anew(quantized, profiles, heldout_seq
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "stack", interrupted)
         step(ids[0], decoder.new_cache(2), policy)
-    found = decode_text(decoder, begin_text(policy), ids, step)
-    assert_same(found, decode_text(decoder, begin_text(policy), ids, None))
+    found = decode_text(decoder, policy.begin_text(), ids, step)
+    assert_same(found, decode_text(decoder, policy.begin_text(), ids, None))
 
 
 def test_thresholds_without_a_version(quantized, profiles, heldout_sequences):
@@ -352,9 +352,9 @@ def test_the_engine_decodes_by_it(tiny_overlay):
         engine = engine_of(tiny_overlay, target_bits=3.25, options=LoadOptions(backend="reference"))
         if made:
             engine.step = step_of(engine.decoder)
-        steps_ = list(engine.generate("def main():", GenerateOptions(max_new_tokens=12)))
+        steps_ = list(engine.generate_with("def main():", GenerateOptions(max_new_tokens=12)))
         drawn_ = list(
-            engine.generate("def main():", GenerateOptions(max_new_tokens=6, temperature=1.0, seed=3))
+            engine.generate_with("def main():", GenerateOptions(max_new_tokens=6, temperature=1.0, seed=3))
         )
         texts.append([(s.token, tuple(s.bits), s.effective_bits, s.kv_bytes) for s in steps_ + drawn_])
     assert texts[0] == texts[1]

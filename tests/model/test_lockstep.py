@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dpllm.calib.dequantised import dequantised_view
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
 from dpllm.evaluation.evaluate import evaluate, score
 from dpllm.evaluation.side_by_side import steps
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.opening import open_engine
 from dpllm.policies.base import Recorder, observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
@@ -107,11 +108,11 @@ def test_another_domain_is_corrected(decoder, profiles):
 
 
 def test_free_running_generation_is_on_target(tiny_overlay):
-    engine = load(tiny_overlay, target_bits=3.25)
+    engine = open_engine(tiny_overlay, target_bits=3.25)
     used = []
     for seed in range(3):
         options = GenerateOptions(max_new_tokens=160, temperature=1.0, seed=seed)
-        used += [s.effective_bits for s in list(engine.generate("import os", options))[1:]]
+        used += [s.effective_bits for s in list(engine.generate_with("import os", options))[1:]]
     assert abs(np.mean(used) - 3.25) <= 0.05
     assert engine.policy.context is None, "each text has a state of its own"
 

@@ -7,10 +7,11 @@ from cpu_cases import needs_library
 
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.policies.make import make_policy
 
 pytestmark = needs_library
@@ -21,12 +22,12 @@ TARGETS = [2.5, 3.5]
 
 @pytest.fixture(scope="module")
 def torchs():
-    return load(options=LoadOptions(backend="reference"))
+    return open_engine(options=LoadOptions(backend="reference"))
 
 
 @pytest.fixture(scope="module", params=["exact", "balanced"])
 def native(request):
-    return load(options=LoadOptions(cpu=CpuOptions(accuracy=request.param)))
+    return open_engine(options=LoadOptions(cpu=CpuOptions(accuracy=request.param)))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def heldout(torchs):
 
 def tokens(engine, target: float, prompt: str) -> list[int]:
     engine.set_policy("rate-distortion", target)
-    return [s.token for s in engine.generate(prompt, GenerateOptions(max_new_tokens=24))]
+    return [s.token for s in engine.generate_with(prompt, GenerateOptions(max_new_tokens=24))]
 
 
 @pytest.mark.parametrize("target", TARGETS)

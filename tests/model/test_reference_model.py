@@ -14,9 +14,9 @@ from dpllm import reference
 from dpllm.commands import demo
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.main import main
-from dpllm.engine import load
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.model.loading import load_decoder
+from dpllm.opening import open_engine
 from dpllm.quant.overlay import Overlay
 
 TOKENS = 6000
@@ -32,7 +32,7 @@ def all_cores():
 
 @pytest.fixture(scope="module")
 def engine():
-    return load()
+    return open_engine()
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from scipy import stats
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
-from dpllm.engine import load
 from dpllm.evaluation.evaluate import DocumentScore, evaluate
 from dpllm.model.loading import LoadOptions, load_decoder
+from dpllm.opening import open_engine
 from dpllm.policies.make import make_policy
 from dpllm.report import frontier as frontiers
 from dpllm.report import query_spread
@@ -46,7 +46,7 @@ def test_the_generation_is_the_engines(report, tiny_overlay):
         assert t.tpot_ms > 0
     assert [x.name for x in g.groups[:4]] == ["qkv", "o", "gate_up", "down"]
     assert [x.layer for x in g.groups] == sorted(x.layer for x in g.groups)
-    static = make_policy("static", 3.25, load(tiny_overlay).decoder, load(tiny_overlay).profile)
+    static = make_policy("static", 3.25, open_engine(tiny_overlay).decoder, open_engine(tiny_overlay).profile)
     assert [x.static_bits for x in g.groups] == static.bits
 
 
@@ -71,7 +71,7 @@ def test_a_weights_bytes(quantized, backend):
 
 
 def test_quality_is_the_evaluators(report, tiny_overlay, report_documents):
-    engine, pieces = load(tiny_overlay), windows(report_documents, 32, 128, 2)
+    engine, pieces = open_engine(tiny_overlay), windows(report_documents, 32, 128, 2)
     for name, target in (("static", 4.0), ("rate-distortion", 2.75), ("dp-llm", 2.75)):
         point = next(p for p in report.frontier.of(name) if p.target_bits == target)
         fresh = make_policy(name, target, engine.decoder, engine.profile)
@@ -92,7 +92,7 @@ def test_curves_hold_every_policy_and_the_chosen_point(report):
 
 
 def test_differences_are_at_equal_bits(report, tiny_overlay, report_documents):
-    engine, pieces = load(tiny_overlay), windows(report_documents, 32, 128, 2)
+    engine, pieces = open_engine(tiny_overlay), windows(report_documents, 32, 128, 2)
     for name in ("rate-distortion", "dp-llm"):
         point = report.frontier.of(name)[0]
         same = make_policy("static", point.effective_bits, engine.decoder, engine.profile)
@@ -131,7 +131,7 @@ def test_everything_is_json(report):
 
 
 def test_policies_that_were_not_calibrated(tiny_overlay):
-    engine = load(tiny_overlay)
+    engine = open_engine(tiny_overlay)
     engine.profile = replace(engine.profile, extra={})
     cells, notes = frontiers.cells_of(engine, ("static", "dp-llm"), [3.0], explicit=False)
     assert {name for name, _ in cells} == {"static", "rate-distortion"}

@@ -16,14 +16,15 @@ from dpllm.context.build import build_context
 from dpllm.context.options import ContextOptions
 from dpllm.decode.continuation import Continuation
 from dpllm.decode.cpu_step import NativeStep
+from dpllm.decode.options import GenerateOptions
 from dpllm.decode.sampling import Sampler, sample
 from dpllm.decode.speculation.draft_length import Pacer
 from dpllm.decode.speculation.drafts import LAG, SelfDraft
 from dpllm.decode.step import decode_one
-from dpllm.engine import GenerateOptions, load
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.model.loading import LoadOptions
-from dpllm.policies.base import begin_text, observe
+from dpllm.opening import open_engine
+from dpllm.policies.base import observe
 
 pytestmark = needs_library
 
@@ -34,7 +35,9 @@ MODES = [("self", 2), ("self", 3), ("self", 5), ("lookup", None)]
 @pytest.fixture(scope="module")
 def engine():
     """The bundled reference model: it has something to say, and its drafts are sometimes right."""
-    return load(target_bits=6, policy="uniform", options=LoadOptions(cpu=options_of(accuracy="balanced")))
+    return open_engine(
+        target_bits=6, policy="uniform", options=LoadOptions(cpu=options_of(accuracy="balanced"))
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +111,7 @@ def test_what_a_dynamic_policy_reads_does_not_depend_on_drafts(engine, toiling, 
 
 def delayed(engine, n=80, temperature=0.0, seed=0):
     """Plain decoding with the policy that speculation uses: step by step, by hand."""
-    decoder, policy = engine.decoder, begin_text(engine.policy)
+    decoder, policy = engine.decoder, engine.policy.begin_text()
     policy.delay(LAG)
     ids, cache = engine.prompts.prompt_ids(PROMPT), decoder.new_cache(200)
     generator, tokens, widths = torch.Generator().manual_seed(seed), [], [()]
@@ -134,7 +137,7 @@ def test_a_delayed_policy_is_on_target(engine):
 
 def test_elsewhere_than_on_the_native_kernels():
     """Drafts are checked by the decoder; the tokens are the same but for ties."""
-    engine = load(target_bits=6, policy="uniform", options=LoadOptions(backend="reference"))
+    engine = open_engine(target_bits=6, policy="uniform", options=LoadOptions(backend="reference"))
     for policy in ("uniform", "rate-distortion"):
         engine.set_policy(policy, 6)
         plain = said(engine, "off", n=24)
@@ -146,7 +149,7 @@ def test_elsewhere_than_on_the_native_kernels():
 
 
 def test_a_model_that_was_never_quantised():
-    engine = load(reference.model_path())
+    engine = open_engine(reference.model_path())
     plain = said(engine, "off", n=40)
     assert said(engine, "lookup", n=40) == plain
     assert engine.tally.accepted > 0
@@ -165,9 +168,9 @@ def test_as_many_tokens_as_asked_for(engine, n):
 
 
 def test_stop_strings_and_ends_inside_a_run(engine):
-    text = "".join(s.text for s in engine.generate(PROMPT, options("off")))
+    text = "".join(s.text for s in engine.generate_with(PROMPT, options("off")))
     for stop in (text[20:23], text[41:42], text[60:66]):
-        plain = list(engine.generate(PROMPT, options("off", stop=(stop,))))
+        plain = list(engine.generate_with(PROMPT, options("off", stop=(stop,))))
         for mode, bits in MODES:
             steps = list(engine.generate(PROMPT, options(mode, bits, stop=(stop,)), ticking()))
             assert [(s.token, s.text) for s in steps] == [(s.token, s.text) for s in plain]
@@ -185,7 +188,7 @@ def test_an_end_of_text_inside_a_run(engine, monkeypatch):
 
 def test_time_and_bytes_are_shared_out(engine):
     """Nothing is lost, wherever a text ends."""
-    text = "".join(s.text for s in engine.generate(PROMPT, options("off")))
+    text = "".join(s.text for s in engine.generate_with(PROMPT, options("off")))
     draft = SelfDraft(engine.decoder, 3)
     everything = engine._resident_bytes
     for stop in ((), (text[30:34],), (text[52:54],)):

@@ -13,14 +13,15 @@ import torch
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
+from dpllm.decode.options import GenerateOptions
 from dpllm.decode.step import decode_one
-from dpllm.engine import GenerateOptions, load
 from dpllm.model.loading import LoadOptions
+from dpllm.opening import open_engine
 from dpllm.planning import quality_model as quality
 from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, measure_cost
 from dpllm.planning.quality_measurement import KEEPS, STEPS, QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, estimated
-from dpllm.policies.base import begin_text, observe
+from dpllm.policies.base import observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
 
@@ -29,7 +30,7 @@ PROMPT = "def main(argv):\n    for name in"
 
 @pytest.fixture(scope="module")
 def engine():
-    return load()
+    return open_engine()
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def widths(engine, native, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
     """What a policy held to an allowance reads for the tokens of a fixed text."""
-    policy = begin_text(make_policy("rate-distortion", bits, engine.decoder, engine.profile))
+    policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile).begin_text()
     prices = Prices.in_bytes(engine.decoder.groups)
     policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
     ids, cache, found = engine.prompts.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
@@ -93,7 +94,7 @@ def test_native_and_torch_afford_the_same(engine):
 
 def test_a_target_is_steered_within_a_text(engine):
     engine.set_policy("rate-distortion", 3.0)
-    policy = begin_text(engine.policy)
+    policy = engine.policy.begin_text()
     cache, bits = engine.decoder.new_cache(400), []
     for t in range(400):
         if t % 100 == 0:
@@ -110,13 +111,13 @@ def test_a_target_is_steered_within_a_text(engine):
 def test_a_text_reads_no_more_than_its_budget(engine):
     engine.hold_budget(3.0, burst=1.0)
     for prompt in (PROMPT, "import os\n"):  # each by itself
-        steps = list(engine.generate(prompt, GenerateOptions(60, ignore_eos=True)))[1:]
+        steps = list(engine.generate_with(prompt, GenerateOptions(60, ignore_eos=True)))[1:]
         total = sum(read(engine, list(s.bits)) for s in steps)
         assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
         assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
     assert not engine.tally.drafted
     with pytest.raises(InputError, match="Leave out --speculate"):
-        next(engine.generate(PROMPT, GenerateOptions(4, speculate="self")))
+        next(engine.generate_with(PROMPT, GenerateOptions(4, speculate="self")))
     engine.set_policy("rate-distortion", 3.0)
     assert engine.controller is None
 
@@ -294,7 +295,7 @@ def test_a_model_without_a_profile_has_nothing_to_plan_with(tmp_path):
     own = tmp_path / "overlay"
     shutil.copytree(reference.overlay_path(), own)
     (own / "profile.safetensors").unlink()
-    bare = load(own, options=LoadOptions())
+    bare = open_engine(own, options=LoadOptions())
     for work in (measure_cost, quality.quality_of):
         with pytest.raises(InputError, match="no calibration profile"):
             work(bare)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpllm.engine import GenerateOptions, load
+from dpllm.decode.options import GenerateOptions
+from dpllm.opening import open_engine
 from dpllm.report.data import Report
 from dpllm.report.measure import ReportInputs, ReportOptions, measure_report
 
@@ -23,7 +24,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 def tiny_report(overlay: Path, documents: list[list[int]], **options) -> Report:
     """Measured on the tiny overlay, in about a second."""
-    engine = load(overlay)
+    engine = open_engine(overlay)
     given = {"target_bits": 3.25, "targets": (2.75, 4.0), "scored_tokens": 128, "queries": 3} | options
     generate = GenerateOptions(max_new_tokens=14, temperature=1.0, seed=1)
     inputs = ReportInputs(
