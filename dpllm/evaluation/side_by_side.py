@@ -71,7 +71,8 @@ class RowsStep(TokenStep):
             x = d.block(layer, x, rope, cache, self.recorder)
         cache.length += 1
         logits = d.apply_head(d.rms_norm(x, d.norm)).float()
-        return Stepped(logits, self.recorder.bits(), -1, 0.0, 0)
+        bits = None if d.groups[0].dense else self.recorder.bits()
+        return Stepped(logits, bits, -1, 0.0, 0)
 
     def learn(self, text: TextPolicy | None, stepped: Stepped, token: Any) -> None:
         """See TokenStep; every sequence learns from its own row."""

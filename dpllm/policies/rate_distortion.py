@@ -47,7 +47,8 @@ class RateDistortionPolicy(PrecisionPolicy):
         # With nothing but the seed planes resident there is nothing to choose.
         self.chooses = bool(planes.max() > profile.bits[0])
         self.lam = profile.lambda_for(target_bits, self.rule.planes) if self.chooses else 1.0
-        self.thresholds = self.rule.thresholds_at(self.lam)
+        nothing = torch.empty(len(planes), 0, device=decoder.device)
+        self.thresholds = self.rule.thresholds_at(self.lam) if self.chooses else nothing
         self._near: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
         self._paces: dict[tuple[float, Prices], Pace] = {}  # by target and prices
 

@@ -234,23 +234,21 @@ def reference_decoder():
 def test_a_whole_step(reference_decoder, name):
     """The bundled model, products by the definitions, everything else by the kernels."""
     from dpllm.decode.gpu_step import GpuStep
-    from dpllm.decode.step import decode_one
+    from dpllm.decode.step import DecoderStep
     from dpllm.kernels.triton import step_operations
-    from dpllm.policies.base import observe
     from dpllm.policies.make import make_policy
 
     decoder, profile = reference_decoder
     results = []
-    for step in (GpuStep(decoder, step_operations), None):
-        policy, cache = make_policy(name, 3.5, decoder, profile).begin_text(), decoder.new_ragged_cache(8)
-        logits, found = torch.empty(0), []
-        for t, token in enumerate((5, 17, 99)):
-            if t:
-                observe(policy, logits, torch.tensor([token]))
-            logits, bits = decode_one(decoder, step, token, cache, policy)
-            found.append((logits.clone(), bits.clone()))
-        if step is not None:
-            assert step.finished()[0] == int(logits.argmax())
+    for step in (GpuStep(decoder, step_operations), DecoderStep(decoder)):
+        text, cache = make_policy(name, 3.5, decoder, profile).begin_text(), decoder.new_ragged_cache(8)
+        stepped, found = None, []
+        for token in (5, 17, 99):
+            if stepped is not None:
+                step.learn(text, stepped, token)
+            stepped = step(token, cache, text)
+            found.append((stepped.logits.clone(), stepped.bits.clone()))
+        assert stepped.greedy == int(stepped.logits.argmax())
         results.append([torch.cat(t) for t in zip(*found, strict=True)])
     assert torch.equal(results[0][1], results[1][1])
     assert (results[0][0] - results[1][0]).abs().max() < 1e-3

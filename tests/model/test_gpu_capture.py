@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from decode_cases import copied
 from gpu_cases import assert_same, decode_text, load, step_of
 
 from dpllm.decode.gpu_step import GpuStep
-from dpllm.decode.step import decode_one
-from dpllm.policies.base import observe
+from dpllm.decode.step import DecoderStep
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 
@@ -61,7 +61,7 @@ def test_capturing_under_way_changes_nothing(capturing, quantized, profiles, hel
     placed; each kind is captured once, whatever its target."""
     decoder, ids = load(quantized), heldout_sequences[1][:24].tolist()
     results = []
-    for step in (capturing(decoder), None):
+    for step in (capturing(decoder), DecoderStep(decoder)):
         policies = [
             make_policy(name, target, decoder, profiles["fused"])
             for name, target in (
@@ -71,13 +71,14 @@ def test_capturing_under_way_changes_nothing(capturing, quantized, profiles, hel
                 ("rate-distortion", 4.5),
             )
         ]
-        cache, found, logits = decoder.new_ragged_cache(4), [], torch.empty(0)
+        texts = [policy.begin_text() for policy in policies]
+        cache, found, stepped = decoder.new_ragged_cache(4), [], None
         for t, token in enumerate(ids):
-            own = policies[t // 6]
+            own = texts[t // 6]
             if t % 6:
-                observe(own, logits, torch.tensor([token]))
-            logits, bits = decode_one(decoder, step, token, cache, own)
-            found.append((logits.clone(), bits.clone()))
+                step.learn(own, stepped, token)
+            stepped = step(token, cache, own)
+            found.append(copied(stepped))
         logits, bits = zip(*found, strict=True)
         results.append((torch.cat(logits), torch.cat(bits)))
     assert_same(*results)
@@ -87,7 +88,7 @@ def test_capturing_under_way_changes_nothing(capturing, quantized, profiles, hel
 def test_prepared_before_the_first_token(capturing, quantized, profiles, heldout_sequences):
     decoder, ids, lines = load(quantized), heldout_sequences[1][:6].tolist(), []
     step, policy = capturing(decoder), RateDistortionPolicy(profiles["fused"], decoder, 3.0)
-    step.prepare(policy, lines.append)
+    step.prepare(policy.begin_text(), lines.append)
     assert lines == ["capturing the decode step (weighted) ...", "captured: one launch a token"]
     found = decode_text(decoder, policy.begin_text(), ids, step)
     assert_same(found, decode_text(decoder, policy.begin_text(), ids, None))

@@ -7,6 +7,7 @@ from cpu_cases import needs_library
 
 from dpllm import reference
 from dpllm.commands.evaluate import token_documents
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.options import GenerateOptions
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
@@ -48,7 +49,7 @@ def tokens(engine, target: float, prompt: str) -> list[int]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("native", ["exact"], indirect=True)
 def test_greedy_generation_is_torchs(native, expected_tokens, target):
-    assert native.native is not None
+    assert isinstance(native.new_step(), NativeStep)
     assert native.decoder.backend.name.startswith("cpu:")
     found = [tokens(native, target, prompt) for prompt in PROMPTS]
     assert found == expected_tokens[target]
@@ -65,5 +66,6 @@ def test_perplexity_is_torchs(native, torchs, heldout, policy, target):
         for e in (native, torchs)
     )
     assert found.tokens == expected.tokens > 1400
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-3)
+    # Activations of 8 bits: 0.08% on one processor at 3 bits, 0.13% on another, whose rounding differs.
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=2e-3)
     assert found.effective_bits == pytest.approx(expected.effective_bits, abs=0.01)

@@ -50,10 +50,10 @@ def varied(decoder, turn: int = 0) -> StaticPolicy:
 def read(decoder, policy, sizes, cache=None, ids=IDS, corrections=None):
     """(logits, bits, keys and values held) of the ids, taken so many at a time."""
     step, cache = NativeStep.of(decoder), cache or decoder.new_cache(len(ids))
-    found, at = [], 0
+    text, found, at = policy.begin_text(), [], 0
     for n in sizes:
-        own = None if corrections is None else corrections[at : at + n]
-        found.append([t.clone() for t in step.several(ids[at : at + n], cache, policy, own)])
+        own = [0.0] * n if corrections is None else corrections[at : at + n]
+        found.append([t.clone() for t in step.several(ids[at : at + n], cache, text, own)[:2]])
         at += n
     assert at == len(ids) == cache.length
     pairs = [torch.stack(cache.pairs(i, 0, at)) for i in range(len(cache.k))]
@@ -130,7 +130,7 @@ def test_a_pruned_cache():
     for sizes in (ALONE, *TOGETHER):
         cache, step, found, at = pruned(decoder), NativeStep.of(decoder), [], 0
         for n in sizes:
-            found += [t.clone() for t in step.several(IDS[at : at + n], cache, policy)]
+            found += [t.clone() for t in step.several(IDS[at : at + n], cache, policy, [0.0] * n)[:2]]
             at += n
         assert cache.length == 48
         runs = [t for i in range(2) for h in range(2) for t in cache.run(i, h)]
@@ -149,9 +149,9 @@ def test_what_was_written_behind_the_text_is_overwritten():
         for token in (5, 6, 7):
             step(token, cache, fixed(decoder, 2))
         cache.rewind(at)
-        found.append(step.several(IDS[at : at + 8], cache, fixed(decoder, 7))[0].clone())
+        found.append(step.several(IDS[at : at + 8], cache, fixed(decoder, 7), [0.0] * 8)[0].clone())
         cache.rewind(at + 2)  # what was not accepted is read again
-        found[-1][2:] = step.several(IDS[at + 2 : at + 8], cache, fixed(decoder, 7))[0]
+        found[-1][2:] = step.several(IDS[at + 2 : at + 8], cache, fixed(decoder, 7), [0.0] * 6)[0]
     assert torch.equal(torch.cat(found), read(decoder, fixed(decoder, 7), ALONE)[0])
 
 
@@ -194,14 +194,16 @@ def test_random_models_and_groupings(data, isa, accuracy):
 def test_as_many_tokens_as_there_is_room_for(count):
     decoder = shaped("narrow")
     with pytest.raises(ValueError, match=f"{count} tokens in one step; 1..16"):
-        NativeStep.of(decoder).several([1] * count, decoder.new_cache(30), fixed(decoder, 4))
+        NativeStep.of(decoder).several([1] * count, decoder.new_cache(30), fixed(decoder, 4), [0.0] * count)
 
 
 def test_a_policy_that_is_called_back_takes_one_at_a_time():
     decoder = shaped("narrow")
     cache = decoder.new_cache(4)
     with pytest.raises(ValueError, match="'random' is called back"):
-        NativeStep.of(decoder).several([1, 2], cache, RandomPolicy(3.5, len(decoder.groups)))
+        NativeStep.of(decoder).several(
+            [1, 2], cache, RandomPolicy(3.5, len(decoder.groups)).begin_text(), [0.0] * 2
+        )
     assert cache.length == 0
 
 
@@ -209,12 +211,30 @@ def test_a_policy_that_is_called_back_takes_one_at_a_time():
 def test_tokens_that_do_not_exist(tokens):
     decoder = shaped("narrow")
     with pytest.raises(IndexError, match="there is no token"):
-        NativeStep.of(decoder).several(tokens, decoder.new_cache(4), fixed(decoder, 4))
+        NativeStep.of(decoder).several(tokens, decoder.new_cache(4), fixed(decoder, 4), [0.0] * 2)
 
 
 def test_a_cache_without_room():
     decoder = shaped("narrow")
     cache = decoder.new_cache(3)
     with pytest.raises(ValueError, match="holds 3 tokens; 4"):
-        NativeStep.of(decoder).several([1, 2, 3, 4], cache, fixed(decoder, 4))
+        NativeStep.of(decoder).several([1, 2, 3, 4], cache, fixed(decoder, 4), [0.0] * 4)
     assert cache.length == 0
+
+
+def test_a_pass_reads_each_group_once_at_its_widest(quantized, profiles):
+    decoder = load_decoder(quantized, LoadOptions(cpu=options_of()))
+    text = RateDistortionPolicy(profiles["fused"], decoder, 3.3).begin_text()
+    step, cache = NativeStep.of(decoder), decoder.new_cache(len(IDS))
+    _, bits, nbytes = step.several(IDS[:16], cache, text, [0.1 * i for i in range(16)])
+    widest = bits.amax(0).tolist()
+    read = sum(g.bytes_at[b - g.seed_bits] for g, b in zip(decoder.groups, widest, strict=True))
+    assert nbytes == read + decoder.head_bytes() + text.extra_bytes
+    assert not torch.equal(bits[0], bits.amax(0))
+    stepped = step(IDS[16], cache, text)
+    row = stepped.bits[0].tolist()
+    read = sum(g.bytes_at[b - g.seed_bits] for g, b in zip(decoder.groups, row, strict=True))
+    assert stepped.weight_bytes == read + decoder.head_bytes() + text.extra_bytes
+    used = sum(g.weights * b for g, b in zip(decoder.groups, row, strict=True))
+    assert stepped.effective_bits == used / sum(g.weights for g in decoder.groups)
+    assert stepped.greedy == int(stepped.logits[0].argmax())

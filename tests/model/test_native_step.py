@@ -10,15 +10,14 @@ from tiny_models import ARCHITECTURES, COMMON
 
 from dpllm.base.errors import InputError
 from dpllm.decode.cpu_step import NativeStep
-from dpllm.decode.step import decode_one
+from dpllm.decode.step import DecoderStep
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import Int8Weight
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policies.base import Recorder
+from dpllm.policies.base import PrecisionPolicy, Recorder, TextPolicy
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.policies.thresholds import ThresholdRule
 
 pytestmark = needs_library
 
@@ -140,7 +139,7 @@ def test_where_there_is_no_native_step(overlay, checkpoints):
 def test_thresholds(overlay, name, granularity):
     decoder = load_exact(overlay(name), granularity=granularity)
     policy = Thresholds(decoder, IDS)
-    assert isinstance(policy, ThresholdRule)
+    assert policy.rule.own_inputs
     found = natively(decoder, policy, IDS)
     assert_same(found, by_operations(decoder, policy, IDS))
     assert found[1].unique().tolist() == [2, 3, 4, 5, 6]
@@ -159,8 +158,11 @@ def test_a_policy_sees_the_input_of_its_group(overlay):
     """And may keep it: it is no view of memory that the next group overwrites."""
     decoder = load_exact(overlay("llama"))
 
-    class Watching:
-        name, extra_bytes = "watching", 0
+    class Watching(PrecisionPolicy, TextPolicy):
+        name = "watching"
+
+        def begin_text(self):
+            return self
 
         def __init__(self):
             self.seen = []
@@ -192,12 +194,14 @@ def test_calibrated_policies(quantized, profiles, heldout_sequences, name, granu
 def test_retargeting_between_tokens(quantized, profiles, heldout_sequences):
     decoder, ids = load_exact(quantized), heldout_sequences[0][:30].tolist()
     policy, step = RateDistortionPolicy(profiles["fused"], decoder, 2.5), NativeStep.of(decoder)
+    texts = [policy.begin_text() for _ in range(2)]
     caches = [decoder.new_cache(len(ids)) for _ in range(2)]
     used = []
     for target, part in ((2.5, ids[:10]), (5.0, ids[10:20]), (2.5, ids[20:])):
-        policy.set_target(target)
-        found = natively(decoder, policy, part, caches[0], step)
-        assert_same(found, by_operations(decoder, policy, part, caches[1]))
+        for text in texts:
+            text.steer(target)
+        found = natively(decoder, texts[0], part, caches[0], step)
+        assert_same(found, by_operations(decoder, texts[1], part, caches[1]))
         used.append(found[1].double().mean().item())
     assert used[1] > max(used[0], used[2]) + 1
 
@@ -223,13 +227,16 @@ def test_policies_take_turns(overlay):
 # -- what goes wrong ----------------------------------------------------------------------------------------
 
 
-class Stubborn:
-    """Reads `bits` planes up to a group, where it does something else."""
+class Stubborn(PrecisionPolicy, TextPolicy):
+    """Reads 3 planes, but does something else at one group."""
 
-    name, extra_bytes = "stubborn", 0
+    name = "stubborn"
 
     def __init__(self, at: int, then):
         self.at, self.then = at, then
+
+    def begin_text(self):
+        return self
 
     def __call__(self, group, x):
         bits = self.then() if group.index == self.at else 3
@@ -269,9 +276,9 @@ def test_widths_that_are_not_resident(overlay, bits):
     widths = [3] * len(decoder.groups)
     widths[7] = bits
     for policy in (Stubborn(7, lambda: bits), StaticPolicy(widths)):
-        for one in (step, None):
+        for one in (step, DecoderStep(decoder)):
             with pytest.raises(ValueError, match=f"{bits}.* not resident"):
-                decode_one(decoder, one, IDS[5], cache, policy)
+                one(IDS[5], cache, policy)
     recovers(decoder, step, cache, IDS[:5])
 
 

@@ -17,7 +17,7 @@ from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.evaluation.evaluate import evaluate
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policies.base import Recorder
+from dpllm.policies.base import PrecisionPolicy, Recorder
 from dpllm.policies.fixed import RandomPolicy
 from dpllm.policies.make import POLICIES, make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
@@ -45,7 +45,8 @@ def decoders(request, quantized):
 
 def record(decoder, policy, ids, cache=None):
     """(logits [T, V], bits [T, G]) of one pass."""
-    recorder = Recorder(policy, decoder.groups)
+    text = policy.begin_text() if isinstance(policy, PrecisionPolicy) else policy
+    recorder = Recorder(text, decoder.groups)
     with torch.no_grad():
         logits = decoder.forward(ids, cache, recorder)
     return logits, recorder.bits()
@@ -56,8 +57,9 @@ def record(decoder, policy, ids, cache=None):
 def test_batched_equals_step_by_step(decoders, profiles, heldout_sequences, name, granularity):
     decoder, profile, ids = decoders[granularity], profiles[granularity], heldout_sequences[0][:40]
     batched, bits = record(decoder, make_policy(name, TARGETS[name], decoder, profile), ids)
-    policy, cache = make_policy(name, TARGETS[name], decoder, profile), decoder.new_cache(len(ids))
-    steps = [record(decoder, policy, ids[i : i + 1], cache) for i in range(len(ids))]
+    text = make_policy(name, TARGETS[name], decoder, profile).begin_text()
+    cache = decoder.new_cache(len(ids))
+    steps = [record(decoder, text, ids[i : i + 1], cache) for i in range(len(ids))]
     assert torch.equal(torch.cat([b for _, b in steps]), bits)
     tolerance = BACKENDS[decoder.backend.name.partition(":")[0]]
     assert (torch.cat([logits for logits, _ in steps]) - batched).abs().max() < tolerance
@@ -98,7 +100,7 @@ def test_recorded_figures_are_the_stored_bytes(decoders, profiles, quantized, he
         return planes + stored[f"{name}.lut.{bits}"] + stored[f"{name}.scale"]
 
     policy = make_policy("rate-distortion", 3.25, decoder, profiles[granularity])
-    recorder = Recorder(policy, decoder.groups)
+    recorder = Recorder(policy.begin_text(), decoder.groups)
     with torch.no_grad():
         decoder.forward(heldout_sequences[0][:20], select=recorder)
     selector = sum(2 * g.weight.in_features for g in decoder.groups)  # one float16 a column
@@ -116,23 +118,24 @@ def test_retargeting_between_tokens(decoders, profiles, heldout_sequences):
     decoder, ids = decoders["fused"], heldout_sequences[0]
     policy, cache = RateDistortionPolicy(profiles["fused"], decoder, 2.5), decoder.new_cache(len(ids))
     planes = [g.weight.planes.data_ptr() for g in decoder.groups]
-    knob = policy.thresholds.data_ptr()
+    text, other = policy.begin_text(), policy.begin_text()
+    before = other.thresholds.clone()
     used = {}
     for target, tokens in ((2.5, ids[:50]), (5.0, ids[50:100]), (2.5, ids[100:])):
-        policy.set_target(target)
-        rows = [record(decoder, policy, token[None], cache)[1][0].double() for token in tokens]
+        text.steer(target)
+        rows = [record(decoder, text, token[None], cache)[1][0].double() for token in tokens]
         used.setdefault(target, []).extend(float(r.numpy() @ profiles["fused"].weights) for r in rows)
     total = profiles["fused"].weights.sum()
     assert np.mean(used[2.5]) / total < 3 < 4.5 < np.mean(used[5.0]) / total
     assert [g.weight.planes.data_ptr() for g in decoder.groups] == planes
-    assert policy.thresholds.data_ptr() == knob, "the knob is rewritten in place"
+    assert torch.equal(other.thresholds, before), "another text of the policy keeps its target"
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("target", [2.0, 2.2, 3.0, 3.25, 4.7, 6.0])
 def test_static_fills_its_budget(decoders, profiles, granularity, target):
     decoder, profile = decoders[granularity], profiles[granularity]
-    bits = np.asarray(make_policy("static", target, decoder, profile).bits)
+    bits = np.asarray(make_policy("static", target, decoder, profile).fixed_bits)
     used, budget = float(bits @ profile.weights), target * profile.weights.sum()
     assert used <= budget * (1 + 1e-6)
     upgrades = profile.weights[bits < 6]
@@ -146,7 +149,7 @@ def test_static_fills_its_budget(decoders, profiles, granularity, target):
 
 def test_random_hits_its_target(decoders):
     groups = decoders["fused"].groups
-    policy, again, other = (RandomPolicy(3.25, len(groups), seed) for seed in (0, 0, 1))
+    policy, again, other = (RandomPolicy(3.25, len(groups), s).begin_text() for s in (0, 0, 1))
     x = torch.zeros(4000, 1)
     drawn = torch.stack([policy(g, x) for g in groups])
     assert set(drawn.unique().tolist()) == {3, 4}
@@ -161,7 +164,7 @@ def test_random_hits_its_target(decoders):
 @pytest.mark.parametrize("target", [2.0, 4.0, 6.0])
 def test_random_at_a_whole_target_is_uniform(decoders, target):
     groups = decoders["fused"].groups
-    policy = RandomPolicy(target, len(groups))
+    policy = RandomPolicy(target, len(groups)).begin_text()
     assert all((policy(g, torch.zeros(500, 1)) == int(target)).all() for g in groups)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from tiny_models import COMMON
 
-from dpllm.decode.step import decode_one
+from dpllm.calib.runtime.threshold_rule import ThresholdRule
+from dpllm.decode.step import DecoderStep
+from dpllm.policies.base import PrecisionPolicy, TextPolicy
 from dpllm.policies.fixed import StaticPolicy
 
 IDS = torch.randint(0, COMMON["vocab_size"], (20,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -16,19 +18,19 @@ def varied(decoder, turn: int = 0) -> StaticPolicy:
     return StaticPolicy([2 + (g.index + turn) % 5 for g in decoder.groups])
 
 
-class Thresholds:
+class Thresholds(PrecisionPolicy, TextPolicy):
     """A threshold rule made from what a first pass over the text saw, so that every width occurs."""
 
-    name, extra_bytes = "thresholds", 0
+    name = "thresholds"
 
     def __init__(self, decoder, ids):
         rng = torch.Generator().manual_seed(2)
         self.select = decoder.backend.select
-        self.diagonals = [torch.rand(g.weight.in_features, generator=rng).half() for g in decoder.groups]
+        diagonals = [torch.rand(g.weight.in_features, generator=rng).half() for g in decoder.groups]
         seen: list[list[float]] = [[] for _ in decoder.groups]
 
         def watch(group, x):
-            seen[group.index] += ((x.double() ** 2) @ self.diagonals[group.index].double()).tolist()
+            seen[group.index] += ((x.double() ** 2) @ diagonals[group.index].double()).tolist()
             return torch.full((len(x),), 4, dtype=torch.int32)
 
         with torch.no_grad():
@@ -37,19 +39,29 @@ class Thresholds:
         self.thresholds = (
             torch.tensor(seen, dtype=torch.float64).quantile(shares, dim=1).T.float().contiguous()
         )
+        self.rule = ThresholdRule(diagonals, list(range(len(diagonals))))
+
+    def begin_text(self):
+        return self
 
     def __call__(self, group, x):
-        return self.select(x, self.diagonals[group.index], self.thresholds[group.index], group.seed_bits)
+        return self.select(x, self.rule.diagonals[group.index], self.thresholds[group.index], group.seed_bits)
 
 
 def by_operations(decoder, policy, ids, cache=None):
     """(logits [T, V], bits [T, G]) a token at a time, by the decoder."""
-    return step_by_step(decoder, None, policy, ids, cache)
+    return step_by_step(decoder, DecoderStep(decoder), policy, ids, cache)
 
 
 def step_by_step(decoder, step, policy, ids, cache=None):
-    """The same by a step that decodes whole tokens; None: by the decoder."""
+    """The same by any step. policy: None for what is resident; a text's own policy is taken as it is."""
     cache = cache or decoder.new_cache(len(ids))
-    pairs = [tuple(t.clone() for t in decode_one(decoder, step, i, cache, policy)) for i in ids]
-    logits, bits = zip(*pairs, strict=True)
-    return torch.cat(logits), torch.cat(bits)
+    text = policy.begin_text() if isinstance(policy, PrecisionPolicy) else policy
+    found = [copied(step(i, cache, text)) for i in ids]
+    bits = [b for _, b in found if b is not None]
+    return torch.cat([logits for logits, _ in found]), torch.cat(bits) if bits else None
+
+
+def copied(stepped):
+    """(logits, bits) of a step, which the next step does not overwrite."""
+    return stepped.logits.clone(), None if stepped.bits is None else stepped.bits.clone()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from decode_cases import copied
 
 from dpllm.decode.gpu_step import GpuStep
-from dpllm.decode.step import decode_one
+from dpllm.decode.step import DecoderStep
 from dpllm.kernels.gpu_step import definition as step_reference
 from dpllm.model.loading import LoadOptions, load_decoder
-from dpllm.policies.base import observe
 
 TOLERANCE = 1e-4
 
@@ -27,14 +27,15 @@ def assert_same(found, expected) -> None:
     assert (expected[0][1:] - expected[0][:-1]).abs().max() > 0.1, "the tokens must matter"
 
 
-def decode_text(decoder, policy, ids, step, change=lambda t, policy: None):
-    """Token by token with what was decoded told to the policy, as Engine does; both results."""
-    cache, found, logits = decoder.new_cache(len(ids) + 1), [], torch.empty(0)
+def decode_text(decoder, text, ids, step=None, change=lambda t, text: None):
+    """(logits [T, V], bits [T, G]), token by token as Engine decodes: learn, then step. step: None for torch's."""
+    step = step or DecoderStep(decoder)
+    cache, found, stepped = decoder.new_cache(len(ids) + 1), [], None
     for t, token in enumerate(ids):
-        if t:
-            observe(policy, logits, torch.tensor([token]))
-        change(t, policy)
-        logits, bits = decode_one(decoder, step, token, cache, policy)
-        found.append((logits.clone(), bits.clone()))
+        if stepped is not None:
+            step.learn(text, stepped, token)
+        change(t, text)
+        stepped = step(token, cache, text)
+        found.append(copied(stepped))
     logits, bits = zip(*found, strict=True)
     return torch.cat(logits), torch.cat(bits)

@@ -15,7 +15,7 @@ from dpllm.evaluation.side_by_side import steps
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.opening import open_engine
-from dpllm.policies.base import Recorder, observe
+from dpllm.policies.base import PrecisionPolicy, Recorder, TextPolicy
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
 
@@ -39,17 +39,15 @@ def test_side_by_side_equals_one_by_one(decoder, profiles, heldout_sequences, na
                 bits[i].append(recorder.bits()[row])
                 nll[i] -= logits[row].log_softmax(0)[after[row]].item()
         for i, ids in enumerate(documents):
-            policy, cache = (
-                cls(profiles["fused"], decoder, 3.25, corrected),
-                decoder.new_cache(len(ids)),
-            )
+            text = cls(profiles["fused"], decoder, 3.25, corrected).begin_text()
+            cache = decoder.new_cache(len(ids))
             alone = 0.0
             for t in range(len(ids) - 1):
-                recorder = Recorder(policy, decoder.groups)
+                recorder = Recorder(text, decoder.groups)
                 logits = decoder.forward(ids[t : t + 1], cache, recorder)
                 assert torch.equal(recorder.bits()[0], bits[i][t]), (i, t)
                 alone -= logits[0].log_softmax(0)[ids[t + 1]].item()
-                observe(policy, logits, ids[t + 1 : t + 2])
+                text.learn(logits, ids[t + 1 : t + 2], recorder.effective_bits())
             assert nll[i] == pytest.approx(alone, abs=1e-3)
     assert len(torch.stack(bits[0]).unique()) > 1
 
@@ -63,8 +61,11 @@ def test_windows_of_attention_are_kept(tmp_path, calibration_documents):
     plain: Decoder = load_decoder(tmp_path / "m")
     ids = torch.randint(3, 90, (30,), generator=torch.Generator().manual_seed(0))
 
-    class Nothing:
-        name, extra_bytes = "nothing", 0
+    class Nothing(PrecisionPolicy, TextPolicy):
+        name = "nothing"
+
+        def begin_text(self):
+            return self
 
         def __call__(self, group, x):
             raise AssertionError("a dense group is not asked")
@@ -75,7 +76,8 @@ def test_windows_of_attention_are_kept(tmp_path, calibration_documents):
 
 
 def test_the_dense_decoder_computes_the_same(decoder, profiles, heldout_sequences):
-    policy, ids = make_policy("dp-llm", 3.25, decoder, profiles["fused"]), heldout_sequences[0][:50]
+    policy = make_policy("dp-llm", 3.25, decoder, profiles["fused"]).begin_text()
+    ids = heldout_sequences[0][:50]
     backend = decoder.backend
     view = dequantised_view(decoder)
     with torch.no_grad():
@@ -114,14 +116,18 @@ def test_free_running_generation_is_on_target(tiny_overlay):
         options = GenerateOptions(max_new_tokens=160, temperature=1.0, seed=seed)
         used += [s.effective_bits for s in list(engine.generate_with("import os", options))[1:]]
     assert abs(np.mean(used) - 3.25) <= 0.05
-    assert engine.policy.context is None, "each text has a state of its own"
 
 
-def test_retargeting_starts_the_correction_anew(decoder, profiles, heldout_sequences):
+def test_texts_share_a_policy_and_no_state(decoder, profiles, heldout_sequences):
     policy = RateDistortionPolicy(profiles["fused"], decoder, 2.5)
-    policy.controller.value = policy.correction = 1.5
-    policy.set_target(4.0)
-    assert policy.correction == 0.0 and policy.controller.target_bits == 4.0
+    text, other = policy.begin_text(), policy.begin_text()
+    text.learn(torch.randn(1, 384), torch.tensor([3]), read_bits=5.0)
+    text.steer(4.0)
+    assert text.correction < 0 and text.previous is not None
+    for fresh in (other, policy.begin_text()):
+        assert fresh.correction == 0.0 and fresh.previous is None
+        assert fresh.bits_correction.target_bits == 2.5
+        assert not torch.equal(fresh.thresholds, text.thresholds)
 
 
 def test_the_native_evaluation_is_step_by_step_decoding(decoder, profiles, heldout_sequences):
