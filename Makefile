@@ -1,5 +1,7 @@
 # make demo   creates .venv, installs, shows one stored model at three targets
-# make test   creates .venv, installs, runs the tests
+# make test   creates .venv, installs, runs the tests but the slow ones
+# make test-all   runs the slow tests too
+# make wheel-test   builds the wheel, installs it into a fresh environment of the newest Python there is, runs the demo
 # make gpu-code   compiles every GPU kernel for five targets and compares with tests/support/gpu_code.json; needs no GPU
 # make other-triton   only those under the newest Triton, which both of these install in build/
 # make native-test   tests of the C++ code: sanitizers, thread sanitizer, symbols
@@ -15,13 +17,30 @@ TRITON := triton==3.6.0; sys_platform=="linux" and platform_machine=="x86_64"
 OTHER_TRITON ?= 3.9.0
 OTHER := build/triton-$(OTHER_TRITON)
 
-.PHONY: demo test gpu-code other-triton native-test neon-test lint types bench clean
+.PHONY: demo test test-all wheel-test gpu-code other-triton native-test neon-test lint types bench clean
 
 demo: $(STAMP)
 	$(BIN)/dpllm demo
 
 test: $(STAMP) $(OTHER)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+test-all: $(STAMP) $(OTHER)/.installed
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m ""
+
+# The wheel as a user gets it: no checkout in sight. torch has no wheel yet for some new Pythons, hence the fallbacks.
+WHEEL := build/wheel
+wheel-test:
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	for python in python3.13 python3.12 $(PYTHON); do \
+		command -v $$python >/dev/null || continue; \
+		rm -rf $(WHEEL)/venv && $$python -m venv $(WHEEL)/venv || continue; \
+		$(WHEEL)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+			$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch && break; \
+	done
+	$(WHEEL)/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL) && venv/bin/python --version && venv/bin/dpllm demo --tokens 12 && venv/bin/dpllm generate --bits 3 'import os'
 
 gpu-code: $(STAMP)
 	$(BIN)/python tests/support/gpu_code.py --all

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from dpllm.context.options import ContextOptions
     from dpllm.decode.generation import Generation, GenerationStats, Step
     from dpllm.decode.options import GenerateOptions
-    from dpllm.engine import Engine, TextScore
+    from dpllm.engine import Engine
+    from dpllm.evaluation.text_score import TextScore
     from dpllm.kvzip_bridge.budget import Budget
     from dpllm.planning.plan import plan
     from dpllm.planning.planner import Planned
@@ -49,7 +50,7 @@ _EXPORTS = {
     "KVContext": "dpllm.context.kv_context",
     "Planned": "dpllm.planning.planner",
     "Step": "dpllm.decode.generation",
-    "TextScore": "dpllm.engine",
+    "TextScore": "dpllm.evaluation.text_score",
     "calibrate": "dpllm.prepare.calibrate",
     "load": "dpllm.api",
     "plan": "dpllm.planning.plan",

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,9 +29,9 @@ from dpllm.control.cost_model import CostModel
 from dpllm.control.pilot import Pilot
 from dpllm.decode.choose_step import StepMaker
 from dpllm.decode.continuation import Continuation
-from dpllm.decode.generation import Generation, Step
+from dpllm.decode.generation import Generation, Step, end_reason
 from dpllm.decode.gpu_step import GpuStep
-from dpllm.decode.options import GenerateOptions
+from dpllm.decode.options import GenerateOptions, options_of
 from dpllm.decode.prompting import Prompts
 from dpllm.decode.sampling import Sampler
 from dpllm.decode.speculation.continuation import SpeculativeContinuation, Tally
@@ -40,28 +39,13 @@ from dpllm.decode.speculation.draft_choice import DraftChoice
 from dpllm.decode.speculation.drafts import Draft
 from dpllm.decode.step import TokenStep
 from dpllm.decode.text_stream import TextStream
-from dpllm.evaluation.forced_steps import forced_nats
+from dpllm.evaluation.text_score import TextScore, score_text
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.token_limit import Prices
-
-
-@dataclass(frozen=True)
-class TextScore:
-    """Log probabilities (nats) of a text's tokens. log_probs[i] is that of tokens[i + 1] after tokens[: i + 1]."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    effective_bits: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log probability; infinite beyond what a float holds."""
-        mean = -sum(self.log_probs) / max(1, len(self.log_probs))
-        return math.exp(mean) if mean < 700 else math.inf
 
 
 class Engine:
@@ -300,9 +284,7 @@ class Engine:
         self.prompts.check_prompt(ids[:-1] or ids)
         if len(ids) < 2:
             raise InputError("a text of one token has no token to predict. Give a longer text.")
-        cache = self.decoder.new_cache(len(ids))
-        nats, steps = forced_nats(self.new_step(), self.policy, cache, ids)
-        return TextScore(ids, [-n for n in nats], sum(s.effective_bits for s in steps) / len(steps))
+        return score_text(self.new_step(), self.policy, self.decoder.new_cache(len(ids)), ids)
 
     def _generation(self, text: _Text) -> Generation:
         """Checks the rest of what can be checked, and prepares the loop."""
@@ -315,7 +297,7 @@ class Engine:
         continuation = self._continuation(text, cache, before)
         tally = continuation.tally if isinstance(continuation, SpeculativeContinuation) else Tally()
         generation = Generation(quantized=self.quantized, speculation=tally.summary)
-        generation.begin(self._run(text, continuation, limit, generation))
+        generation.begin(self._steps_of(text, continuation, limit, generation))
         return generation
 
     def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
@@ -342,56 +324,53 @@ class Engine:
             )
         return []
 
-    def _run(
-        self, text: _Text, continuation: Continuation, limit: int, generation: Generation
-    ) -> Iterator[Step]:
-        """The steps of a text; a context is as before in the end, unless it is to keep them."""
-        context, generated = text.context, []
-        read = continuation.cache.length
-        if context is not None:
-            context.begin_turn()
-        try:
-            for step in self._steps_of(text, continuation, limit, generation):
-                generated.append(step.token)
-                yield step
-        finally:
-            continuation.drop()
-            if context is not None:
-                context.end_turn(text.ids, generated, read, text.keep)
-
     def _steps_of(
         self, text: _Text, continuation: Continuation, limit: int, generation: Generation
-    ) -> Iterator[Step]:
-        """Account for each token: its text, its time, what it read; then tell the controller."""
-        options, clock, cache = text.options, text.clock, continuation.cache
+    ) -> Generator[Step, None, None]:
+        """Accounts for each token: its text, its time, what it read. Then tells the controller.
+
+        In the end a context is as before, unless it is to keep the turn.
+        """
+        options, clock, cache, context = text.options, text.clock, continuation.cache, text.context
         ends = () if options.ignore_eos else self.decoder.config.eos_ids
         stream = TextStream(self.tokenizer, options.stop_strings)
         pilot = Pilot(self, partial(self.pairs, cache), text.policy)
         widest = resident_mean(self.decoder) if self.quantized else 0.0
-        began, left = clock(), limit
-        for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
-            left -= 1
-            ended = token in ends
-            last = ended or left == 0
-            final = stream.push(None if ended else token, last)
-            weight_bytes: float = stepped.weight_bytes
-            if last or stream.stopped:
-                unused_ms, unused_bytes = continuation.unused()
-                shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes
-            ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
-            first = left == limit - 1
-            step = Step(
-                token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
-                round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(), ms if first else None,
-            )  # fmt: skip
-            if last or stream.stopped:
-                generation.stopped_by = _reason(ended, stream.stopped, limit < options.max_new_tokens)
-            yield step
-            if pilot.controller is not None:
-                pilot.record(ms, step.bits)
-            if last or stream.stopped:
-                return
-            began = clock()
+        read = cache.length
+        if context is not None:
+            context.begin_turn()
+        try:
+            began, left = clock(), limit
+            for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
+                left -= 1
+                ended = token in ends
+                last = ended or left == 0
+                final = stream.push(None if ended else token, last)
+                weight_bytes: float = stepped.weight_bytes
+                if last or stream.stopped:
+                    generation.stopped_by = end_reason(
+                        end_token=ended, stop_string=stream.stopped, cut=limit < options.max_new_tokens
+                    )
+                    unused_ms, unused_bytes = continuation.unused()
+                    shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes
+                ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
+                first = left == limit - 1
+                step = Step(
+                    token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
+                    round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(),
+                    ms if first else None,
+                )  # fmt: skip
+                generation.steps.append(step)
+                yield step
+                if pilot.controller is not None:
+                    pilot.record(ms, step.bits)
+                if last or stream.stopped:
+                    return
+                began = clock()
+        finally:
+            continuation.drop()
+            if context is not None:
+                context.end_turn(text.ids, [s.token for s in generation.steps], read, text.keep)
 
     # -- measuring ---------------------------------------------------------------------------------------
 
@@ -435,18 +414,3 @@ class _Text:
     keep: bool = False
     clock: Callable[[], float] = time.perf_counter
     policy: PrecisionPolicy | None = None
-
-
-def options_of(fields: Mapping[str, Any]) -> GenerateOptions:
-    """Options from keyword arguments. Raises InputError for a name or a value that is not one."""
-    known = [f.name for f in dataclass_fields(GenerateOptions)]
-    if unknown := [name for name in fields if name not in known]:
-        raise InputError(f"generate has no option '{unknown[0]}'. Choose from: {', '.join(known)}.")
-    return GenerateOptions(**fields)
-
-
-def _reason(ended: bool, stopped: bool, cut: bool) -> str:
-    """Why a text ended. cut: the model has fewer positions than tokens were asked for."""
-    if ended:
-        return "end token"
-    return "stop string" if stopped else "positions" if cut else "max_new_tokens"

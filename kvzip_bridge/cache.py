@@ -107,7 +107,8 @@ class DenseKVCache:
         Raises ValueError unless `room` more pairs fit. The tensors belong to the cache: lengths change with every
         call.
         """
-        self.reserve(room)
+        if self.length + room > self.capacity:
+            self.reserve(room)  # raises
         self._lengths.fill_(self.length)
         return self._layer_starts, self._lengths
 

@@ -69,6 +69,10 @@ EVIDENCE = {
         "bench.gpu.gpu_decode", (*STEP, *GPU_KERNELS, "bench/gpu/gpu_common.py"), ("--shape", "SHAPE")
     ),
     "gpu_kernels": Evidence("bench.gpu.gpu_kernels", (*GPU_KERNELS, "bench/gpu/gpu_common.py")),
+    "headroom": Evidence(
+        "bench.quality.headroom",
+        (*ENGINE, *REFERENCE_MODEL, *CONTROL, "dpllm/evaluation", "bench/quality/control_quality.py"),
+    ),
     "kv_approximations": Evidence("bench.kv.kv_approximations", KV_QUALITY),
     "kv_memory_latency": Evidence("bench.kv.kv_memory_latency", (*CACHE, "dpllm/model", *CPU_KERNELS)),
     "kv_quality": Evidence(

@@ -34,29 +34,21 @@ def step_context(logits: Tensor, tokens: Tensor, previous: Tensor | None) -> Ten
     previous: float32 [R, 3], the context before this step (None at the first step).
     """
     if len(logits) == 1 and logits.device.type == "cpu":
-        before = None if previous is None else float(previous[0, 2])
-        return torch.tensor([_one_step(logits[0].float().numpy(), int(tokens[0]), before)])
+        # By numpy: waking torch's threads for one row took longer than a small model's whole step.
+        row = logits[0].float().numpy()
+        shifted = row - row.max()
+        p = np.exp(shifted)
+        total = float(p.sum())
+        log_total = math.log(total)
+        low = math.log(log_total - float(p @ shifted) / total + 0.01)
+        mean = low if previous is None else DECAY * float(previous[0, 2]) + (1 - DECAY) * low
+        return torch.tensor([(low, max(float(shifted[int(tokens[0])]) - log_total, -20.0), mean)])
     log_p = logits.float().log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     level = (entropy + 0.01).log()
     chosen = log_p.gather(1, tokens.to(log_p.device)[:, None])[:, 0].clamp(min=-20)
     trend = level if previous is None else DECAY * previous[:, 2] + (1 - DECAY) * level
     return torch.stack([level, chosen, trend], dim=1)
-
-
-def _one_step(logits: np.ndarray, token: int, before: float | None) -> tuple[float, float, float]:
-    """The context features of one row, from its logits [V] and the moving average before the step.
-
-    It uses numpy because waking torch's threads for one row took longer than a small model's whole step.
-    """
-    shifted = logits - logits.max()
-    p = np.exp(shifted)
-    total = float(p.sum())
-    log_total = math.log(total)
-    entropy = log_total - float(p @ shifted) / total
-    level = math.log(entropy + 0.01)
-    trend = level if before is None else DECAY * before + (1 - DECAY) * level
-    return level, max(float(shifted[token]) - log_total, -20.0), trend
 
 
 def sequence_context(logits: Tensor, ids: Tensor) -> Tensor:
@@ -102,11 +94,13 @@ class TokenProbe:
         """The exponent without the probe of the input: float32 [R], or one number if there is one row or no context."""
         if context is None:
             return self.bias
-        if (
-            len(context) == 1 and context.device.type == "cpu"
-        ):  # plain numbers, for the reason given in _one_step
-            rows = zip(context[0].tolist(), self.means.tolist(), self.weights.tolist(), strict=True)
-            return self.bias + sum(w * (c - mean) for c, mean, w in rows if c == c)
+        if len(context) == 1 and context.device.type == "cpu":  # plain numbers, as in step_context
+            total = 0.0
+            for c, mean, w in zip(
+                context[0].tolist(), self.means.tolist(), self.weights.tolist(), strict=True
+            ):
+                total += w * (c - mean) if c == c else 0.0
+            return self.bias + total
         known = (context.to(self.means.device) - self.means).nan_to_num(nan=0.0)
         return self.bias + known @ self.weights
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from dpllm import __version__
+from dpllm.version import __version__
 
 COMMON, TARGETS, MACHINE, EXPERT = "Common", "Targets", "Machine", "Expert"
 MAX_SEED = 2**63 - 1

@@ -175,8 +175,14 @@ class NativeStep(TokenStep):
                 )
         if text is not self._text:
             self.follow(text)
-        if self._rule is not None:
-            self._compare(text)
+        if self._rule is not None and text.thresholds is not None:
+            s, allowance, pace = self._selection, text.allowance, text.pace
+            s.thresholds, s.extra = text.thresholds.data_ptr(), None
+            if self._rule.probe is not None:
+                s.offset = float(self._rule.probe.offset(text.previous))
+            if allowance is not None and pace is not None:
+                s.extra, s.allowance = allowance.prices.extra.data_ptr(), allowance.spare
+                s.rest, s.gain = pace.rest.data_ptr(), pace.gain
         starts, lengths = cache.runs(rows)
         if (cache, cache.layout) != self._cache:
             self._point(cache)
@@ -195,19 +201,6 @@ class NativeStep(TokenStep):
             raise error
         cache.advance(rows)
         return request
-
-    def _compare(self, text: TextPolicy) -> None:
-        """Points the selection to what the text's tokens are compared with, and may cost, at this moment."""
-        s, thresholds, allowance, pace = self._selection, text.thresholds, text.allowance, text.pace
-        assert thresholds is not None and self._rule is not None
-        s.thresholds = thresholds.data_ptr()
-        if self._rule.probe is not None:
-            s.offset = float(self._rule.probe.offset(text.previous))
-        if allowance is None or pace is None:
-            s.extra = None
-            return
-        s.extra, s.allowance = allowance.prices.extra.data_ptr(), allowance.spare
-        s.rest, s.gain = pace.rest.data_ptr(), pace.gain
 
     @property
     def decides_natively(self) -> bool:

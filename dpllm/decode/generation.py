@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,32 +58,34 @@ class GenerationStats:
     speculation: dict[str, float | int | None]
 
 
-class Generation(Iterator[Step]):
+class Generation:
     """A text that is generated while it is iterated over: each iteration gives the Step of one token.
 
-    `text` and `str()` generate what is left first. `stats` describes what has been generated so far.
+    `text` and `str()` generate what is left first. `steps` and `stats` hold what has been generated so far.
     """
 
     def __init__(self, *, quantized: bool, speculation: Callable[[], dict[str, Any]]):
         """quantized: whether widths are chosen. speculation: gives what became of drafts so far."""
         self.steps: list[Step] = []
         self.stopped_by: str | None = None
-        self._running: Iterator[Step] = iter(())
+        self._running: Generator[Step, None, None] = _no_steps()
         self._quantized, self._speculation = quantized, speculation
 
-    def begin(self, steps: Iterator[Step]) -> None:
-        """Hands over the generator of the steps; called once, by the engine."""
+    def begin(self, steps: Generator[Step, None, None]) -> None:
+        """Hands over the generator of the steps, which adds each one to `steps`. Called once, by the engine."""
         self._running = steps
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps that have not been generated yet."""
+        return self._running
 
     def __next__(self) -> Step:
         """Generates the next token."""
-        step = next(self._running)
-        self.steps.append(step)
-        return step
+        return next(self._running)
 
     def close(self) -> None:
         """Ends the generation here. A context becomes free for the next question."""
-        self._running.close()  # type: ignore[attr-defined]
+        self._running.close()
 
     @property
     def text(self) -> str:
@@ -113,3 +115,15 @@ class Generation(Iterator[Step]):
             stopped_by=self.stopped_by,
             speculation=self._speculation(),
         )
+
+
+def _no_steps() -> Generator[Step, None, None]:
+    yield from ()
+
+
+def end_reason(*, end_token: bool, stop_string: bool, cut: bool) -> str:
+    """The reason why a text ended (GenerationStats.stopped_by). cut: the model has fewer positions than tokens were
+    asked for."""
+    if end_token:
+        return "end token"
+    return "stop string" if stop_string else "positions" if cut else "max_new_tokens"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from dpllm.base.errors import InputError
 from dpllm.decode.sampling import SamplingOptions
@@ -66,3 +68,11 @@ class GenerateOptions:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+
+
+def options_of(given: Mapping[str, Any]) -> GenerateOptions:
+    """Options from keyword arguments. Raises InputError for a name or a value that is not one."""
+    known = [f.name for f in fields(GenerateOptions)]
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(f"generate has no option '{unknown[0]}'. Choose from: {', '.join(known)}.")
+    return GenerateOptions(**given)

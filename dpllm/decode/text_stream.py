@@ -21,7 +21,7 @@ class TextStream:
         """Adds a token (None: end of text) and returns what became final."""
         if token is not None:
             self._tokens.append(token)
-        full = self._decode(self._tokens)
+        full = str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
         held = self.stop or full.endswith("\ufffd")
         end = self._end(full, last) if held else max(self._sent, len(full))
         text, self._sent = full[self._sent : end], end

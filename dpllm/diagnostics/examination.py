@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from dpllm import __version__
 from dpllm.diagnostics import gpu as gpu_info
 from dpllm.diagnostics.cpu import check_kernels, instruction_sets
 from dpllm.kernels.backend import choose_backend
+from dpllm.version import __version__
 
 TOLERANCE = 1e-4  # of 16-bit activations and tables
 HALF_TOLERANCE = 5e-3  # of kernels that write half precision

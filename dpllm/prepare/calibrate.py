@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from dpllm import __version__
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import documents_sha256, load_tokenizer, sample_sequences
@@ -30,6 +29,7 @@ from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.memory import process_peak_bytes
 from dpllm.prepare.data import calibration_documents
 from dpllm.quant.overlay import Overlay
+from dpllm.version import __version__
 
 LLAMA_8B = 6.98e9  # weights of Llama-3-8B's decoder matrices
 USUAL_BUDGET = (

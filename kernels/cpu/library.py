@@ -20,6 +20,7 @@ from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
+INTERFACE = 2  # api.h: dpllm_interface; another number for every change of a function or a structure
 WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
 
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: Storage
@@ -93,6 +94,7 @@ def load_library() -> ctypes.CDLL:
     """Loads the shared library and declares its signatures. Raises OSError where it is missing or does not load."""
     lib = ctypes.CDLL(str(LIBRARY))
     signatures = {
+        "dpllm_interface": (Int,),
         "dpllm_isa_name": (ctypes.c_char_p, Int),
         "dpllm_isa_needs": (ctypes.c_char_p, Int),
         "dpllm_isa_supported": (Int, Int),
@@ -126,6 +128,11 @@ def load_library() -> ctypes.CDLL:
         if function is None:
             raise OSError(f"{LIBRARY.name} was built from another version: it lacks {name}")
         function.restype, function.argtypes = result, arguments
+    if (number := lib.dpllm_interface()) != INTERFACE:
+        raise OSError(
+            f"{LIBRARY.name} was built from another version: it has interface {number}, not {INTERFACE}. "
+            "Build it again: pip install -e ."
+        )
     return lib
 
 

@@ -16,16 +16,23 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("dpllm", "quant", "kernels", "kvzip_bridge", "calib")
-BASE = "base"  # dpllm/base: what every folder may import, and which imports nothing of ours
-OURS = {*FOLDERS, BASE, "bench", "tests"}
-MAY_IMPORT = {
-    BASE: {BASE},
-    "kernels": {"kernels", BASE},
-    "quant": {"quant", "kernels", BASE},
-    "calib": {"calib", "quant", "kernels", BASE},
-    "kvzip_bridge": {"kvzip_bridge", "kernels", BASE},
-    "dpllm": {*FOLDERS, BASE},
-}
+# The house from the ground up. A room imports rooms of lower floors only; rooms of one floor do not know each other.
+FLOORS = (
+    ("base", "version", "reference"),
+    ("kernels",),
+    ("kvzip_bridge", "quant"),
+    ("calib",),
+    ("model",),
+    ("policies",),
+    ("decode", "control"),
+    ("context", "evaluation"),
+    ("engine",),
+    ("opening", "planning", "prepare", "diagnostics"),
+    ("report", "api"),
+    ("commands",),
+    ("dpllm", "__main__"),  # the package's face
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def python_files(folder: str) -> list[Path]:
@@ -48,14 +55,6 @@ def imported_modules(tree: ast.AST, package: list[str]) -> list[str]:
         ):
             found += [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
     return found
-
-
-def folder_of(module: str) -> str | None:
-    """The folder of ours a dotted name belongs to; `dpllm.quant.x` is in quant, `dpllm.engine` in dpllm."""
-    parts = module.split(".")
-    if parts[0] == "dpllm" and len(parts) > 1 and parts[1] in OURS:
-        return parts[1]
-    return parts[0] if parts[0] in OURS else None
 
 
 def package_name(file: Path) -> list[str]:
@@ -104,56 +103,98 @@ def test_kernels_is_a_namespace_folder():
     assert all((ROOT / f / "__init__.py").is_file() for f in others)
 
 
-@pytest.mark.parametrize("file", source_files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_follow_the_house_rules(file):
-    tree = ast.parse(file.read_text())
-    top, second = file.relative_to(ROOT).parts[:2]
-    allowed = MAY_IMPORT[BASE if (top, second) == ("dpllm", BASE) else top]
-    for module in imported_modules(tree, package_name(file)):
-        owner = folder_of(module)
-        assert owner is None or owner in allowed, f"{file} imports {module}"
-        assert module.split(".")[0] not in OURS - {"dpllm"}, f"{file} imports {module} by its bare name"
+def module_name(file: Path) -> str:
+    parts = [*package_name(file), *([] if file.stem == "__init__" else [file.stem])]
+    return ".".join(parts)
 
 
-def test_contexts_do_not_import_the_engine():
-    """The engine imports dpllm/context, so an import back would be a circle, also one for type checkers alone."""
-    for file in python_files("dpllm/context"):
-        modules = imported_modules(ast.parse(file.read_text()), package_name(file))
-        ours = [m.split(".") for m in modules if m.startswith("dpllm.")]
-        assert not [m for m in ours if m[1] == "engine" or len(m) == 2], file
+@pytest.fixture(scope="module")
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in source_files()}
 
 
-@pytest.mark.parametrize("file", source_files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_nothing_is_unpickled(file):
-    tree = ast.parse(file.read_text())
-    roots = {m.split(".")[0] for m in imported_modules(tree, package_name(file))}
-    assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-        if ast.unparse(node.func) == "torch.load":
-            assert keywords.get("weights_only") is True, f"{file}:{node.lineno} torch.load"
-        assert not keywords.get("allow_pickle"), f"{file}:{node.lineno} allow_pickle"
-        assert not keywords.get("trust_remote_code"), f"{file}:{node.lineno} trust_remote_code"
+@pytest.fixture(scope="module")
+def imports(trees) -> dict[str, set[str]]:
+    """For each module of ours, the modules of ours that it imports, also inside functions and for type checking."""
+    modules = {module_name(f) for f in trees}
+    found = {}
+    for file, tree in trees.items():
+        named = imported_modules(tree, package_name(file))
+        # `from a import b` is read as a.b, which is a module or a name in module a.
+        ours = {n if n in modules else n.rpartition(".")[0] for n in named}
+        found[module_name(file)] = (ours & modules) - {module_name(file)}
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room of a module: its folder, or the file itself where the file lies in dpllm/."""
+    return module.split(".")[1] if "." in module else "dpllm"
+
+
+def test_every_room_has_a_floor(imports):
+    assert {room_of(m) for m in imports} == set(FLOOR_OF)
+
+
+def test_rooms_import_lower_floors_only(imports):
+    upward = [
+        f"{module} imports {other}"
+        for module, others in imports.items()
+        for other in others
+        if room_of(module) != room_of(other) and FLOOR_OF[room_of(other)] >= FLOOR_OF[room_of(module)]
+    ]
+    assert not upward
+
+
+def test_no_modules_import_each_other_in_a_circle(imports):
+    """Modules are taken away while they import none of those left; a circle cannot be taken away."""
+    left = {m: set(others) for m, others in imports.items()}
+    while free := [m for m, others in left.items() if not others & set(left)]:
+        for module in free:
+            del left[module]
+    assert not left, f"circle among {sorted(left)}"
+
+
+def test_names_are_imported_from_the_package(trees):
+    """By their bare names the folders would load a second copy, or Hugging Face's package `kernels`."""
+    for file, tree in trees.items():
+        for module in imported_modules(tree, package_name(file)):
+            assert module.split(".")[0] not in {*FOLDERS[1:], "bench", "tests"}, f"{file} imports {module}"
+            assert module.split(".")[:2] not in (["dpllm", "bench"], ["dpllm", "tests"]), f"{file}: {module}"
+
+
+def test_nothing_is_unpickled(trees):
+    for file, tree in trees.items():
+        roots = {m.split(".")[0] for m in imported_modules(tree, package_name(file))}
+        assert not roots & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, file
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            if ast.unparse(node.func) == "torch.load":
+                assert keywords.get("weights_only") is True, f"{file}:{node.lineno} torch.load"
+            assert not keywords.get("allow_pickle"), f"{file}:{node.lineno} allow_pickle"
+            assert not keywords.get("trust_remote_code"), f"{file}:{node.lineno} trust_remote_code"
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import dpllm.quant.quantize_plan", {"quant"}),
-        ("from dpllm import kernels", {"kernels"}),
-        ("from dpllm.engine import load", {"dpllm"}),
-        ("from ..calib import profile", {"calib"}),
-        ("def f():\n    import bench.x", {"bench"}),
-        ("import importlib\nimportlib.import_module('tests.tiny_models')", {"tests"}),
-        ("import torch, numpy.random", {None}),
+        ("import dpllm.quant.overlay", ["dpllm.quant.overlay"]),
+        ("from dpllm import kernels", ["dpllm.kernels"]),
+        ("from dpllm.engine import Engine", ["dpllm.engine.Engine"]),
+        ("from ..calib import profile", ["dpllm.calib.profile"]),
+        ("def f():\n    import bench.x", ["bench.x"]),
+        ("if TYPE_CHECKING:\n    from dpllm.engine import Engine", ["dpllm.engine.Engine"]),
+        (
+            "import importlib\nimportlib.import_module('tests.tiny_models')",
+            ["importlib", "tests.tiny_models"],
+        ),
+        ("import torch, numpy.random", ["torch", "numpy.random"]),
     ],
 )
 def test_the_import_finder_finds(source, expected):
     """The rules above are worth what this function sees."""
-    modules = imported_modules(ast.parse(source), ["dpllm", "quant"])
-    assert {folder_of(m) for m in modules if m != "importlib"} == expected
+    assert imported_modules(ast.parse(source), ["dpllm", "quant"]) == expected
 
 
 def loaded_after(statement: str) -> set[str]:

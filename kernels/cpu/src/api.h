@@ -11,6 +11,9 @@
 using dpllm::Context;
 using dpllm::Matrix;
 
+// The number of this interface: another one for every change of a function or a structure. library.py has it, too.
+DPLLM_EXPORT int dpllm_interface();
+
 // The names of instruction sets in this library, the fastest first, and null after the last one.
 DPLLM_EXPORT const char* dpllm_isa_name(int index);
 DPLLM_EXPORT const char* dpllm_isa_needs(int index);

@@ -12,32 +12,30 @@ For each headroom this script reports:
    all headrooms and one text of a fixed width take turns, token by token. `p95_over_fixed` compares the 95th percentile
    over the target with that of the fixed width over its own median (bar: 1.1), with a 95% interval.
 
-    python bench/headroom.py [--headrooms 1.02,1.05,1.1,1.2] [--bits 3,4] [--documents 48] [--tokens 400] [--rounds 3]
+    python -m bench.quality.headroom [--headrooms 1.02,1.05,1.1,1.2] [--bits 3,4] [--documents 48] [--tokens 400]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from control_quality import PLANES, SETTLED, SHAPE, decoded, interval, pairs, tails
-from random_engine import random_engine
-from report import report
 from rich.progress import track
 
-from dpllm import reference
+from bench.common.random_engine import random_engine
+from bench.common.report import arguments, begin
+from bench.quality.control_quality import PLANES, SETTLED, SHAPE, decoded, interval, pairs, tails
+from dpllm import load, reference
 from dpllm.base.text import read_documents
-from dpllm.control.controller import ControlOptions, LatencyController
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import DocumentScore, score, summarize
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
-from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy, RateDistortionText
 from dpllm.policies.token_limit import Allowance, Prices
 
 SAMPLES = 2000  # bootstrap samples
@@ -46,6 +44,22 @@ BAR = 1.1  # p95 over the target, relative to that of a fixed width over its med
 
 
 # -- quality ----------------------------------------------------------------------------------------------------
+
+
+class LimitedPolicy(RateDistortionPolicy):
+    """The rate-distortion policy with one limit for every token of every text."""
+
+    def __init__(self, engine: Engine, bits: float, headroom: float):
+        """headroom: the most bytes that a token reads, over the mean at `bits`."""
+        super().__init__(engine.calibration(), engine.decoder, bits)
+        prices = Prices.in_bytes(engine.decoder.groups)
+        self.limit = Allowance(round(engine.bytes_for(bits) * headroom), prices)
+
+    def begin_text(self) -> RateDistortionText:
+        """Begins a text under the limit."""
+        text = super().begin_text()
+        text.steer(self.target_bits, self.limit)
+        return text
 
 
 @dataclass(frozen=True)
@@ -95,16 +109,15 @@ def quality(
     engine: Engine, documents: list[list[int]], bits: float, headrooms: Sequence[float]
 ) -> list[dict]:
     """Scores static widths, no limit, and every headroom at one target in bits."""
-    prices = Prices.in_bytes(engine.decoder.groups)
-    settings: dict[str, float | None] = {"static": None, "no limit": None}
-    settings |= {f"headroom {h:g}": h for h in headrooms}
-    scores = {}
-    for phase, headroom in track(settings.items(), f"quality at {bits:g} bits"):
-        name = "static" if phase == "static" else "rate-distortion"
-        policy = make_policy(name, bits, engine.decoder, engine.profile)
-        if headroom is not None:
-            policy.steer(bits, Allowance(round(engine.bytes_for(bits) * headroom), prices))
-        scores[phase] = score(engine.decoder, policy, documents)
+    policies = {
+        "static": make_policy("static", bits, engine.decoder, engine.profile),
+        "no limit": make_policy("rate-distortion", bits, engine.decoder, engine.profile),
+        **{f"headroom {h:g}": LimitedPolicy(engine, bits, h) for h in headrooms},
+    }
+    scores = {
+        phase: score(engine.decoder, policy, documents)
+        for phase, policy in track(policies.items(), f"quality at {bits:g} bits")
+    }
     static, unlimited = (Losses.of(scores[phase]) for phase in ("static", "no limit"))
     rows = []
     for phase, found in scores.items():
@@ -125,10 +138,7 @@ def quality(
 def held(engine: Engine, cost: CostModel, target: float, headroom: float) -> Engine:
     """Returns the same model, held to a time per token with this headroom."""
     other = Engine(engine.path, engine.decoder, engine.tokenizer, engine.profile)
-    prices = Prices.in_nanoseconds(engine.decoder.groups, cost.weights_ms[0], cost.plane_ms)
-    controller = LatencyController(cost, target, prices, ControlOptions(headroom=headroom))
-    other.set_policy("rate-distortion", controller.order(0).bits)
-    other.controller, other.target_bits = controller, None
+    other.hold_latency(target, cost, headroom=headroom)
     return other
 
 
@@ -171,21 +181,21 @@ def numbers(text: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--headrooms", type=numbers, default=[1.02, 1.05, 1.1, 1.2])
     parser.add_argument("--bits", type=numbers, default=[3.0, 4.0])
     parser.add_argument("--documents", type=int, default=48, help="documents to score; 0: no quality")
     parser.add_argument("--tokens", type=int, default=400, help="timed tokens of each text; 0: no timing")
     parser.add_argument("--rounds", type=int, default=3, help="texts to time at each target")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dry-run", action="store_true", help="print the result, but do not write it")
     args = parser.parse_args()
+    run = begin(args)
     options = LoadOptions(cpu=CpuOptions(threads=args.threads))
     texts = read_documents(reference.heldout_text())
     rows: list[dict] = []
     if args.documents:
-        engine = open_engine(options=options)
-        documents = [engine.prompt_ids(t[:CHARACTERS]) for t in texts[: args.documents]]
+        engine = load(threads=args.threads)
+        documents = [engine.prompts.prompt_ids(t[:CHARACTERS]) for t in texts[: args.documents]]
         for bits in args.bits:
             rows += quality(engine, documents, bits, args.headrooms)
     if args.tokens:
@@ -194,8 +204,8 @@ def main() -> None:
         for bits in args.bits:
             rows += timing(engine, cost, texts[0][:400], bits, args.headrooms, args.tokens, args.rounds)
     columns = list(dict.fromkeys(k for r in rows for k in r))
-    report(
-        "headroom", [{c: r.get(c, "") for c in columns} for r in rows], threads=args.threads, write=not args.dry_run,
+    run.report(
+        "headroom", [{c: r.get(c, "") for c in columns} for r in rows], threads=args.threads,
         measured_on=f"quality: reference model; time: random weights at the {SHAPE} shape",
     )  # fmt: skip
 
