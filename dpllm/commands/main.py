@@ -18,7 +18,7 @@ from dpllm.commands.app import app
 
 # isort: off
 from dpllm.commands import quantize, calibrate, inspect  # noqa: F401  # each registers itself, in the order of --help
-from dpllm.commands import generate, evaluate, context, demo, report  # noqa: F401
+from dpllm.commands import generate, chat, evaluate, context, demo, report  # noqa: F401
 from dpllm.commands import profile, plan, doctor, bench  # noqa: F401
 
 # isort: on

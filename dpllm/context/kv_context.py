@@ -73,9 +73,9 @@ class KVContext:
                 "the context was not built as a chat. Leave out --chat, or build it with --chat."
             )
         ids = prompts.plain_ids((self.between if self.pending else "") + prompt + self.behind)
-        # An answer that ended by itself has generated the end token that the template would put next.
-        ended = self.pending and ids and self.pending[-1] == ids[0]
-        return [*self.pending, *(ids[1:] if ended else ids)]
+        # After an answer that ended by itself, the template's own end token takes the place of the one generated.
+        ended = self.between and self.pending and self.pending[-1] in prompts.config.eos_ids
+        return [*(self.pending[:-1] if ended else self.pending), *ids]
 
     def begin_turn(self) -> None:
         """Claims the cache for one question. Raises InputError while another is being answered."""
@@ -100,6 +100,9 @@ class KVContext:
             self.cache.trim()
             return
         tokens, count = [*question, *answer], self.cache.length - read
+        if count == len(tokens):  # interrupted after the last token was read: the next turn reads it
+            count -= 1
+            self.cache.rewind(read + count)
         self.ids += tokens[:count]
         self.pending = tokens[count:]
 

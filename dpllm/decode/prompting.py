@@ -54,25 +54,30 @@ class Prompts:
             messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
         )
 
-    def chat_frame(self) -> tuple[str, str, str]:
+    def chat_frame(self, system: str | None = None) -> tuple[str, str, str]:
         """Returns the parts of the chat template that surround messages.
 
         These are the text before a user's first message, the text between a user's message and the answer, and the
-        text between an answer and the next message. Raises InputError for a template that cannot be split like this.
+        text between an answer and the next message. system: a system text, which becomes part of the first of these.
+        Raises InputError for a template that cannot be split like this.
         """
         marks = [f"\u241e{i}\u241e" for i in range(3)]
         roles = ("user", "assistant", "user")
+        lead = [] if system is None else [{"role": "system", "content": system}]
+        talk = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
         try:
-            text = self.chat_template([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
+            text = self.chat_template([*lead, *talk])
             before, rest = text.split(marks[0])
             _, rest = rest.split(marks[1])
             between, after = rest.split(marks[2])
+            if self.chat_template([*lead, talk[0]]) != before + marks[0] + after:
+                raise ValueError("it surrounds a first message otherwise when others follow")
         except InputError:
             raise
         except Exception as e:  # a template may raise anything
             raise InputError(
                 f"the chat template of {self.path} does not frame a conversation message by message ({e}). "
-                "Leave out --chat."
+                "Use plain text: leave out --chat, or give --plain to dpllm chat."
             ) from None
         return before, after, between
 

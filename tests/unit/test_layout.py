@@ -27,7 +27,7 @@ FLOORS = (
     ("decode", "control"),
     ("context", "evaluation"),
     ("engine",),
-    ("opening", "planning", "prepare", "diagnostics"),
+    ("opening", "conversation", "planning", "prepare", "diagnostics"),
     ("report", "api"),
     ("commands",),
     ("dpllm", "__main__"),  # the package's face
