@@ -181,7 +181,7 @@ class SpeculativeContinuation(Continuation):
             logits, bits, read = self.step.several(tokens, self.cache, text, text.corrections(len(tokens)))
             # Texts that learn from logits do so when a token is yielded, after a draft has used the step again.
             return logits.clone() if text.stepwise else logits, bits.clone(), read
-        if text is not None and len(tokens) > 1:
+        if text is not None and text.bits_correction is not None and len(tokens) > 1:
             text.correction = torch.tensor(text.corrections(len(tokens)), device=self.decoder.device)
         logits, found = self._by_torch.several(tokens, self.cache, text)
         if found is None or text is None:
