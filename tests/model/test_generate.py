@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_models import save_scripted
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -57,32 +57,12 @@ def token_chain(tokenizer, text: str) -> list[int]:
 
 @pytest.fixture
 def scripted(tokenizer, tmp_path):
-    """A factory of engines that continue the prompt 'A' with exactly this text (and eos, if asked to).
-
-    The blocks add nothing, and the head's row of each token is the embedding of the one before it.
-    """
+    """A factory of engines that continue the prompt 'A' with exactly this text (and eos, if asked to)."""
 
     def build(text: str, *, eos: bool = True, tokenizer=tokenizer, **config):
         chain = [*token_chain(tokenizer, "A" + text), *([tokenizer.eos_token_id] if eos else [])]
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                **{
-                    "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 32,
-                    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-                    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-                } | config
-            )
-        )  # fmt: skip
-        with torch.no_grad():
-            rows = torch.randn(len(tokenizer), 64, generator=torch.Generator().manual_seed(0))
-            model.model.embed_tokens.weight.copy_(rows / rows.norm(dim=1, keepdim=True))
-            for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
-                linear.weight.zero_()
-            model.lm_head.weight.zero_()
-            model.lm_head.weight[chain[1:]] = 10 * model.model.embed_tokens.weight[chain[:-1]]
         shutil.rmtree(tmp_path / "scripted", ignore_errors=True)
-        model.save_pretrained(tmp_path / "scripted")
-        tokenizer.save_pretrained(tmp_path / "scripted")
+        save_scripted(tmp_path / "scripted", tokenizer, chain, **config)
         return open_engine(tmp_path / "scripted")
 
     return build
