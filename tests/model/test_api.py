@@ -33,6 +33,11 @@ def test_every_public_name_explains_itself():
                 assert inspect.getdoc(member), f"{name}.{attribute}"
 
 
+def test_the_page_of_the_api_has_every_name():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    assert [name for name in dpllm.__all__ if f"`{name}`" not in page and f"dpllm.{name}" not in page] == []
+
+
 @pytest.mark.parametrize(
     "public", [dpllm.load, dpllm.Engine.generate, dpllm.quantize, dpllm.calibrate, dpllm.plan]
 )
