@@ -34,9 +34,10 @@ from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions, options_of
 from dpllm.decode.prompting import Prompts
 from dpllm.decode.sampling import Sampler
-from dpllm.decode.speculation.continuation import SpeculativeContinuation, Tally
+from dpllm.decode.speculation.continuation import SpeculativeContinuation
 from dpllm.decode.speculation.draft_choice import DraftChoice
 from dpllm.decode.speculation.drafts import Draft
+from dpllm.decode.speculation.tally import Tally
 from dpllm.decode.step import TokenStep
 from dpllm.decode.text_stream import TextStream
 from dpllm.evaluation.text_score import TextScore, score_text
@@ -296,7 +297,7 @@ class Engine:
         before = [] if context is None else context.ids
         continuation = self._continuation(text, cache, before)
         tally = continuation.tally if isinstance(continuation, SpeculativeContinuation) else Tally()
-        generation = Generation(quantized=self.quantized, speculation=tally.summary)
+        generation = Generation(quantized=self.quantized, tally=tally)
         generation.begin(self._steps_of(text, continuation, limit, generation))
         return generation
 
@@ -397,7 +398,7 @@ class Engine:
         options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
         text = _Text([0], options, policy=policy)
         continuation = Continuation(self.decoder, self.new_step(), cache, Sampler())
-        generation = Generation(quantized=self.quantized, speculation=Tally().summary)
+        generation = Generation(quantized=self.quantized, tally=Tally())
         try:
             yield from islice(self._steps_of(text, continuation, tokens + 1, generation), 1, None)
         finally:

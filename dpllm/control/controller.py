@@ -50,7 +50,7 @@ class ControlOptions:
     gain: float = 0.5
     integral: float = 0.05
     error: float = 0.05
-    headroom: float = 1.02
+    headroom: float = 1.2
     hysteresis: float = 0.02
 
     def __post_init__(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from dpllm.decode.speculation.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,13 @@ class Generation:
     `text` and `str()` generate what is left first. `steps` and `stats` hold what has been generated so far.
     """
 
-    def __init__(self, *, quantized: bool, speculation: Callable[[], dict[str, Any]]):
-        """quantized: whether widths are chosen. speculation: gives what became of drafts so far."""
+    def __init__(self, *, quantized: bool, tally: Tally):
+        """quantized: whether widths are chosen. tally: what becomes of drafts."""
         self.steps: list[Step] = []
+        self.tally = tally
         self.stopped_by: str | None = None
         self._running: Generator[Step, None, None] = _no_steps()
-        self._quantized, self._speculation = quantized, speculation
+        self._quantized = quantized
 
     def begin(self, steps: Generator[Step, None, None]) -> None:
         """Hands over the generator of the steps, which adds each one to `steps`. Called once, by the engine."""
@@ -103,6 +105,9 @@ class Generation:
         decoded = self.steps[1:]
         times = [s.ms for s in decoded]
         dynamic = self._quantized and bool(decoded)
+        tally = self.tally
+        if not tally.checks and not tally.plain:  # plain decoding does not count its steps
+            tally = replace(tally, plain=len(decoded))
         return GenerationStats(
             new_tokens=len(self.steps),
             ttft_ms=round(self.steps[0].ms, 3) if self.steps else None,
@@ -113,7 +118,7 @@ class Generation:
             else None,
             kv_bytes=self.steps[-1].kv_bytes if self.steps else 0,
             stopped_by=self.stopped_by,
-            speculation=self._speculation(),
+            speculation=tally.summary(),
         )
 
 

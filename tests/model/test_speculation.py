@@ -14,17 +14,16 @@ from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.context.build import build_context
 from dpllm.context.options import ContextOptions
-from dpllm.decode.continuation import Continuation
+from dpllm.decode.continuation import read_prompt
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.options import GenerateOptions
-from dpllm.decode.sampling import Sampler, sample
-from dpllm.decode.speculation.draft_length import Pacer
+from dpllm.decode.sampling import Sampler, SamplingOptions
+from dpllm.decode.speculation.continuation import SpeculativeContinuation
+from dpllm.decode.speculation.draft_length import DraftLengths
 from dpllm.decode.speculation.drafts import LAG, SelfDraft
-from dpllm.decode.step import decode_one
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
-from dpllm.policies.base import observe
 
 pytestmark = needs_library
 
@@ -43,7 +42,7 @@ def engine():
 @pytest.fixture(autouse=True)
 def at_six_bits(engine):
     engine.set_policy("uniform", 6)
-    engine.drafting.pacers.clear()
+    engine._draft_choice.known.clear()
 
 
 def ticking():
@@ -69,9 +68,22 @@ def options(mode="self", draft_bits=None, n=80, **more) -> GenerateOptions:
     return GenerateOptions(n, speculate=mode, draft_bits=draft_bits, **more)
 
 
+class Last:
+    """The tally of the last generation of `begin`."""
+
+    tally = None
+
+
+def begin(engine, chosen, *, prompt=PROMPT, clock=None, **more):
+    """A generation, whose tally is Last.tally from now on."""
+    generation = engine.generate_with(prompt, chosen, clock=clock or ticking(), **more)
+    Last.tally = generation.tally
+    return generation
+
+
 def said(engine, *args, prompt=PROMPT, clock=ticking, **more):
     """(tokens, widths) of a generation."""
-    steps = list(engine.generate(prompt, options(*args, **more), clock()))
+    steps = list(begin(engine, options(*args, **more), prompt=prompt, clock=clock()))
     return [s.token for s in steps], [tuple(s.bits) for s in steps]
 
 
@@ -86,10 +98,10 @@ def test_the_text_is_that_of_plain_decoding(engine, policy, target, sampling):
     """Token for token and width for width, under fixed widths."""
     engine.set_policy(policy, target)
     plain = said(engine, "off", **sampling)
-    assert engine.tally.checks == 0
+    assert Last.tally.checks == 0
     for mode, bits in MODES:
         assert said(engine, mode, bits, **sampling) == plain
-        tally = engine.tally
+        tally = Last.tally
         assert tally.accepted > 0, (mode, bits)
         assert tally.rejected > 0 or not sampling or bits == 5, "at 5 bits all may be right"
         assert tally.drafted >= tally.accepted + tally.rejected
@@ -115,22 +127,25 @@ def delayed(engine, n=80, temperature=0.0, seed=0):
     policy.delay(LAG)
     ids, cache = engine.prompts.prompt_ids(PROMPT), decoder.new_cache(200)
     generator, tokens, widths = torch.Generator().manual_seed(seed), [], [()]
-    logits = engine._prefill(torch.tensor(ids), cache)
-    step = NativeStep.of(decoder)
+    draw = Sampler(SamplingOptions(temperature=temperature), generator)
+    step, stepped = NativeStep.of(decoder), read_prompt(decoder, ids, cache)
     while True:
-        tokens.append(sample(logits[-1], temperature, 1.0, generator))
+        tokens.append(draw(stepped.logits[-1]))
         if len(tokens) == n or tokens[-1] in decoder.config.eos_ids:
             return tokens, widths
-        observe(policy, logits, torch.tensor([tokens[-1]]))
-        logits, bits = decode_one(decoder, step, tokens[-1], cache, policy)
-        widths.append(tuple(bits[0].tolist()))
+        if stepped.bits is None:  # the prompt's
+            policy.learn(stepped.logits, torch.tensor([tokens[-1]]))
+        else:
+            step.learn(policy, stepped, tokens[-1])
+        stepped = step(tokens[-1], cache, policy)
+        widths.append(tuple(stepped.bits[0].tolist()))
 
 
 def test_a_delayed_policy_is_on_target(engine):
     engine.set_policy("rate-distortion", 4.0)
     for prompt in ("import os\n", PROMPT, "def main(argv):\n"):
         sampling = {"temperature": 1.0, "seed": 1, "n": 200}
-        steps = list(engine.generate(prompt, options("self", 2, **sampling), ticking()))[1:]
+        steps = list(begin(engine, options("self", 2, **sampling), prompt=prompt))[1:]
         assert len(steps) > 150
         assert sum(s.effective_bits for s in steps) / len(steps) == pytest.approx(4.0, abs=0.15)
 
@@ -143,16 +158,16 @@ def test_elsewhere_than_on_the_native_kernels():
         plain = said(engine, "off", n=24)
         for mode in ("self", "lookup"):
             assert said(engine, mode, n=24) == plain
-            assert engine.tally.accepted > 0
+            assert Last.tally.accepted > 0
         assert said(engine, "auto", n=24) == plain
-        assert engine.tally.checks == 0
+        assert Last.tally.checks == 0
 
 
 def test_a_model_that_was_never_quantised():
     engine = open_engine(reference.model_path())
     plain = said(engine, "off", n=40)
     assert said(engine, "lookup", n=40) == plain
-    assert engine.tally.accepted > 0
+    assert Last.tally.accepted > 0
     with pytest.raises(InputError, match="not quantised, so it holds no draft"):
         said(engine, "self")
 
@@ -172,7 +187,7 @@ def test_stop_strings_and_ends_inside_a_run(engine):
     for stop in (text[20:23], text[41:42], text[60:66]):
         plain = list(engine.generate_with(PROMPT, options("off", stop=(stop,))))
         for mode, bits in MODES:
-            steps = list(engine.generate(PROMPT, options(mode, bits, stop=(stop,)), ticking()))
+            steps = list(begin(engine, options(mode, bits, stop=(stop,))))
             assert [(s.token, s.text) for s in steps] == [(s.token, s.text) for s in plain]
 
 
@@ -189,8 +204,8 @@ def test_an_end_of_text_inside_a_run(engine, monkeypatch):
 def test_time_and_bytes_are_shared_out(engine):
     """Nothing is lost, wherever a text ends."""
     text = "".join(s.text for s in engine.generate_with(PROMPT, options("off")))
-    draft = SelfDraft(engine.decoder, 3)
-    everything = engine._resident_bytes
+    draft = SelfDraft(engine.decoder, 3, engine.new_step())
+    everything = engine.bytes_for(6) + engine.decoder.head_bytes()  # what a prompt reads
     for stop in ((), (text[30:34],), (text[52:54],)):
         now = ticking()
         clocked = []
@@ -199,15 +214,15 @@ def test_time_and_bytes_are_shared_out(engine):
             clocked.append(now())
             return clocked[-1]
 
-        steps = list(engine.generate(PROMPT, options("self", 3, stop=stop), clock))
-        tally = engine.tally
+        steps = list(begin(engine, options("self", 3, stop=stop), clock=clock))
+        tally = Last.tally
         passes = 1 + tally.plain + tally.checks  # the prompt's, too
         read = sum(s.weight_bytes for s in steps)
         assert read == pytest.approx(passes * everything + tally.drafted * draft.nbytes, abs=len(steps))
         gaps = len(steps) - 1  # a tick between two steps belongs to the caller
-        assert sum(s.tpot_ms for s in steps) == pytest.approx(1e3 * (clocked[-1] - gaps))
+        assert sum(s.ms for s in steps) == pytest.approx(1e3 * (clocked[-1] - gaps))
         assert {s.effective_bits for s in steps} == {6.0}
-        assert all(s.tpot_ms > 0 for s in steps)
+        assert all(s.ms > 0 for s in steps)
 
 
 # -- callers that do what callers do ------------------------------------------------------------------------
@@ -219,7 +234,7 @@ def test_retargeting_inside_a_run(engine):
     def run(mode, bits=None, **more):
         engine.set_policy("uniform", 6)
         found = []
-        for step in engine.generate(PROMPT, options(mode, bits, n=40, **more), ticking()):
+        for step in begin(engine, options(mode, bits, n=40, **more)):
             found.append((step.token, step.effective_bits))
             if len(found) in (10, 23, 24):
                 engine.set_policy("uniform", {10: 3, 23: 5, 24: 6}[len(found)])
@@ -230,18 +245,18 @@ def test_retargeting_inside_a_run(engine):
         assert [round(b) for _, b in plain] == [6] * 10 + [3] * 13 + [5] + [6] * 16
         for mode, bits in MODES:
             assert run(mode, bits, **sampling) == plain
-            assert engine.tally.checks > 0
-            assert engine.tally.accepted > 0 or sampling
+            assert Last.tally.checks > 0
+            assert Last.tally.accepted > 0 or sampling
 
 
 def test_a_policy_that_takes_one_token_at_a_time_may_follow(engine):
-    steps = engine.generate(PROMPT, options("self", n=30), ticking())
+    steps = begin(engine, options("self", n=30))
     for _ in range(8):
         next(steps)
-    before = engine.tally.checks
+    before = Last.tally.checks
     engine.set_policy("random", 3.5)
     assert len(list(steps)) == 22
-    assert before > 0 and engine.tally.checks == before
+    assert before > 0 and Last.tally.checks == before
 
 
 def test_generators_take_turns(engine):
@@ -250,7 +265,7 @@ def test_generators_take_turns(engine):
         engine.set_policy(policy, target)
         for mode in ("self", "lookup", "off"):
             alone = [said(engine, mode, n=40, prompt=p) for p in prompts]
-            both = [engine.generate(p, options(mode, n=40), ticking()) for p in prompts]
+            both = [begin(engine, options(mode, n=40), prompt=p) for p in prompts]
             turns = [(s.token, tuple(s.bits)) for pair in zip(*both, strict=True) for s in pair]
             for i in (0, 1):
                 assert turns[i::2] == list(zip(*alone[i], strict=True))
@@ -270,9 +285,7 @@ def test_a_context_is_as_it_was(engine, heldout_documents, mode):
         )
         found = []
         for stop_after, keep in ((40, False), (7, False), (13, True), (40, False)):
-            steps = engine.generate(
-                "\n    return ", options(mode, n=40), ticking(), context=context, keep=keep
-            )
+            steps = begin(engine, options(mode, n=40), prompt="\n    return ", context=context, keep=keep)
             found.append([s.token for s in itertools.islice(steps, stop_after)])
             steps.close()
             found.append((context.cache.length, list(context.ids[-30:]), list(context.pending)))
@@ -280,32 +293,33 @@ def test_a_context_is_as_it_was(engine, heldout_documents, mode):
         return found
 
     assert conversation(mode) == conversation("off")
-    assert engine.tally.checks == 0
+    assert Last.tally.checks == 0
     conversation(mode)
-    assert engine.tally.accepted > 0
+    assert Last.tally.accepted > 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_while_drafting(engine, monkeypatch, error):
     """What the draft has written is no part of the text."""
     ids, cache = engine.prompts.prompt_ids(PROMPT), engine.decoder.new_cache(200)
-    ahead = Continuation(engine.decoder, engine.native, cache, Sampler(), ticking())
-    draft = SelfDraft(engine.decoder, 2)
-    ahead.speculate(ids, [draft], Pacer([8]))
-    ahead.follow(engine.policy)
-    first = int(engine._prefill(torch.tensor(ids), cache)[-1].argmax())
-    ahead.next(first, 30)
+    draft = SelfDraft(engine.decoder, 2, engine.new_step())
+    ahead = SpeculativeContinuation(
+        engine.decoder, engine.new_step(), cache, Sampler(),
+        drafts=[draft], lengths=DraftLengths([8]), clock=ticking(),
+    )  # fmt: skip
+    tokens = ahead.tokens(ids, lambda text: engine.policy, 30)
+    next(tokens), next(tokens)
     held = cache.length
-    real, calls = draft._native, itertools.count()
+    real, calls = draft._step, itertools.count()
 
     def failing(*args):
         if next(calls) == 2:
             raise error
         return real(*args)
 
-    monkeypatch.setattr(draft, "_native", failing)
+    monkeypatch.setattr(draft, "_step", failing)
     with pytest.raises(error):
-        ahead.next(5, 30)
+        list(tokens)
     assert cache.length == held
     ahead.drop()
     assert cache.length == held
@@ -319,20 +333,20 @@ def test_auto_is_for_high_quality_on_native_kernels(engine):
         ("uniform", 6, True), ("rate-distortion", 6, True), ("uniform", 5, False), ("random", 6, False),
     ):  # fmt: skip
         engine.set_policy(policy, target)
-        assert list(engine.generate(PROMPT, GenerateOptions(40), ticking()))
-        assert (engine.tally.checks > 0) == expected, (policy, target)
+        assert list(begin(engine, GenerateOptions(40)))
+        assert (Last.tally.checks > 0) == expected, (policy, target)
 
 
 def test_what_does_not_pay_is_left_alone(engine, toiling):
     said(engine, "self", n=150, clock=toiling)
-    assert 1 <= engine.tally.checks <= 6
-    assert engine.tally.plain > 120
+    assert 1 <= Last.tally.checks <= 6
+    assert Last.tally.plain > 120
 
 
 def test_what_earlier_texts_taught_is_remembered(engine):
     said(engine, "self", n=60)
     said(engine, "self", n=60)
-    assert engine.tally.plain == 0, "no plain step is needed to begin with"
+    assert Last.tally.plain == 0, "no plain step is needed to begin with"
 
 
 # -- what cannot be -----------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import torch
 from cpu_cases import needs_library, options_of
 from scipy.stats import chi2
 
-from dpllm.decode.continuation import Continuation
 from dpllm.decode.cpu_step import NativeStep
-from dpllm.decode.sampling import Sampler
-from dpllm.decode.speculation.draft_length import Pacer
+from dpllm.decode.sampling import Sampler, SamplingOptions
+from dpllm.decode.speculation import continuation
+from dpllm.decode.speculation.continuation import SpeculativeContinuation
+from dpllm.decode.speculation.draft_length import DraftLengths
 from dpllm.decode.speculation.drafts import PromptLookup, SelfDraft
+from dpllm.decode.step import Stepped
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.policies.fixed import StaticPolicy
@@ -45,13 +47,17 @@ def test_lookup_goes_on_with_a_growing_text():
         assert lookup.propose(text, 5, None, None) == PromptLookup().propose(text, 5, None, None)
 
 
+def drawing(seed: int) -> Sampler:
+    return Sampler(SamplingOptions(temperature=1.0), torch.Generator().manual_seed(seed))
+
+
 # -- sampling -----------------------------------------------------------------------------------------------
 
 VOCABULARY = 6
 LOOKED_UP = (1, 2, 3)
 
 
-class Always(Pacer):
+class Always(DraftLengths):
     """Drafts as much as it may, at any cost."""
 
     def plans(self, room):
@@ -82,31 +88,38 @@ def exact(tiny, temperature, top_p):
     found = torch.zeros((VOCABULARY,) * 3, dtype=torch.float64)
     for a, b in itertools.product(range(VOCABULARY), repeat=2):
         cache = decoder.new_cache(4)
-        rows = [probabilities(step(t, cache, policy)[0][0].clone(), temperature, top_p) for t in (0, a, b)]
+        rows = [
+            probabilities(step(t, cache, policy).logits[0].clone(), temperature, top_p) for t in (0, a, b)
+        ]
         found[a, b] = rows[0][a] * rows[1][b] * rows[2]
     return found
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.7)])
 @pytest.mark.parametrize("source", ["self", "lookup"])
-def test_sampling_is_unbiased(tiny, source, temperature, top_p):
+def test_sampling_is_unbiased(tiny, monkeypatch, source, temperature, top_p):
     """Sequences of three tokens are as frequent as their probability says, drafts accepted or not."""
     decoder, step, policy = tiny
+    # The first token, drawn from the prompt, is always 0.
+    first = Stepped(torch.full((1, VOCABULARY), -1e9).index_fill(1, torch.tensor([0]), 0.0), None, 0, 0.0, 0)
     expected, draws = exact(tiny, temperature, top_p), 2500
-    sampler = Sampler(temperature, top_p, torch.Generator().manual_seed(11))
+    sampler = Sampler(
+        SamplingOptions(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(11)
+    )
     counts = torch.zeros_like(expected)
-    cache, own = decoder.new_cache(8), SelfDraft(decoder, 2)
+    cache, own = decoder.new_cache(8), SelfDraft(decoder, 2, NativeStep.of(decoder))
     accepted = rejected = 0
     for _ in range(draws):
         cache.rewind(0)
-        ahead = Continuation(decoder, step, cache, sampler, time.perf_counter)
         # Looked up: what followed 5, 0 in a text before.
-        ahead.speculate([5, 0, *LOOKED_UP, 5], [own if source == "self" else PromptLookup()], Always([3]))
-        ahead.follow(policy)
-        tokens = [0]
-        for room in (4, 3, 2):
-            tokens.append(ahead.next(tokens[-1], room).token)
-        counts[tuple(tokens[1:])] += 1
+        ahead = SpeculativeContinuation(
+            decoder, step, cache, sampler, drafts=[own if source == "self" else PromptLookup()],
+            lengths=Always([3]), clock=time.perf_counter, before=[5, 0, *LOOKED_UP, 5],
+        )  # fmt: skip
+        monkeypatch.setattr(continuation, "read_prompt", lambda *args: first)
+        tokens = [d.token for d in itertools.islice(ahead.tokens([], lambda text: policy, 5), 4)][1:]
+        ahead.drop()
+        counts[tuple(tokens)] += 1
         accepted, rejected = accepted + ahead.tally.accepted, rejected + ahead.tally.rejected
     assert min(accepted, rejected) > 200
     assert counts[expected == 0].sum() == 0
@@ -122,12 +135,12 @@ def test_shared_clocks_accept_about_what_two_distributions_have_in_common(tiny):
     """Between (1 - d) / (1 + d) and 1 - d, at a total variation d."""
     decoder, step, policy = tiny
     draft, wide = (
-        probabilities(step(0, decoder.new_cache(2), p)[0][0].clone(), 1.0, 1.0)
+        probabilities(step(0, decoder.new_cache(2), p).logits[0].clone(), 1.0, 1.0)
         for p in (StaticPolicy([2] * len(decoder.groups)), policy)
     )
     d = 0.5 * float((draft - wide).abs().sum())
     assert 0.05 < d < 0.9
-    sampler, agreed, draws = Sampler(1.0, 1.0, torch.Generator().manual_seed(1)), 0, 20_000
+    sampler, agreed, draws = drawing(1), 0, 20_000
     for _ in range(draws):
         guess = sampler.twin()(draft.log())
         agreed += sampler(wide.log()) == guess
@@ -136,11 +149,11 @@ def test_shared_clocks_accept_about_what_two_distributions_have_in_common(tiny):
 
 
 def test_a_sampler_goes_back():
-    sampler, logits = Sampler(1.0, 1.0, torch.Generator().manual_seed(0)), torch.zeros(50)
+    sampler, logits = drawing(0), torch.zeros(50)
     state = sampler.state()
     twin = sampler.twin()
     first = [sampler(logits) for _ in range(5)]
     assert [twin(logits) for _ in range(5)] == first
     sampler.go_back(state)
     assert [sampler(logits) for _ in range(5)] == first
-    assert Sampler().twin().state() is None
+    assert Sampler().twin().state().random is None

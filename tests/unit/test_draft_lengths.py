@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpllm.decode.speculation.draft_length import REFRESH, Pacer, Source, expected_tokens
+from dpllm.decode.speculation.draft_length import REFRESH, DraftLengths, Source, expected_tokens
 
 
 @dataclass
@@ -44,17 +44,17 @@ class Machine:
         return min(range(longest + 1), key=ms)
 
 
-def run(pacer: Pacer, machines: list[Machine], tokens: int) -> tuple[float, list[int]]:
+def run(lengths: DraftLengths, machines: list[Machine], tokens: int) -> tuple[float, list[int]]:
     """(ms a token, drafted of each round)."""
     made, ms, drafted = 0, 0.0, []
     while made < tokens:
         offers = (
-            plan for plan in pacer.plans(tokens) if machines[plan[0]].rng.random() < machines[plan[0]].found
+            plan for plan in lengths.plans(tokens) if machines[plan[0]].rng.random() < machines[plan[0]].found
         )
         source, count = next(offers, (0, 0))
         machine = machines[source]
         accepted, check, draft = machine.accepted(count), machine.check(count + 1), machine.draft * count
-        pacer.record(source, count, accepted, draft, check)
+        lengths.record(source, count, accepted, draft, check)
         made, ms = made + accepted + 1, ms + check + draft
         drafted.append(count)
     return ms / made, drafted
@@ -67,9 +67,9 @@ def run(pacer: Pacer, machines: list[Machine], tokens: int) -> tuple[float, list
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_what_pays_is_found(machine, noise):
     machine.noise = noise
-    pacer, longest = Pacer([8]), 8
-    run(pacer, [machine], 500)
-    ms, drafted = run(pacer, [machine], 3000)
+    lengths, longest = DraftLengths([8]), 8
+    run(lengths, [machine], 500)
+    ms, drafted = run(lengths, [machine], 3000)
     best = machine.best(longest)
     ideal = (best * machine.draft + 10 + machine.row * best) / sum(
         machine.acceptance**i for i in range(best + 1)
@@ -86,37 +86,37 @@ def test_what_pays_is_found(machine, noise):
 def test_what_does_not_pay_is_left(machine, noise):
     """But tried now and then."""
     machine.noise = noise
-    pacer = Pacer([8])
-    run(pacer, [machine], 600)
-    ms, drafted = run(pacer, [machine], 4000)
+    lengths = DraftLengths([8])
+    run(lengths, [machine], 600)
+    ms, drafted = run(lengths, [machine], 4000)
     tried = sum(d > 0 for d in drafted)
     assert 4 <= tried < 0.02 * len(drafted)
     assert ms < 1.02 * 10
 
 
 def test_the_first_round_is_plain_and_the_second_a_trial():
-    pacer = Pacer([8])
-    assert pacer.plans(room=20) == []
-    pacer.record(0, 0, 0, 0.0, 10.0)
-    assert pacer.plans(room=20) == [(0, 4)]
-    assert pacer.plans(room=2) == [(0, 2)]
-    assert pacer.plans(room=0) == []
+    lengths = DraftLengths([8])
+    assert lengths.plans(room=20) == []
+    lengths.record(0, 0, 0, 0.0, 10.0)
+    assert lengths.plans(room=20) == [(0, 4)]
+    assert lengths.plans(room=2) == [(0, 2)]
+    assert lengths.plans(room=0) == []
 
 
 def test_a_machine_that_changes():
     """Drafts begin to pay, and cease to."""
-    pacer = Pacer([8])
-    assert sum(run(pacer, [Machine(0.1)], 1000)[1]) < 100
-    good = run(pacer, [Machine(0.95, draft=1)], 2000)
+    lengths = DraftLengths([8])
+    assert sum(run(lengths, [Machine(0.1)], 1000)[1]) < 100
+    good = run(lengths, [Machine(0.95, draft=1)], 2000)
     assert good[0] < 0.6 * 10
-    slow = run(pacer, [Machine(0.95, draft=12, row=11)], 1000)
+    slow = run(lengths, [Machine(0.95, draft=12, row=11)], 1000)
     assert slow[0] < 1.1 * 10
     assert sum(slow[1][-200:]) < 40
 
 
 def test_plain_steps_are_timed_again():
-    pacer = Pacer([8])
-    drafted = run(pacer, [Machine(0.97, draft=1)], 4000)[1]
+    lengths = DraftLengths([8])
+    drafted = run(lengths, [Machine(0.97, draft=1)], 4000)[1]
     plain = [i for i, d in enumerate(drafted) if d == 0]
     assert len(plain) > 3
     assert all(b - a <= REFRESH + 1 for a, b in pairwise(plain))
@@ -124,16 +124,16 @@ def test_plain_steps_are_timed_again():
 
 def test_the_better_of_two_sources():
     """A free one that seldom has anything, and a dear one that always does."""
-    pacer = Pacer([15, 8])
+    lengths = DraftLengths([15, 8])
     lookup, own = Machine(0.9, draft=0.01, found=0.3), Machine(0.9, draft=2)
-    run(pacer, [lookup, own], 500)
-    ms, _ = run(pacer, [lookup, own], 3000)
-    assert ms < run(Pacer([8]), [own], 3000)[0]
-    assert [number for number, _ in pacer.plans(room=20)] == [0, 1]
+    run(lengths, [lookup, own], 500)
+    ms, _ = run(lengths, [lookup, own], 3000)
+    assert ms < run(DraftLengths([8]), [own], 3000)[0]
+    assert [number for number, _ in lengths.plans(room=20)] == [0, 1]
 
 
 def test_a_source_without_anything_to_offer_costs_nothing():
-    ms, drafted = run(Pacer([15]), [Machine(0.9, found=0.0)], 500)
+    ms, drafted = run(DraftLengths([15]), [Machine(0.9, found=0.0)], 500)
     assert (ms, sum(drafted)) == (10, 0)
 
 
@@ -162,12 +162,12 @@ def test_acceptance_is_learnt_from_the_first_rejection_only():
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), room=st.integers(0, 20))
 def test_never_more_than_there_is_room_for(data, room):
-    pacer = Pacer([8, 15])
+    lengths = DraftLengths([8, 15])
     for _ in range(data.draw(st.integers(0, 30))):
         drafted = data.draw(st.integers(0, 8))
         times = data.draw(st.tuples(st.floats(0, 50), st.floats(0, 50)))
-        pacer.record(
+        lengths.record(
             data.draw(st.integers(0, 1)), drafted, data.draw(st.integers(0, drafted)), times[0], times[1]
         )
-    for source, count in pacer.plans(room):
+    for source, count in lengths.plans(room):
         assert 1 <= count <= min(room, (8, 15)[source])
