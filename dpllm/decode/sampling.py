@@ -34,7 +34,7 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more.")

@@ -14,15 +14,14 @@ from scripted_models import save_scripted
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dpllm import engine as engine_module
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
+from dpllm.decode import continuation
 from dpllm.decode.options import GenerateOptions
-from dpllm.decode.sampling import sample
 from dpllm.decode.text_stream import TextStream
 from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
-from dpllm.policies.base import Recorder, observe
+from dpllm.policies.base import Recorder
 from dpllm.policies.make import make_policy
 
 PROMPT = "def main(argv):\n    return "
@@ -203,23 +202,32 @@ def test_greedy_is_the_argmax_of_transformers(plain, tiny_checkpoint):
 def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
     steps = list(engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=24)))
     decoder, ids = engine.decoder, torch.tensor(engine.prompts.prompt_ids(PROMPT))
-    policy = make_policy("rate-distortion", 3.5, decoder, engine.profile)
-    recorder, cache = Recorder(policy, decoder.groups), decoder.new_cache(100)
+    text = make_policy("rate-distortion", 3.5, decoder, engine.profile).begin_text()
+    recorder, cache = Recorder(text, decoder.groups), decoder.new_cache(100)
     with torch.no_grad():
         logits = decoder.forward(ids, cache)
         for n, step in enumerate(steps):
             assert step.token == int(logits[-1].argmax())
             if n:
                 assert list(step.bits) == recorder.bits()[0].tolist()
-            observe(policy, logits[-1:], torch.tensor([step.token]))
+            read = recorder.effective_bits() if n else None
+            text.learn(logits[-1:], torch.tensor([step.token]), read)
             logits = decoder.forward(torch.tensor([step.token]), cache, recorder)
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_the_prompt_may_be_read_in_chunks(engine, monkeypatch, chunk):
-    whole = tokens_of(engine)
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", chunk)
-    assert tokens_of(engine) == whole
+    """Up to how the kernels for few and for many rows round activations (8 bits, bfloat16): a hundredth of the logits'
+    spread, where reading a token too few would change them altogether."""
+    decoder, ids = engine.decoder, engine.prompts.prompt_ids(PROMPT)
+    whole = continuation.read_prompt(decoder, ids, decoder.new_cache(100)).logits
+    monkeypatch.setattr(continuation, "PREFILL_CHUNK", chunk)
+    cache = decoder.new_cache(100)
+    found = continuation.read_prompt(decoder, ids, cache).logits
+    assert cache.length == len(ids) and found.shape == whole.shape == (1, decoder.config.vocab_size)
+    assert (found - whole).norm() < 0.05 * whole.norm()
+    short = continuation.read_prompt(decoder, ids[:-1], decoder.new_cache(100)).logits
+    assert (short - whole).norm() > 0.3 * whole.norm()
 
 
 def test_max_new_tokens(plain):
@@ -324,13 +332,15 @@ def test_no_chat_template(plain):
 
 def test_step_fields(engine):
     clock = count(0, 2).__next__
-    steps = list(engine.generate(PROMPT, GenerateOptions(max_new_tokens=12), clock))
+    steps = list(engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=12), clock=clock))
     decoder, prompt = engine.decoder, len(engine.prompts.prompt_ids(PROMPT))
     assert len(steps) == 12
     per_token = steps[1].kv_bytes - steps[0].kv_bytes
     assert per_token == 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, float16
     assert [s.kv_bytes for s in steps] == [per_token * (prompt + n) for n in range(12)]
-    assert [s.tpot_ms for s in steps] == [2000.0] * 12
+    assert [s.ms for s in steps] == [2000.0] * 12
+    assert [s.tpot_ms for s in steps] == [None] + [2000.0] * 11
+    assert [s.ttft_ms for s in steps] == [2000.0] + [None] * 11
     first, rest = steps[0], steps[1:]
     everything = sum(g.bytes_at[-1] for g in decoder.groups) + decoder.head_bytes()
     assert (first.effective_bits, first.weight_bytes, len(first.bits)) == (6.0, everything, 0)
@@ -396,7 +406,7 @@ def test_what_load_chooses(tiny_overlay, tmp_path, tiny_checkpoint):
     assert open_engine(tiny_checkpoint).policy is None
     with pytest.raises(InputError, match="one precision"):
         open_engine(tiny_checkpoint, target_bits=3.0)
-    with pytest.raises(InputError, match="no directory"):
+    with pytest.raises(InputError, match="not a directory"):
         open_engine(tmp_path / "nowhere")
 
 
@@ -421,50 +431,3 @@ def test_planes_held_differ_from_group_to_group(tiny_overlay, profiles):
     assert first.effective_bits == pytest.approx(held), "the prompt reads what is there"
     for step in others:
         assert all(bits <= planes[g.name] for bits, g in zip(step.bits, groups, strict=True))
-
-
-def counts(logits, temperature, top_p, draws=20_000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [sample(logits, temperature, top_p, generator) for _ in range(draws)]
-    return torch.bincount(torch.tensor(drawn), minlength=len(logits)).double()
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_sampling_follows_the_softmax(temperature):
-    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -0.5, 0.7, -1.0, 1.2])
-    found = counts(logits, temperature, 1.0)
-    expected = (logits.double() / temperature).softmax(0) * found.sum()
-    assert ((found - expected) ** 2 / expected).sum() < 29.9  # chi-square, 7 degrees of freedom, 1 in 10,000
-
-
-def test_nucleus_sampling_renormalises_what_it_keeps():
-    p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
-    found = counts(p.log(), 1.0, 0.7)
-    kept = torch.tensor([0.0, 0.4, 0.0, 0.25, 0.2]).double()
-    assert found[[0, 2]].sum() == 0
-    expected = (kept / kept.sum() * found.sum())[[1, 3, 4]]
-    assert ((found[[1, 3, 4]] - expected) ** 2 / expected).sum() < 18.4  # 2 degrees of freedom
-
-
-LOGITS = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20)
-
-
-@settings(max_examples=200, deadline=None)
-@given(LOGITS, st.floats(0.05, 5), st.floats(0, 1, exclude_min=True), st.integers(0, 2**63 - 1))
-def test_a_sampled_token_is_in_the_nucleus(values, temperature, top_p, seed):
-    logits = torch.tensor(values)
-    token = sample(logits, temperature, top_p, torch.Generator().manual_seed(seed))
-    p = (logits.double() / temperature).softmax(0)
-    likelier = p[p > p[token]].sum()
-    assert likelier < top_p + 1e-9, "the tokens before it did not fill the nucleus"
-
-
-@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5, 1e30, float("inf")])
-def test_extreme_temperatures(temperature):
-    logits = torch.tensor([1.0, 3.0, 2.9, -1e4])
-    drawn = {sample(logits, temperature, 1.0, torch.Generator().manual_seed(s)) for s in range(40)}
-    assert drawn == ({1} if temperature < 1 else {0, 1, 2, 3})
-
-
-def test_greedy_needs_no_generator():
-    assert sample(torch.tensor([0.0, 5.0, 1.0]), 0.0, 1.0, None) == 1

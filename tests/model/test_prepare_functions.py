@@ -10,7 +10,7 @@ import torch
 
 import dpllm
 from dpllm.calib.runtime.profile import CalibrationProfile
-from dpllm.planning.cost_measurement import measure
+from dpllm.planning.cost_measurement import measure_cost as measure
 from dpllm.quant.overlay import Overlay
 
 

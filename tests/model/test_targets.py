@@ -8,20 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
+from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.options import GenerateOptions
-from dpllm.decode.step import decode_one
+from dpllm.decode.step import DecoderStep
 from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
 from dpllm.planning import quality_model as quality
 from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, measure_cost
 from dpllm.planning.quality_measurement import KEEPS, STEPS, QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, estimated
-from dpllm.policies.base import observe
 from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import Allowance, Prices
 
@@ -38,17 +37,24 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def widths(engine, native, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
+def widths(engine, step, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
     """What a policy held to an allowance reads for the tokens of a fixed text."""
     policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile).begin_text()
     prices = Prices.in_bytes(engine.decoder.groups)
     policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
     ids, cache, found = engine.prompts.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
     for token, after in zip(ids, [*ids[1:], 0], strict=True):
-        logits, chosen = decode_one(engine.decoder, native, token, cache, policy)
-        found.append(chosen[0].tolist())
-        observe(policy, logits, torch.tensor([after]))
+        stepped = step(token, cache, policy)
+        found.append(stepped.bits[0].tolist())
+        step.learn(policy, stepped, after)
     return found
+
+
+def native_step(engine) -> NativeStep:
+    step = engine.new_step()
+    if not isinstance(step, NativeStep):
+        pytest.skip("no native kernels")
+    return step
 
 
 def read(engine, chosen: list[int]) -> int:
@@ -57,9 +63,7 @@ def read(engine, chosen: list[int]) -> int:
 
 @pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
 def test_no_token_exceeds_its_allowance(engine, native):
-    step = engine.native if native else None
-    if native and step is None:
-        pytest.skip("no native kernels")
+    step = native_step(engine) if native else DecoderStep(engine.decoder)
     most = engine.bytes_for(3.1)
     free, held = (widths(engine, step, 3.5, m) for m in (None, most))
     assert max(read(engine, b) for b in free) > most, "else the limit limits nothing"
@@ -75,7 +79,7 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
     weights = np.asarray([g.weights for g in engine.decoder.groups])
     half = len(weights) // 2
     free, held = (
-        np.asarray(widths(engine, engine.native, 4.0, m, 60)) for m in (None, engine.bytes_for(3.6))
+        np.asarray(widths(engine, engine.new_step(), 4.0, m, 60)) for m in (None, engine.bytes_for(3.6))
     )
     lost = [
         ((free - held) * weights)[:, part].sum() / weights[part].sum()
@@ -85,39 +89,37 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
 
 
 def test_native_and_torch_afford_the_same(engine):
-    if engine.native is None:
-        pytest.skip("no native kernels")
+    steps = DecoderStep(engine.decoder), native_step(engine)
     most = engine.bytes_for(3.2)
-    one, other = (np.asarray(widths(engine, step, 3.5, most)) for step in (None, engine.native))
+    one, other = (np.asarray(widths(engine, step, 3.5, most)) for step in steps)
     assert (one == other).mean() > 0.99  # a signal at its threshold may fall either way
 
 
 def test_a_target_is_steered_within_a_text(engine):
     engine.set_policy("rate-distortion", 3.0)
     policy = engine.policy.begin_text()
-    cache, bits = engine.decoder.new_cache(400), []
+    step, cache, bits = engine.new_step(), engine.decoder.new_cache(400), []
     for t in range(400):
         if t % 100 == 0:
             policy.steer((2.5, 4.5, 3.5, 2.5)[t // 100])
-        logits, chosen = decode_one(engine.decoder, engine.native, 5 + t % 90, cache, policy)
-        bits.append(
-            sum(b * g.weights for b, g in zip(chosen[0].tolist(), engine.decoder.groups, strict=True))
-        )
-        observe(policy, logits, torch.tensor([5 + (t + 1) % 90]))
-    means = np.asarray(bits).reshape(4, 100)[:, 40:].mean(1) / sum(g.weights for g in engine.decoder.groups)
+        stepped = step(5 + t % 90, cache, policy)
+        bits.append(stepped.effective_bits)
+        step.learn(policy, stepped, 5 + (t + 1) % 90)
+    means = np.asarray(bits).reshape(4, 100)[:, 40:].mean(1)
     assert np.abs(means - [2.5, 4.5, 3.5, 2.5]).max() < 0.3, means
 
 
 def test_a_text_reads_no_more_than_its_budget(engine):
     engine.hold_budget(3.0, burst=1.0)
     for prompt in (PROMPT, "import os\n"):  # each by itself
-        steps = list(engine.generate_with(prompt, GenerateOptions(60, ignore_eos=True)))[1:]
+        generation = engine.generate_with(prompt, GenerateOptions(60, ignore_eos=True))
+        steps = list(generation)[1:]
+        assert not generation.tally.drafted
         total = sum(read(engine, list(s.bits)) for s in steps)
         assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
         assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
-    assert not engine.tally.drafted
     with pytest.raises(InputError, match="Leave out --speculate"):
-        next(engine.generate_with(PROMPT, GenerateOptions(4, speculate="self")))
+        engine.generate_with(PROMPT, GenerateOptions(4, speculate="self"))
     engine.set_policy("rate-distortion", 3.0)
     assert engine.controller is None
 
@@ -158,7 +160,9 @@ def test_generation_holds_a_time_per_token(engine, monkeypatch):
     clock = Clock(engine, cost, monkeypatch)
     engine.hold_latency(15.0, cost)
     times = []
-    for i, step in enumerate(engine.generate(PROMPT, GenerateOptions(260, ignore_eos=True), clock)):
+    for i, step in enumerate(
+        engine.generate_with(PROMPT, GenerateOptions(260, ignore_eos=True), clock=clock)
+    ):
         times.append(step.tpot_ms)
         if i == 90:
             clock.factor = 1.3
