@@ -53,7 +53,7 @@ KvHeads = Annotated[
     bool,
     typer.Option(
         "--kv-heads",
-        help="Also score the KV heads, for 'dpllm context build --kv-policy heads'.",
+        help="Also score the KV heads, for 'dpllm context build --kv-policy whole-heads'.",
         rich_help_panel=COMMON,
     ),
 ]

@@ -44,7 +44,7 @@ KV_POLICY_LINES = {
     "(Expected Attention, arXiv:2510.00636).",
     "kvzip": "Keeps the pairs that the model attends to when it repeats the text (KVzip, arXiv:2505.23416).",
     "kvzip+": "Scores as kvzip does and weights attention by what it adds to the layer (KVzip+, arXiv:2601.07891).",
-    "heads": "Keeps or drops whole heads by a score calibrated once for the model (KVzip, arXiv:2505.23416). "
+    "whole-heads": "Keeps or drops whole heads by a score calibrated once for the model (KVzip, arXiv:2505.23416). "
     "Needs dpllm calibrate --kv-heads.",
 }
 ALLOCATION_LINES = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpllm.diagnostics import gpu as gpu_info
-from dpllm.diagnostics.cpu import check_kernels, instruction_sets
+from dpllm.diagnostics.cpu import check_kernels, instruction_set_states
 from dpllm.kernels.backend import choose_backend
 from dpllm.version import __version__
 
@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
         "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", "safetensors", "triton")},
         "cuda": gpu,
         "backend": {"name": backend.name, "reason": backend.reason},
-        "instruction_sets": instruction_sets(),
+        "instruction_sets": instruction_set_states(),
         "gemv_relative_error": checks,
         "ok": all(e < TOLERANCE for errors in checks.values() for e in errors.values())
         and (gpu is None or gpu["ok"]),

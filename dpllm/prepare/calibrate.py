@@ -104,7 +104,7 @@ def calibrate(
     code. granularity: 'fused' decides once for q/k/v and once for gate/up, 'linear' once per matrix. samples,
     sequence_length: how many sequences of how many tokens. asynchronous: estimate q/k/v and gate/up from inputs one
     sub-block old. dp_llm: also calibrate DP-LLM's policy for each target. kv_heads: also score the KV heads, for KV
-    policy 'heads'. out: the profile's file; None is profile.safetensors in the overlay. device: 'cpu' or 'cuda'.
+    policy 'whole-heads'. out: the profile's file; None is profile.safetensors in the overlay. device: 'cpu' or 'cuda'.
     threads: CPU threads; None is one per core. seed: of the sample. progress: called with (stage, done, total).
 
     Raises InputError for an overlay, a text, a place or an option that cannot be used.
@@ -240,7 +240,7 @@ def _with_heads(
     profile: CalibrationProfile,
     progress: Progress,
 ) -> CalibrationProfile:
-    """Adds the score of every KV head, for KV policy 'heads'."""
+    """Adds the score of every KV head, for KV policy 'whole-heads'."""
     heads = head_profile(
         sequences.tolist(),
         lambda done: progress("KV heads", done, len(sequences)),

@@ -202,7 +202,7 @@ def test_fit_gains_never_breaks(seed, tokens, constant):
 
 
 def measured_bits(decoder, profile, target, sequences) -> float:
-    recorder = Recorder(make_policy("rate-distortion", target, decoder, profile), decoder.groups)
+    recorder = Recorder(make_policy("rate-distortion", target, decoder, profile).begin_text(), decoder.groups)
     means = []
     with torch.no_grad():
         for ids in sequences:
@@ -357,7 +357,7 @@ def test_asynchronous_calibration_reads_the_earlier_input(decoders, calibration_
             assert source < g
             assert decoder.groups[source].weight.in_features == decoder.groups[g].weight.in_features
     policy = RateDistortionPolicy(profile, decoder, 3.3)
-    recorder = Recorder(policy, decoder.groups)
+    recorder = Recorder(policy.begin_text(), decoder.groups)
     with torch.no_grad():
         decoder.forward(calibration_sequences[9][:40], select=recorder)
     assert len(recorder.bits().unique()) > 1

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.context import build
-from dpllm.context import saved as saved_context
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
@@ -66,11 +65,12 @@ def prune_tail(engine, context: KVContext, options: ContextOptions) -> None:
 
 
 def save_context(context: KVContext, path: Path, engine) -> dict:
-    return saved_context.save_context(context, path, model=engine.path)
+    assert context.model == engine.path
+    return context.save(path)
 
 
 def load_context(path: Path, engine) -> KVContext:
-    return saved_context.load_context(path, decoder=engine.decoder, model=engine.path)
+    return KVContext.load(path, engine)
 
 
 def answer(engine, context=None, question=QUESTION, **more) -> list[int]:

@@ -113,7 +113,7 @@ def test_what_build_refuses(refused, tiny_overlay, text_file, tmp_path):
     build("--keep", 1.5, says="above 0, up to 1")
     build("--keep", 0.3, "--keep-tokens", 5, says="exclude each other")
     build("--keep-memory", "lots", says="is not a size")
-    build("--keep-tokens", 1, says="are the least")
+    build("--keep-tokens", 1, says="are needed")
     build("--kv-policy", "h2o", says="Choose one of")
     build("--allocation", "even", says="Choose one of")
     build("--block", 1, says="at least 32")

@@ -174,7 +174,7 @@ def with_extra(profile, arrays):
 
 
 def record(decoder, policy, ids):
-    recorder = Recorder(policy, decoder.groups)
+    recorder = Recorder(policy.begin_text(), decoder.groups)
     with torch.no_grad():
         decoder.forward(ids, select=recorder)
     return recorder.bits()

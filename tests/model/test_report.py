@@ -47,7 +47,7 @@ def test_the_generation_is_the_engines(report, tiny_overlay):
     assert [x.name for x in g.groups[:4]] == ["qkv", "o", "gate_up", "down"]
     assert [x.layer for x in g.groups] == sorted(x.layer for x in g.groups)
     static = make_policy("static", 3.25, open_engine(tiny_overlay).decoder, open_engine(tiny_overlay).profile)
-    assert [x.static_bits for x in g.groups] == static.bits
+    assert [x.static_bits for x in g.groups] == static.fixed_bits
 
 
 def test_bytes_by_kind_add_up_to_what_the_steps_counted(report):
@@ -338,7 +338,7 @@ def test_the_users_own_text(ok, tiny_overlay, calibration_documents, tmp_path):
         (("--text", "nowhere.txt"), "does not exist"),
         (("--profile", "nowhere.safetensors"), "does not exist"),
         (("--context", "nowhere"), "nowhere"),
-        (("--overlay", "nowhere"), "is no directory"),
+        (("--overlay", "nowhere"), "is not a directory"),
         (("--temperature", -1), "temperature"),
         (("-o", "page.txt"), "does not end in .html"),
         (("-o", "no/where.html"), "no is not a directory"),

@@ -127,26 +127,23 @@ def test_a_text_reads_no_more_than_its_budget(engine):
 class Clock:
     """A clock that moves by what a simulated machine takes for each pass of the native step."""
 
-    def __init__(self, engine, cost: CostModel, monkeypatch):
+    def __init__(self, cost: CostModel, monkeypatch):
         self.now, self.factor = 0.0, 1.0
-        inner = engine.native.several
+        inner = NativeStep.__call__
 
-        def several(tokens, cache, policy, corrections=None):
-            logits, bits = inner(tokens, cache, policy, corrections)
-            weights = np.asarray([g.weights for g in engine.decoder.groups])
-            mean = float((bits[0].numpy() * weights).sum() / weights.sum())
-            self.now += cost.step_ms(mean, 8.0 * 4 * cache.length) * self.factor / 1e3
-            return logits, bits
+        def timed(step, token, cache, text):
+            stepped = inner(step, token, cache, text)
+            self.now += cost.step_ms(stepped.effective_bits, 8.0 * 4 * cache.length) * self.factor / 1e3
+            return stepped
 
-        monkeypatch.setattr(engine.native, "several", several)
+        monkeypatch.setattr(NativeStep, "__call__", timed)
 
     def __call__(self) -> float:
         return self.now
 
 
 def test_generation_holds_a_time_per_token(engine, monkeypatch):
-    if engine.native is None:
-        pytest.skip("no native kernels")
+    native_step(engine)
     cost = CostModel(
         device_name(engine),
         engine.profile.overlay_hash,
@@ -157,7 +154,7 @@ def test_generation_holds_a_time_per_token(engine, monkeypatch):
         (0.0, 1.0),
         (4.0,) * 4,
     )
-    clock = Clock(engine, cost, monkeypatch)
+    clock = Clock(cost, monkeypatch)
     engine.hold_latency(15.0, cost)
     times = []
     for i, step in enumerate(

