@@ -26,7 +26,7 @@ from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
 from dpllm.opening import open_engine
-from dpllm.policies.base import PrecisionPolicy
+from dpllm.policies.base import PrecisionPolicy, TextPolicy
 from dpllm.policies.fixed import StaticPolicy
 
 
@@ -38,7 +38,7 @@ def small_model() -> list[dict]:
         times = []
         for _ in range(5):
             steps = list(engine.generate_with("def main():\n", GenerateOptions(max_new_tokens=200)))
-            times += [s.tpot_ms for s in steps[1:]]
+            times += [s.ms for s in steps[1:]]
         middle = statistics.median(times)
         rows.append(
             {
@@ -50,7 +50,7 @@ def small_model() -> list[dict]:
     return rows
 
 
-def step_ms(step: NativeStep, cache: DenseKVCache, policy: PrecisionPolicy, context: int) -> float:
+def step_ms(step: NativeStep, cache: DenseKVCache, policy: TextPolicy, context: int) -> float:
     """One step behind so many tokens."""
     cache.rewind(0)
     cache.advance(context)
@@ -69,7 +69,7 @@ def pair(name: str, a: list[float], b: list[float]) -> dict:
     }  # fmt: skip
 
 
-class Projections:
+class Projections(PrecisionPolicy, TextPolicy):
     """DP-LLM's estimator with k = 64 as dpllm/policies/dp_llm.py computes it, one for each matrix, each time choosing 3
     bits."""
 
@@ -86,6 +86,9 @@ class Projections:
         ]
         self.extra_bytes = sum(p.nbytes for own in self.of for p in own)
 
+    def begin_text(self) -> TextPolicy:
+        return self
+
     def __call__(self, group: Group, x: torch.Tensor) -> torch.Tensor:
         estimates = torch.stack([(x.float() @ p.float().T).norm(dim=1) for p in self.of[group.index]])
         return 3 + (estimates.amax(0) > float("inf")).to(torch.int32)
@@ -94,7 +97,8 @@ class Projections:
 def large_model(rounds: int = 60) -> list[dict]:
     """Overheads at the 1.1B shape, three bits."""
     decoder = random_decoder(shape("1.1B"), 6)
-    step, cache = NativeStep(decoder), decoder.new_cache(2100)
+    step, cache = NativeStep.of(decoder), decoder.new_cache(2100)
+    assert step is not None
     fixed, chosen = StaticPolicy([3] * len(decoder.groups)), Thresholds.always(decoder, 3)
     paper = Projections(decoder)
     plain, choosing, estimating, long, native = [], [], [], [], []
@@ -112,7 +116,7 @@ def large_model(rounds: int = 60) -> list[dict]:
     ]
 
 
-def native_ms(decoder: Decoder, step: NativeStep, cache: DenseKVCache, policy: PrecisionPolicy) -> float:
+def native_ms(decoder: Decoder, step: NativeStep, cache: DenseKVCache, policy: TextPolicy) -> float:
     """The native call alone, as the step itself times it."""
     cache.rewind(0)
     step.follow(policy)

@@ -34,6 +34,7 @@ from bench.peers.llama_cpp_peer import REPACKED, LlamaCppPeer
 from bench.peers.shapes import SHAPES as PEER_SHAPES
 from bench.peers.torch_peers import KINDS, LinearsPeer
 from bench.peers.worker import PeerError
+from dpllm.calib.runtime.threshold_rule import ThresholdRule
 from dpllm.commands.bench import read_prompt
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.kernels.cpu.library import CpuOptions
@@ -41,6 +42,7 @@ from dpllm.kernels.weight import empty_planes
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import random_decoder, shape
+from dpllm.policies.base import PrecisionPolicy, TextPolicy
 from dpllm.policies.fixed import StaticPolicy
 
 RIVALS = {
@@ -62,14 +64,18 @@ CONTEXT, PROMPT, STRETCH = 512, 512, 16
 LARGE = ("8B",)  # shapes that memory holds once
 
 
-class Thresholds:
+class Thresholds(PrecisionPolicy, TextPolicy):
     """Selection as it runs: every group's weighted square against thresholds that give the wanted widths."""
 
-    name, extra_bytes = "thresholds", 0
+    name = "thresholds"
 
     def __init__(self, decoder: Decoder, thresholds: torch.Tensor):
-        self.diagonals = [torch.ones(g.weight.in_features, dtype=torch.float16) for g in decoder.groups]
-        self.thresholds = thresholds
+        diagonals = [torch.ones(g.weight.in_features, dtype=torch.float16) for g in decoder.groups]
+        self.rule = ThresholdRule(diagonals, list(range(len(diagonals))))
+        self.thresholds: torch.Tensor = thresholds
+
+    def begin_text(self) -> TextPolicy:
+        return self
 
     @classmethod
     def always(cls, decoder: Decoder, bits: int) -> Thresholds:
@@ -79,7 +85,7 @@ class Thresholds:
         return cls(decoder, torch.tensor([limits] * len(decoder.groups)))
 
     def __call__(self, group: Group, x: torch.Tensor) -> torch.Tensor:
-        square = (x.float() ** 2) @ self.diagonals[group.index].float()
+        square = (x.float() ** 2) @ self.rule.diagonals[group.index].float()
         return group.seed_bits + (square[:, None] > self.thresholds[group.index]).sum(1, dtype=torch.int32)
 
 
@@ -103,12 +109,19 @@ class Contestant:
         }
 
 
+def native_step(decoder: Decoder) -> NativeStep:
+    """The step that is timed. This benchmark is of the native kernels only."""
+    step = NativeStep.of(decoder)
+    assert step is not None, "the native library is missing"
+    return step
+
+
 class Ours:
     """Copies of a random model, used in turn."""
 
     def __init__(self, name: str, planes: int, options: LoadOptions, copies: int):
         self.copies = [random_decoder(shape(name), planes, options, seed) for seed in range(copies)]
-        self.steps = [NativeStep(d) for d in self.copies]
+        self.steps = [native_step(d) for d in self.copies]
         self.caches = [d.new_cache(CONTEXT + 64) for d in self.copies]
         for d, cache in zip(self.copies, self.caches, strict=True):
             read_prompt(d, cache, CONTEXT)
@@ -123,8 +136,7 @@ class Ours:
             which = i % len(self.copies)
             self.steps[which].follow(policies[which])
             began = time.perf_counter()
-            logits, _ = self.steps[which](token, self.caches[which], policies[which])
-            token = int(logits.argmax())
+            token = self.steps[which](token, self.caches[which], policies[which]).greedy
             times.append((time.perf_counter() - began) * 1e3)
         return times[2:]
 
@@ -161,18 +173,21 @@ class Ours:
             cache.rewind(CONTEXT)
             step.follow(chooser)
             began = time.perf_counter()
-            _, chosen = step(i + 1, cache, chooser)
+            stepped = step(i + 1, cache, chooser)
             choosing.append(time.perf_counter() - began)
-            replay = StaticPolicy(chosen[0].tolist())
-            bits.append(sum(b * g.weights for b, g in zip(replay.bits, d.groups, strict=True)))
+            replay = StaticPolicy(stepped.bits[0].tolist())
+            bits.append(stepped.effective_bits)
             cache.rewind(CONTEXT)
             step.follow(replay)
             began = time.perf_counter()
             step(i + 1, cache, replay)
             replaying.append(time.perf_counter() - began)
         ratio = statistics.median(a / b for a, b in zip(choosing, replaying, strict=True))
-        mean = statistics.mean(bits) / sum(g.weights for g in d.groups)
-        return {"overhead": round(ratio - 1, 4), "mean_bits": round(mean, 2), "tokens": rounds}
+        return {
+            "overhead": round(ratio - 1, 4),
+            "mean_bits": round(statistics.mean(bits), 2),
+            "tokens": rounds,
+        }
 
 
 def rivals(args: argparse.Namespace, widths: list[int]) -> list[tuple[str, LlamaCppPeer, float]]:

@@ -36,7 +36,7 @@ from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer
 from dpllm.model.loading import LoadOptions
 from dpllm.model.random_models import SHAPES, random_decoder, shape
-from dpllm.policies.base import PrecisionPolicy, observe
+from dpllm.policies.base import TextPolicy
 from dpllm.policies.dp_llm import DPLLMPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
@@ -130,13 +130,13 @@ def mixed(decoder: Decoder) -> list[int]:
     return [3 + (g.index // per_layer) % 2 for g in decoder.groups]
 
 
-def our_policy(decoder: Decoder) -> RateDistortionPolicy:
+def our_policy(decoder: Decoder) -> TextPolicy:
     """As an engine has it under a limit: a profile, a target, and an allowance that some tokens use up."""
-    policy = RateDistortionPolicy(profile_of(decoder), decoder, TARGET)
+    text = RateDistortionPolicy(profile_of(decoder), decoder, TARGET).begin_text()
     prices, low = Prices.in_bytes(decoder.groups), int(TARGET)
     a, b = (prices.of([w] * len(decoder.groups)) for w in (low, low + 1))
-    policy.steer(TARGET, Allowance(round(ALLOWED * (a + (TARGET - low) * (b - a))), prices))
-    return policy
+    text.steer(TARGET, Allowance(round(ALLOWED * (a + (TARGET - low) * (b - a))), prices))
+    return text
 
 
 def profile_of(decoder: Decoder) -> CalibrationProfile:
@@ -195,16 +195,14 @@ def estimating(decoder: Decoder, bits: list[int]) -> DPLLMPolicy:
 
 class Replay:
     """The captured step behind a cache: each run decodes the same token anew and moves nothing. What a policy learns
-    from the run before, it learns in the run. bits: int32 [1, G] on the device, of the last run. like: the name of what
+    from the run before, it learns in the run. bits: int32 [1, G] of the last run. like: the name of what
     its time is compared with."""
 
-    def __init__(
-        self, decoder: Decoder, policy: PrecisionPolicy | None, cache: KVCache, like: str | None = None
-    ):
+    def __init__(self, decoder: Decoder, policy: TextPolicy | None, cache: KVCache, like: str | None = None):
         self.decoder, self.policy, self.cache, self.like = decoder, policy, cache, like
         self.step, self.token = GpuStep(decoder, step_operations), torch.ones(1, dtype=torch.int64)
         self.bits: Any = None
-        if not DRY or getattr(policy, "stepwise", False):
+        if not DRY or (policy is not None and policy.stepwise):
             self.decode()
         if not DRY:
             self.again()  # the request that stays is of a token that has one before it
@@ -219,12 +217,13 @@ class Replay:
             self.again()
 
     def again(self) -> None:
-        if self.bits is not None:
-            observe(self.policy, self.step.logits, self.token)
+        if self.bits is not None and self.policy is not None:
+            self.step.learn(self.policy, self.last, int(self.token))
         self.decode()
 
     def decode(self) -> None:
-        _, self.bits = self.step(int(self.token), self.cache, self.policy)
+        self.last = self.step(int(self.token), self.cache, self.policy)
+        self.bits = self.last.bits
         self.cache.rewind(self.cache.length - 1)
 
     def widths(self) -> list[int] | None:

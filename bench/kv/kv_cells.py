@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
 from dpllm.engine import Engine
+from dpllm.evaluation.forced_steps import forced_steps
 from dpllm.kvzip_bridge.attention import SINKS
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.policies import make_kv_policy
@@ -46,15 +47,12 @@ def asked(engine: Engine, context: KVContext, document: Document) -> list[Outcom
 
 def asked_at(engine: Engine, context: KVContext, document: Document, bits: float) -> list[Outcome]:
     """The same token by token, every one (those of the question, too) at widths of its own."""
-    assert engine.native is not None
     policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile)
     found = []
     for question, answer in document.asked:
-        policy.reset()  # type: ignore[attr-defined]
-        ids, logits = [*question, *answer], []
-        for token, after in pairwise(ids):
-            logits.append(engine.native(token, context.cache, policy)[0].clone())
-            policy.observe(logits[-1], torch.tensor([after]))  # type: ignore[attr-defined]
+        ids = [*question, *answer]
+        steps = forced_steps(engine.new_step(), policy, context.cache, ids[:-1])
+        logits = [stepped.logits.clone() for stepped in steps]
         context.cache.rewind(context.cache.base)
         found.append(_outcome(torch.cat(logits[len(question) - 1 :]), torch.tensor(answer)))
     return found

@@ -38,6 +38,7 @@ from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
+from dpllm.policies.rate_distortion import RateDistortionPolicy, RateDistortionText
 from dpllm.policies.token_limit import Allowance, Prices
 
 SETTLED, STRETCH = 16, 20
@@ -80,7 +81,20 @@ def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
     steps = engine.generate_with(prompt, GenerateOptions(tokens + 1, ignore_eos=True))
     next(steps)
     for step in steps:
-        yield step.tpot_ms
+        yield step.ms
+
+
+class LimitedPolicy(RateDistortionPolicy):
+    """The rate-distortion policy with one limit for every token of every text."""
+
+    def __init__(self, engine: Engine, bits: float, limit: Allowance):
+        super().__init__(engine.calibration(), engine.decoder, bits)
+        self.limit = limit
+
+    def begin_text(self) -> RateDistortionText:
+        text = super().begin_text()
+        text.steer(self.target_bits, self.limit)
+        return text
 
 
 class Pair:
@@ -187,7 +201,7 @@ def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 
         for text in texts:
             steps = list(engine.generate_with(text, GenerateOptions(tokens, ignore_eos=True)))[1:]
             found.append(statistics.mean(s.effective_bits for s in steps))
-            ms.append(statistics.median(s.tpot_ms for s in steps))
+            ms.append(statistics.median(s.ms for s in steps))
         row = {"what": "queries", "phase": f"{mode}, target {bits:g} bits", "queries": len(found)}
         for name, values in (("bits", found), ("ms", ms)):
             for q in (5, 50, 95):
@@ -205,7 +219,7 @@ def limited(engine: Engine, texts: list[str]) -> list[dict]:
             name = "static" if limit == "static" else "rate-distortion"
             policy = make_policy(name, bits, engine.decoder, engine.profile)
             if isinstance(limit, float):
-                policy.steer(bits, Allowance(round(engine.bytes_for(bits) * limit), prices))
+                policy = LimitedPolicy(engine, bits, Allowance(round(engine.bytes_for(bits) * limit), prices))
             score = evaluate(engine.decoder, policy, bits, documents)
             phase = "static" if limit == "static" else f"limit {limit or 'none'}"
             rows.append({

@@ -25,7 +25,16 @@ from rich.progress import track
 
 from bench.common.random_engine import random_engine
 from bench.common.report import arguments, begin
-from bench.quality.control_quality import PLANES, SETTLED, SHAPE, decoded, interval, pairs, tails
+from bench.quality.control_quality import (
+    PLANES,
+    SETTLED,
+    SHAPE,
+    LimitedPolicy,
+    decoded,
+    interval,
+    pairs,
+    tails,
+)
 from dpllm import load, reference
 from dpllm.base.text import read_documents
 from dpllm.control.cost_model import CostModel
@@ -35,7 +44,6 @@ from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
-from dpllm.policies.rate_distortion import RateDistortionPolicy, RateDistortionText
 from dpllm.policies.token_limit import Allowance, Prices
 
 SAMPLES = 2000  # bootstrap samples
@@ -46,20 +54,10 @@ BAR = 1.1  # p95 over the target, relative to that of a fixed width over its med
 # -- quality ----------------------------------------------------------------------------------------------------
 
 
-class LimitedPolicy(RateDistortionPolicy):
-    """The rate-distortion policy with one limit for every token of every text."""
-
-    def __init__(self, engine: Engine, bits: float, headroom: float):
-        """headroom: the most bytes that a token reads, over the mean at `bits`."""
-        super().__init__(engine.calibration(), engine.decoder, bits)
-        prices = Prices.in_bytes(engine.decoder.groups)
-        self.limit = Allowance(round(engine.bytes_for(bits) * headroom), prices)
-
-    def begin_text(self) -> RateDistortionText:
-        """Begins a text under the limit."""
-        text = super().begin_text()
-        text.steer(self.target_bits, self.limit)
-        return text
+def limited(engine: Engine, bits: float, headroom: float) -> LimitedPolicy:
+    """A policy that reads at most `headroom` times the mean bytes at `bits` for any token."""
+    prices = Prices.in_bytes(engine.decoder.groups)
+    return LimitedPolicy(engine, bits, Allowance(round(engine.bytes_for(bits) * headroom), prices))
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def quality(
     policies = {
         "static": make_policy("static", bits, engine.decoder, engine.profile),
         "no limit": make_policy("rate-distortion", bits, engine.decoder, engine.profile),
-        **{f"headroom {h:g}": LimitedPolicy(engine, bits, h) for h in headrooms},
+        **{f"headroom {h:g}": limited(engine, bits, h) for h in headrooms},
     }
     scores = {
         phase: score(engine.decoder, policy, documents)

@@ -14,15 +14,24 @@ from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import make_policy
-from dpllm.policies.rate_distortion import RateDistortionPolicy
+from dpllm.policies.rate_distortion import RateDistortionPolicy, RateDistortionText
+
+
+class _TextWithoutContext(RateDistortionText):
+    """The text of `_WithoutContext`."""
+
+    def learn(
+        self, logits: torch.Tensor, tokens: torch.Tensor, read_bits: float | torch.Tensor | None = None
+    ) -> None:
+        super().learn(logits, tokens, read_bits)
+        self.previous = None
 
 
 class _WithoutContext(RateDistortionPolicy):
     """The multiplier from the embedding alone: nothing is learned from the previous step but the correction."""
 
-    def observe(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
-        super().observe(logits, tokens)
-        self.context = None
+    def begin_text(self) -> RateDistortionText:
+        return _TextWithoutContext(self)
 
 
 def bench_policy(

@@ -22,10 +22,10 @@ import torch
 from bench.common.report import arguments, begin
 from bench.quality.texts import heldout_windows
 from dpllm import reference
-from dpllm.decode.continuation import Tally
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.options import GenerateOptions
-from dpllm.decode.speculation.draft_length import Pacer, expected_tokens
+from dpllm.decode.speculation.draft_length import DraftLengths, expected_tokens
+from dpllm.decode.speculation.tally import Tally
 from dpllm.engine import Engine
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
@@ -46,7 +46,7 @@ ROWS = (1, 2, 3, 4, 5, 7, 9)  # of checks
 REFERENCE, RANDOM = "reference model, 1 thread", "random weights at the 1.1B shape"
 
 
-class Fixed(Pacer):
+class Fixed(DraftLengths):
     """So many tokens of the first source, at any cost."""
 
     count = 4
@@ -105,8 +105,11 @@ def prompts_of(engine: Engine, windows: list[list[int]]) -> list[str]:
 def generate(
     engine: Engine, mode: tuple[str, int | None], prompt: str, seed: int, temperature: float, n: int
 ):
+    """A generation, run to its end."""
     options = GenerateOptions(n, temperature, seed=seed, speculate=mode[0], draft_bits=mode[1])
-    return list(engine.generate_with(prompt, options))
+    generation = engine.generate_with(prompt, options)
+    list(generation)
+    return generation
 
 
 def name_of(mode: tuple[str, int | None]) -> str:
@@ -120,12 +123,13 @@ def accepted(
     rows = []
     for mode in MODES[1:-1]:
         tally = Tally()
-        engine.drafting.pacer = lambda options, policy, target, drafts: Fixed([d.longest for d in drafts])  # type: ignore
+        choice = engine._draft_choice
+        choice.lengths = lambda options, policy, target, drafts: Fixed([d.longest for d in drafts])  # type: ignore
         for i, prompt in enumerate(prompts):
-            generate(engine, mode, prompt, i, temperature, n)
-            for name, value in vars(engine.tally).items():
+            made = generate(engine, mode, prompt, i, temperature, n)
+            for name, value in vars(made.tally).items():
                 setattr(tally, name, getattr(tally, name) + value)
-        del engine.drafting.pacer
+        del choice.lengths  # type: ignore[misc]
         found = tally.summary()
         rows.append(
             row(
@@ -144,10 +148,10 @@ def walls(
     passes: dict[Any, list[float]] = {m: [] for m in MODES}
     for i, prompt in enumerate([prompts[0], *prompts]):  # the first time to warm up
         for mode in MODES:
-            steps = generate(engine, mode, prompt, i, temperature, n)
-            if i and len(steps) > 1:
-                ms[mode].append(sum(s.tpot_ms for s in steps[1:]) / (len(steps) - 1))
-                passes[mode].append(engine.tally.summary()["tokens_per_pass"] or 1.0)
+            made = generate(engine, mode, prompt, i, temperature, n)
+            if i and len(made.steps) > 1:
+                ms[mode].append(statistics.mean(s.ms for s in made.steps[1:]))
+                passes[mode].append(made.stats.speculation["tokens_per_pass"] or 1.0)
     return [
         row(
             f"wall time a token, temperature {temperature:g}", REFERENCE, target, name_of(mode), **times(ms[mode]),
@@ -163,7 +167,8 @@ def walls(
 
 def measure(decoder: Decoder, rounds: int) -> dict[tuple[int, int], list[float]]:
     """ms of (bits, rows), all in turns, behind 200 tokens."""
-    step, cache = NativeStep(decoder), decoder.new_cache(250)
+    step, cache = NativeStep.of(decoder), decoder.new_cache(250)
+    assert step is not None
     cells = [(b, 1) for b in DRAFTS] + [(b, n) for b in TARGETS for n in ROWS]
     policies = {b: StaticPolicy([b] * len(decoder.groups)) for b, _ in cells}
     ms: dict[tuple[int, int], list[float]] = {c: [] for c in cells}
@@ -172,7 +177,7 @@ def measure(decoder: Decoder, rounds: int) -> dict[tuple[int, int], list[float]]
             cache.rewind(0)
             cache.advance(PROMPT)
             began = time.perf_counter()
-            step.several(list(range(rows)), cache, policies[bits])
+            step.several(list(range(rows)), cache, policies[bits], [0.0] * rows)
             if turn > 1:
                 ms[bits, rows].append((time.perf_counter() - began) * 1e3)
     return ms
