@@ -280,7 +280,7 @@ def behind_a_short_text(quantised: Decoder, roofline: float) -> list[dict[str, A
         FIXED: Replay(quantised, fixed, cache),
         CHOSEN: Replay(quantised, our_policy(quantised), cache, REPLAYED),
         REPLAYED: Replay(quantised, StaticPolicy(bits), cache, FIXED),
-        "3.5 bits, DP-LLM's estimators": Replay(quantised, estimators, cache, FIXED),
+        "3.5 bits, DP-LLM's estimators": Replay(quantised, estimators.begin_text(), cache, FIXED),
     }
     for b in WIDTHS:
         runs[f"{b} bits"] = Replay(quantised, StaticPolicy([b] * len(bits)), cache, FIXED)

@@ -371,6 +371,7 @@ def kill_at_write(patch: pytest.MonkeyPatch, number: int, after: bool) -> list[P
     return written
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_at_any_write(tiny_checkpoint, straight, tmp_path):
     writes = count_writes(tiny_checkpoint, tmp_path / "count")
     assert writes == 4 + 4 + 4, "states, gradients, shards"

@@ -83,6 +83,7 @@ def test_generate_needs_no_overlay(capsys, monkeypatch):
     assert 2 < said["effective_bits"] < 6
 
 
+@pytest.mark.slow
 def test_six_bits_are_as_good_as_all(engine, heldout):
     plain = load_decoder(reference.model_path())
     nll = tokens = 0.0
@@ -106,6 +107,7 @@ def test_targets_hold(engine, heldout, target):
     assert abs(evaluate(engine.decoder, engine.policy, target, heldout).effective_bits - target) <= 0.05
 
 
+@pytest.mark.slow
 def test_demo(capsys, monkeypatch):
     monkeypatch.setattr(demo, "HELDOUT_TOKENS", 500)
     rows = json.loads(command(capsys, monkeypatch, "demo", "--tokens", "3", "--json").splitlines()[-1])[

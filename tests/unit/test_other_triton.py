@@ -29,11 +29,13 @@ def other(request) -> Path:
     return request.param
 
 
+@pytest.mark.slow
 def test_machine_code(other):
     """No spills, wide loads, no barriers; instructions are compared with the table's under its own version only."""
     under(other, str(TESTS / "support" / "gpu_code.py"), "--only", "gemv 6", "gemv 2-6")
 
 
+@pytest.mark.slow
 def test_numbers_through_the_interpreter(other):
     file = str(TESTS / "interpreted" / "step_kernels.py")
     under(other, "-m", "pytest", "-q", "-W", "ignore", file, "-k", "doctor", TRITON_INTERPRET="1")

@@ -24,6 +24,7 @@ TESTS = Path(__file__).resolve().parents[1]
 HALF, FLOAT = torch.float16, torch.float32
 
 
+@pytest.mark.slow
 def test_numbers_through_the_interpreter():
     files = [str(TESTS / "interpreted" / f"{name}.py") for name in ("step_kernels", "attention")]
     run = subprocess.run(

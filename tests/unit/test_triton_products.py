@@ -31,6 +31,7 @@ def process(*command: str, **env: str) -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_numbers_through_the_interpreter():
     file = str(TESTS / "interpreted" / "products.py")
     process("-m", "pytest", "-q", "-W", "ignore", file, TRITON_INTERPRET="1")
