@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -199,9 +197,3 @@ def test_positions_run_out(say):
         line.startswith("the message needs") and "/reset begins a new one." in line for line in lines[2:4]
     )
     assert lines[4] == "A new conversation begins." and re.match(r"\[\d+ tokens", lines[5])
-
-
-def test_bytes_that_are_no_text(tiny_overlay):
-    command = [sys.executable, "-m", "dpllm", "chat", "--plain", "--overlay", str(tiny_overlay)]
-    done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"dpllm: standard input is not UTF-8 text")
