@@ -195,8 +195,8 @@ def estimating(decoder: Decoder, bits: list[int]) -> DPLLMPolicy:
 
 class Replay:
     """The captured step behind a cache: each run decodes the same token anew and moves nothing. What a policy learns
-    from the run before, it learns in the run. bits: int32 [1, G] of the last run. like: the name of what
-    its time is compared with."""
+    from the run before, it learns in the run. bits: int32 [1, G] in device memory, of the last run. like: the name of
+    what its time is compared with."""
 
     def __init__(self, decoder: Decoder, policy: TextPolicy | None, cache: KVCache, like: str | None = None):
         self.decoder, self.policy, self.cache, self.like = decoder, policy, cache, like
@@ -223,7 +223,7 @@ class Replay:
 
     def decode(self) -> None:
         self.last = self.step(int(self.token), self.cache, self.policy)
-        self.bits = self.last.bits
+        self.bits = None if self.policy is None else self.step.widths
         self.cache.rewind(self.cache.length - 1)
 
     def widths(self) -> list[int] | None:

@@ -141,6 +141,11 @@ class GpuStep(TokenStep):
         if self._on_host is not None or not self._policy.learn_later(text, token):
             text.learn(stepped.logits, torch.tensor([token]), stepped.effective_bits)
 
+    @property
+    def widths(self) -> Tensor:
+        """int32 [1, G] in device memory: the widths of the last step, and of the next one where they are fixed."""
+        return self._table.bits[None]
+
     def store(self) -> None:
         """Gives the state of the text that was decoded last back to its policy object."""
         self._policy.store()
