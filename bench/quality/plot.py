@@ -113,7 +113,7 @@ def plot_widths(bench: Bench, path: Path, target: float = 3.0, windows: int = 24
     ):
         log_p = logits.log_softmax(-1)
         entropy.append(-(log_p.exp() * log_p).sum(-1))
-        factor.append(policy.multiplier)
+        factor.append(recorder.policy.multiplier)
         widths.append(recorder.effective_bits())
         per_group.append(recorder.bits().double())
     h, m, w = (torch.cat(t).numpy() for t in (entropy, factor, widths))
