@@ -1,18 +1,21 @@
-"""Fixtures of the command line and of reports, and overlays of the tiny models."""
+"""Fixtures of the command line, of reports and of scripted models, and overlays of the tiny models."""
 
 from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 from command_line import Result, complaint
 from report_cases import tiny_report
+from scripted_models import save_scripted, token_chain
 
 from dpllm.base.text import encode
 from dpllm.commands.main import main
+from dpllm.opening import open_engine
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.source import ModelSource
@@ -30,6 +33,19 @@ def overlay(checkpoints, tmp_path_factory):
         return out
 
     return make
+
+
+@pytest.fixture
+def scripted(tokenizer, tmp_path):
+    """A factory of engines that continue the prompt 'A' with exactly this text (and eos, if asked to)."""
+
+    def build(text: str, *, eos: bool = True, tokenizer=tokenizer, **config):
+        chain = [*token_chain(tokenizer, "A" + text), *([tokenizer.eos_token_id] if eos else [])]
+        shutil.rmtree(tmp_path / "scripted", ignore_errors=True)
+        save_scripted(tmp_path / "scripted", tokenizer, chain, **config)
+        return open_engine(tmp_path / "scripted")
+
+    return build
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from dpllm.decode.options import GenerateOptions
+from dpllm.engine import Engine
+
 
 def save_scripted(path: Path, tokenizer, chain: Sequence[int], **config) -> None:
     """Saves a model that gives after each token of the chain the next one, with its tokenizer.
@@ -34,3 +37,15 @@ def save_scripted(path: Path, tokenizer, chain: Sequence[int], **config) -> None
         model.lm_head.weight[chain[1:]] = 10 * model.model.embed_tokens.weight[chain[:-1]]
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def token_chain(tokenizer, text: str) -> list[int]:
+    """Tokens of the text, one a byte. All must differ, because each one names its successor."""
+    ids = [i for c in text for i in tokenizer(c, add_special_tokens=False)["input_ids"]]
+    assert len(set(ids)) == len(ids), text
+    return ids
+
+
+def pieces(engine: Engine, prompt: str = "A", **options) -> list[str]:
+    """The text of each step."""
+    return [s.text for s in engine.generate_with(prompt, GenerateOptions(**options))]
