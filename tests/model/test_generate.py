@@ -15,6 +15,7 @@ from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.decode import continuation
 from dpllm.decode.options import GenerateOptions
+from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
 from dpllm.policies.base import Recorder
@@ -75,18 +76,21 @@ def test_decoding_is_a_maximal_prefill_and_policy_steps(engine):
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-def test_the_prompt_may_be_read_in_chunks(engine, monkeypatch, chunk):
-    """Up to how the kernels for few and for many rows round activations (8 bits, bfloat16): a hundredth of the logits'
-    spread, where reading a token too few would change them altogether."""
+@pytest.mark.parametrize(("accuracy", "error"), [("exact", 5e-5), ("balanced", 0.01)])
+def test_the_prompt_may_be_read_in_chunks(tiny_overlay, monkeypatch, accuracy, error, chunk):
+    """The logits are the same up to the rounding of the kernels for few and for many rows."""
+    engine = open_engine(tiny_overlay, options=LoadOptions(cpu=CpuOptions(accuracy=accuracy)))
     decoder, ids = engine.decoder, engine.prompts.prompt_ids(PROMPT)
     whole = continuation.read_prompt(decoder, ids, decoder.new_cache(100)).logits
     monkeypatch.setattr(continuation, "PREFILL_CHUNK", chunk)
     cache = decoder.new_cache(100)
     found = continuation.read_prompt(decoder, ids, cache).logits
     assert cache.length == len(ids) and found.shape == whole.shape == (1, decoder.config.vocab_size)
-    assert (found - whole).norm() < 0.05 * whole.norm()
+    # `error` is that of one product, relative to its norm, as docs/results.md has it. Logits come after 13 products (4
+    # in each of 3 layers, and the head), whose errors are independent. The two ways to read differ by twice as many.
+    assert (found - whole).norm() < (2 * 13) ** 0.5 * error * whole.norm()
     short = continuation.read_prompt(decoder, ids[:-1], decoder.new_cache(100)).logits
-    assert (short - whole).norm() > 0.3 * whole.norm()
+    assert (short - whole).norm() > 0.3 * whole.norm(), "a token too few is seen"
 
 
 def test_max_new_tokens(plain):
