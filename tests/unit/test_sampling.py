@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -94,18 +94,34 @@ def by_transformers(logits, seen, options) -> torch.Tensor:
     return scores[0].softmax(-1)
 
 
-@settings(max_examples=300, deadline=None)
+def clear_of_limits(logits, seen, options) -> bool:
+    """Whether rounding cannot decide which tokens stay: no two are equally likely, and none lies at a limit."""
+    penalty = {k: v for k, v in options.items() if k == "repetition_penalty"}
+    ranked = by_transformers(logits, seen, penalty).log().sort().values
+    if (ranked.diff() < 1e-5).any():
+        return False
+    kept = []
+    for factor in (1 - 1e-5, 1 + 1e-5):
+        moved = {k: v * factor if k in ("top_p", "min_p") else v for k, v in options.items()}
+        kept.append(by_transformers(logits, seen, moved) > 0)
+    return torch.equal(*kept)
+
+
+@pytest.mark.parametrize("names", [*([name] for name in RANGES), list(RANGES), None], ids=str)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.lists(st.integers(-3000, 3000), min_size=2, max_size=20, unique=True))
-def test_probabilities_are_those_of_transformers(data, values):
+def test_probabilities_are_those_of_transformers(names, data, values):
+    """Each option alone, all of them (`list(RANGES)`), and any of them (None)."""
     logits = torch.tensor(values) / 100
-    names = data.draw(st.sets(st.sampled_from(sorted(RANGES))))
+    if names is None:
+        names = data.draw(st.lists(st.sampled_from(list(RANGES)), unique=True))
     options = {name: data.draw(RANGES[name]) for name in names}
     seen = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=5))
+    assume(clear_of_limits(logits, seen, options))
     chosen = SamplingOptions(**{"temperature": 1.0} | options)
     own = penalised(logits, sorted(set(seen)), chosen.repetition_penalty)
     p = probabilities(own, chosen)
     expected = by_transformers(logits, seen, options)
-    # A probability within rounding of a limit may fall on either side of it; such cases differ by a whole token.
     torch.testing.assert_close(p / p.sum(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -127,12 +143,22 @@ def test_going_back_takes_drawn_tokens_out_of_the_penalty():
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
     draw = sampler(3, temperature=1.0, repetition_penalty=3.0)
     draw.read([4, 5])
-    state, twin = draw.state(), draw.twin()
+    state = draw.state()
     first = [draw(logits) for _ in range(8)]
-    assert [twin(logits) for _ in range(8)] == first
     draw.go_back(state)
     assert [draw(logits) for _ in range(8)] == first
     assert len(set(first)) > 4
+
+
+def test_a_twin_draws_the_same_and_takes_nothing_away():
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    likeliest = logits.topk(3).indices.tolist()
+    draw, unread = (sampler(3, temperature=1.0, repetition_penalty=9.0) for _ in range(2))
+    draw.read(likeliest)
+    twin = draw.twin()
+    drawn = [twin(logits) for _ in range(30)]
+    assert [draw(logits) for _ in range(30)] == drawn
+    assert [unread(logits) for _ in range(30)] != drawn, "the tokens that were read matter"
 
 
 @pytest.mark.parametrize(
