@@ -49,12 +49,11 @@ class Continuation:
         largest = self.sampler.options.takes_largest
         text: TextPolicy | None = None
         for _ in range(limit - 1):
+            self.step.learn(
+                text, stepped, token
+            )  # before `choose` may steer: a miss counts against its own target
             chosen = choose(text)
-            if chosen is text:
-                self.step.learn(text, stepped, token)
-            elif (
-                chosen is not None
-            ):  # a new text, or another policy: it did not choose the widths of the last step
+            if chosen is not text and chosen is not None:  # it did not choose the widths of the last step
                 chosen.learn(stepped.logits, torch.tensor([token]))
             text = chosen
             stepped = self.step(token, self.cache, text)

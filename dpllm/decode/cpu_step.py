@@ -219,6 +219,7 @@ class NativeStep(TokenStep):
             return
         rule = text.rule if text.thresholds is not None else None
         if rule is None or rule is not self._rule:
+            self._text = None  # where this policy is refused, the next text is taken over in full
             self._selection = self._select(text)
         self._text = text
 

@@ -282,6 +282,22 @@ def test_widths_that_are_not_resident(overlay, bits):
     recovers(decoder, step, cache, IDS[:5])
 
 
+def test_a_refused_policy_leaves_the_text_before_it_steerable(quantized, profiles, heldout_sequences):
+    decoder, ids = load_exact(quantized), heldout_sequences[0][:20].tolist()
+    policy, step = RateDistortionPolicy(profiles["fused"], decoder, 2.5), NativeStep.of(decoder)
+    own, other = policy.begin_text(), policy.begin_text()
+    caches = [decoder.new_cache(len(ids)) for _ in range(2)]
+    before = natively(decoder, own, ids[:10], caches[0], step)
+    by_operations(decoder, other, ids[:10], caches[1])
+    with pytest.raises(ValueError, match="not resident"):
+        step(ids[10], caches[0], StaticPolicy([1000] * len(decoder.groups)))
+    for text in (own, other):
+        text.steer(5.0)
+    after = natively(decoder, own, ids[10:], caches[0], step)
+    assert_same(after, by_operations(decoder, other, ids[10:], caches[1]))
+    assert after[1].double().mean() > before[1].double().mean() + 1
+
+
 def test_more_thresholds_than_planes(overlay):
     decoder = load_exact(overlay("llama"), resident_bits=4)
     policy = Thresholds(load_exact(overlay("llama")), IDS)

@@ -71,6 +71,7 @@ class SpeculativeContinuation(Continuation):
 
         text: TextPolicy | None = None
         for room in range(limit - 1, 0, -1):
+            self.step.learn(text, stepped, token)
             chosen = choose(text)
             if chosen is not text:
                 self.drop()
@@ -79,8 +80,6 @@ class SpeculativeContinuation(Continuation):
                         chosen.delay(LAG)
                     chosen.learn(stepped.logits, torch.tensor([token]))
                 text = chosen
-            else:
-                self.step.learn(text, stepped, token)
             self.ids.append(token)
             if not self._ready:
                 self._round(room, text)
