@@ -13,6 +13,7 @@ import torch
 from dpllm.base.errors import InputError
 from dpllm.quant.source import read_json
 
+GENERATION_CONFIG = "generation_config.json"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
@@ -22,7 +23,7 @@ class ModelConfig:
 
     windows: pairs that a layer's attention sees; None: all. uses_rope: whether a layer applies rotary embedding.
     inv_freq: float32 [head_dim / 2], its inverse frequencies. rope_scale: factor on its cos and sin. eos_ids: tokens
-    that end a text.
+    that end a text (`end_token_ids`).
     """
 
     model_type: str
@@ -71,7 +72,6 @@ class ModelConfig:
         no_rope = getattr(c, "no_rope_layers", None) or [1] * layers
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         inv_freq, rope_scale = _rope_frequencies(c, head_dim, path)
-        eos = c.eos_token_id
         return cls(
             model_type=c.model_type,
             hidden_size=c.hidden_size,
@@ -89,7 +89,7 @@ class ModelConfig:
             uses_rope=tuple(bool(r) for r in no_rope),
             inv_freq=inv_freq,
             rope_scale=rope_scale,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_ids=end_token_ids(path),
         )
 
 
@@ -101,6 +101,25 @@ def check_model_type(config: dict[str, Any], path: Path) -> None:
             f"{path / 'config.json'}: model type {kind!r} is not supported. dpllm runs: {', '.join(SUPPORTED)} "
             "(SmolLM and SmolLM2 are 'llama')."
         )
+
+
+def end_token_ids(path: Path) -> tuple[int, ...]:
+    """Returns the tokens that end a text, by the rule of transformers 5.
+
+    generation_config.json alone decides where it exists, even if it names no end token; otherwise config.json decides.
+    A default of the model type's class does not count. Raises InputError for a value that is neither a whole number, a
+    list of them, nor null.
+    """
+    file = path / GENERATION_CONFIG
+    if not file.is_file():
+        file = path / "config.json"
+    value = read_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int for i in ids):  # a JSON `true` would pass isinstance
+        raise InputError(
+            f"{file}: eos_token_id is {value!r}. Give a token's number, a list of numbers, or null."
+        )
+    return tuple(ids)
 
 
 def _rope_frequencies(c: Any, head_dim: int, path: Path) -> tuple[torch.Tensor, float]:
