@@ -47,12 +47,12 @@ def test_end_tokens_are_those_of_transformers(model, config, generation):
 @pytest.mark.parametrize("value", ["1", 1.5, True, [1, "2"], {"id": 1}])
 def test_end_tokens_that_are_no_numbers_are_refused(model, value):
     write_end_tokens(model, 1, {"eos_token_id": value})
-    with pytest.raises(InputError, match="generation_config.json: eos_token_id is"):
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is"):
         end_token_ids(model)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\xff"])
 def test_a_damaged_generation_config_is_refused(model, content):
     (model / "generation_config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match="generation_config.json"):
+    with pytest.raises(InputError, match=r"generation_config\.json"):
         end_token_ids(model)
