@@ -102,7 +102,7 @@ def damage(checkpoint: Path, how: str) -> None:
         ("truncated", "damaged or not a safetensors"),
         ("garbage", "damaged or not a safetensors"),
         ("empty", "damaged or not a safetensors"),
-        ("foreign", "has no tensor 'model.layers.0"),
+        ("foreign", "has no tensor 'model.embed_tokens.weight' .29 more"),
         ("incomplete", r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
         ("no final norm", "has no tensor 'model.norm.weight'"),
         ("pickled", "pickled weights only"),
