@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpllm.base.errors import InputError
 from dpllm.quant.config import CONFIG, read_config, refusing
@@ -195,7 +195,7 @@ class Checkpoint:
             )
 
 
-def build_skeleton(config: Any, path: Path) -> nn.Module:
+def build_skeleton(config: Any, path: Path) -> Any:
     """Returns transformers' module of a configuration, on the meta device: names and shapes, without memory.
 
     Raises InputError for a configuration of which transformers makes no module.

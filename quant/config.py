@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_config(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def refusing(file: Path) -> Any:
+def refusing(file: Path) -> Iterator[None]:
     """Turns what transformers raises for a configuration file into one InputError line."""
     try:
         yield

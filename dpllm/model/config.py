@@ -97,17 +97,20 @@ def _check_sizes(c: Any, file: Path) -> None:
 
 
 def _windows(c: Any, file: Path) -> tuple[int | None, ...]:
-    """The pairs that each layer's attention sees; None: all. A family that has no windows ignores these fields."""
-    if c.model_type == "llama":
+    """The pairs that each layer's attention sees; None: all."""
+    window = getattr(c, "sliding_window", None)
+    if c.model_type == "llama":  # whose prompts transformers reads without a window, and decodes with one
+        if window is not None or set(getattr(c, "layer_types", None) or ()) - {"full_attention"}:
+            raise InputError(f"{file}: a llama has no sliding_window or layer_types. Remove the field.")
         return (None,) * c.num_hidden_layers
-    window = c.sliding_window
     if c.model_type == "mistral":
         types = ["full_attention" if window is None else "sliding_attention"] * c.num_hidden_layers
     else:
         types = c.layer_types
     if odd := sorted(set(types) - {"full_attention", "sliding_attention"}):
         raise InputError(f"{file}: layer type '{odd[0]}' is not supported (full and sliding attention are).")
-    if "sliding_attention" in types and (type(window) is not int or window < 1):
+    windowed = "sliding_attention" in types or c.model_type == "ministral"  # which makes the mask in any case
+    if windowed and (type(window) is not int or window < 1):
         raise InputError(
             f"{file}: sliding_window is {window!r}, but layers have sliding attention. Mend the field."
         )
