@@ -283,6 +283,7 @@ class Engine:
         """
         ids = self.prompts.prompt_ids(text)
         self.prompts.check_prompt(ids[:-1] or ids)
+        self.prompts.check_tokens(ids)
         if len(ids) < 2:
             raise InputError("a text of one token has no token to predict. Give a longer text.")
         return score_text(self.new_step(), self.policy, self.decoder.new_cache(len(ids)), ids)

@@ -7,7 +7,6 @@ after it, so the peak of memory is about two float32 layers above the embedding,
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpllm.base.errors import InputError
+from dpllm.quant.checkpoint import Checkpoint
 from dpllm.quant.source import ModelSource
 
 
@@ -45,18 +45,12 @@ class LayerwiseModel:
     """
 
     def __init__(self, source: ModelSource, device: str = "cpu"):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.source, self.device = source, device
-        with contextlib.redirect_stdout(io.StringIO()):
-            config = AutoConfig.from_pretrained(source.path)
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            self.skeleton = AutoModelForCausalLM.from_config(config)
-        self.config = config
+        """Matches the checkpoint with transformers' modules. Raises InputError where the two do not fit together."""
+        self.source, self.device = Checkpoint(source), device
+        self.skeleton, self.config = self.source.skeleton, self.source.config
         lists = [(n, m) for n, m in self.skeleton.named_modules() if isinstance(m, nn.ModuleList)]
         if not lists:
-            raise InputError(f"{source.path}: no decoder layers found in a '{config.model_type}' model.")
+            raise InputError(f"{source.path}: no decoder layers found in a '{self.config.model_type}' model.")
         self.layers_name, self.layers = max(lists, key=lambda item: len(item[1]))
         self.head_name = next(
             n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_output_embeddings()
@@ -64,7 +58,7 @@ class LayerwiseModel:
         self.embedding_name = next(
             n for n, m in self.skeleton.named_modules() if m is self.skeleton.get_input_embeddings()
         )
-        self.tied = bool(config.tie_word_embeddings)
+        self.tied = self.source.tied
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -24,7 +24,7 @@ import torch
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
 from dpllm.base.progress import Progress, no_progress
-from dpllm.base.text import documents_sha256, sample_sequences
+from dpllm.base.text import check_tokens, documents_sha256, sample_sequences
 from dpllm.kernels.weight import pack
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.kmeans import BLOCK_WEIGHTS, nested_codes
@@ -60,7 +60,10 @@ class Quantizer:
         device: str = "cpu",
         jobs: int = 1,
     ):
-        """documents: calibration text for the Fisher pass; None for unweighted k-means. jobs: threads of k-means."""
+        """documents: calibration text for the Fisher pass; None for unweighted k-means. jobs: threads of k-means.
+
+        Raises InputError where the checkpoint, the text and the tokenizer do not fit together.
+        """
         self.options, self.out, self.jobs = options, out, jobs
         self.source = source
         self.model = LayerwiseModel(source, device)
@@ -68,6 +71,7 @@ class Quantizer:
         self.scratch = self.partial / ".job"  # the state of an unfinished job, deleted at the end
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
+        self.sequences = self._sample() if documents is not None else None
         self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}
         self.weights_done = 0
 
@@ -162,12 +166,19 @@ class Quantizer:
         """The file that exists when a layer's shard and the gradient below the layer are both on disk."""
         return self.scratch / f"done-{index:04d}"
 
-    def _fisher_forward(self, progress: Progress) -> FisherPass | None:
-        if self.documents is None or all(self._mark(i).exists() for i in range(len(self.model))):
-            return None
+    def _sample(self) -> torch.Tensor:
+        """The calibration text as tokens int64 [S, T] that the model knows."""
         o = self.options
+        assert self.documents is not None
         sequences = sample_sequences(self.documents, self.tokenizer, o.samples, o.sequence_length, o.seed)
-        fisher = FisherPass(self.model, sequences, self.scratch / "work", guided=o.refine != "none")
+        check_tokens(sequences.flatten().tolist(), self.model.config.vocab_size, self.source.path)
+        return sequences
+
+    def _fisher_forward(self, progress: Progress) -> FisherPass | None:
+        if self.sequences is None or all(self._mark(i).exists() for i in range(len(self.model))):
+            return None
+        guided = self.options.refine != "none"
+        fisher = FisherPass(self.model, self.sequences, self.scratch / "work", guided=guided)
         done = 0
 
         def tick() -> None:
@@ -186,33 +197,31 @@ class Quantizer:
         linears = self.model.linears(index)
         tensors: dict[str, torch.Tensor] = {}
         for name in linears:
-            weight = self.source.read(f"{name}.weight")
+            weight = self.model.source.read(f"{name}.weight")
             hessian = hessians.pop(name, None)
             tensors |= self.quantize_matrix(name, weight, fisher.pop(name, None), self.options.bits, hessian)
         quantized = {f"{n}.weight" for n in linears}
-        for name in self.source.names():
-            if name.startswith(prefix) and name not in quantized and not name.endswith("rotary_emb.inv_freq"):
-                tensors[name] = self.source.read(name)
+        for name in self.model.source.names():
+            if name.startswith(prefix) and name not in quantized:
+                tensors[name] = self.model.source.read(name)
         return tensors
 
     def _other_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors outside the decoder layers: embedding, final norm, and the head at its own width."""
         tensors = {}
-        layers = self.model.layers_name + "."
+        source, layers = self.model.source, self.model.layers_name + "."
         head_bits, head = self.options.head_bits, self.model.head_weight()
         replaced = set() if head_bits == 16 else {f"{self.model.head_name}.weight"}
         if head_bits == 8 and self.model.tied:
             replaced.add(head)  # one int8 matrix is used for both the embedding and the head
-        elif head_bits == 16 and self.model.tied:
-            replaced.add(f"{self.model.head_name}.weight")
-        for name in self.source.names():
-            if not name.startswith(layers) and name not in replaced and not name.endswith("inv_freq"):
-                tensors[name] = self.source.read(name)
+        for name in source.names():
+            if not name.startswith(layers) and name not in replaced:
+                tensors[name] = source.read(name)
         if head_bits == 8:
-            tensors |= quantize_int8("lm_head", self.source.read(head))
+            tensors |= quantize_int8("lm_head", source.read(head))
         elif head_bits < 8:
             bits = (min(head_bits, 2), head_bits)
-            tensors |= self.quantize_matrix("lm_head", self.source.read(head), None, bits)
+            tensors |= self.quantize_matrix("lm_head", source.read(head), None, bits)
         return tensors
 
     def quantize_matrix(
@@ -322,7 +331,7 @@ class Quantizer:
         shapes = dict(self.plan.linears)
         bits = dict.fromkeys(shapes, o.bits)
         if o.head_bits < 8:
-            n, k = self.source.shape(model.head_weight())
+            n, k = model.source.shape(model.head_weight())
             shapes["lm_head"] = (n, k)
             bits["lm_head"] = (min(o.head_bits, 2), o.head_bits)
         linears = {

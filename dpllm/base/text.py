@@ -81,6 +81,18 @@ def check_text(text: str, what: str) -> None:
         raise InputError(f"{what} is not UTF-8 text. Convert it first.")
 
 
+def check_tokens(ids: Sequence[int], vocab_size: int, path: Path) -> None:
+    """Raises InputError where the tokenizer in `path` gave a token that a model of `vocab_size` tokens does not know.
+
+    A tokenizer may be larger than its model: it can be used for texts without the tokens that the model lacks.
+    """
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise InputError(
+            f"the tokenizer in {path} gives token {largest}; the model knows {vocab_size}. "
+            "Copy the model's own tokenizer files there."
+        )
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids with the special tokens the tokenizer adds in front; none at the end."""
     ids = cast("list[int]", tokenizer(text, verbose=False)["input_ids"])

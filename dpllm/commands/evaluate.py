@@ -115,9 +115,9 @@ def evaluate(
 def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> list[list[int]]:
     """The first `context` tokens of each document, about `max_tokens` in all (0: everything).
 
-    Raises InputError for a text without two tokens.
+    Raises InputError for a text without two tokens, or with tokens that the model does not know.
     """
-    from dpllm.base.text import encode, read_documents
+    from dpllm.base.text import check_tokens, encode, read_documents
 
     if context < 2:
         raise InputError(f"--context {context} is too short; at least 2 tokens are needed to score one.")
@@ -125,6 +125,7 @@ def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 
     documents, total = [], 0
     for text in read_documents(path):
         ids = encode(engine.tokenizer, text)[:limit]
+        check_tokens(ids, engine.decoder.config.vocab_size, engine.path)
         if len(ids) > 1:
             documents.append(ids)
             total += len(ids)

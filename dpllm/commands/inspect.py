@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,23 +103,21 @@ def describe_profile(profile: CalibrationProfile) -> dict[str, Any]:
 
 
 def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
-    """Tensors, parameters and types of a plain checkpoint."""
+    """Parameters, types and stored tensors of a plain checkpoint. Raises InputError for one that cannot be loaded."""
+    from dpllm.model.config import ModelConfig
+    from dpllm.quant.checkpoint import Checkpoint
     from dpllm.quant.source import ModelSource
 
-    source = ModelSource.open(path)
-    names = list(source.names())
+    config, source = ModelConfig.read(path), ModelSource.open(path)
+    checkpoint = Checkpoint(source)
+    names, stored = list(checkpoint.names()), list(source.names())
     if verify:
-        _read_all(source, names)
-    elements = 0
-    for name in names:
-        count = 1
-        for size in source.shape(name):
-            count *= size
-        elements += count
+        _read_all(checkpoint, names)
     return {
-        "kind": "checkpoint", "path": str(path), "model_type": source.config.get("model_type"),
-        "tensors": len(names), "parameters": elements, "dtypes": sorted({source.dtype(n) for n in names}),
-        "verified": verify,
+        "kind": "checkpoint", "path": str(path), "model_type": config.model_type,
+        "tensors": len(stored), "parameters": sum(math.prod(checkpoint.shape(n)) for n in names),
+        "dtypes": sorted({source.dtype(n) for n in stored}), "tied_head": checkpoint.tied,
+        "unused_tensors": checkpoint.unused(), "end_tokens": list(config.eos_ids), "verified": verify,
     }  # fmt: skip
 
 

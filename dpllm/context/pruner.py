@@ -50,12 +50,13 @@ class Pruner:
         self.view = view_of(decoder)
         asked = (REPEAT_ALL, REPEAT_FROM, context.behind)
         self.prompts = RepeatPrompts(*(tuple(prompts.plain_ids(text)) for text in asked))
-        self.policy = self._policy(profile)
+        self.policy = self._policy(profile, prompts)
         self.queries = Queries(self.policy.wants, self.view)
 
-    def _policy(self, profile: CalibrationProfile | None) -> KVPolicy:
+    def _policy(self, profile: CalibrationProfile | None, prompts: Prompts) -> KVPolicy:
         name = canonical_name(self.options.policy)
-        if name.startswith("kvzip"):
+        if name.startswith("kvzip"):  # the only policies that ask the model to repeat the text
+            prompts.check_tokens([*self.prompts.first, *self.prompts.later, *self.prompts.after])
             fits = largest_chunk(self.view, self.prompts, self.tokens)
             return make_kv_policy(name, chunk=self.options.chunk or max(SMALLEST_BLOCK, min(CHUNK, fits)))
         if name == "whole-heads":

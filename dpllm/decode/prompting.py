@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpllm.base.errors import InputError
-from dpllm.base.text import check_text, encode
+from dpllm.base.text import check_text, check_tokens, encode
 from dpllm.model.config import ModelConfig
 
 
@@ -81,6 +81,10 @@ class Prompts:
             ) from None
         return before, after, between
 
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Raises InputError where the model does not know one of these tokens."""
+        check_tokens(ids, self.config.vocab_size, self.path)
+
     def check_prompt(self, ids: Sequence[int], read: int = 0) -> None:
         """Checks that the model can continue these tokens after `read` other tokens.
 
@@ -90,11 +94,7 @@ class Prompts:
         c = self.config
         if not ids:
             raise InputError("the prompt has no tokens: the tokenizer drops all of it. Give other text.")
-        if max(ids) >= c.vocab_size:
-            raise InputError(
-                f"the tokenizer in {self.path} gives token {max(ids)}; the model knows {c.vocab_size}. "
-                "Copy the model's own tokenizer files there."
-            )
+        self.check_tokens(ids)
         if read + len(ids) >= c.max_positions:
             after = f" after {read} tokens of context" if read else ""
             raise InputError(

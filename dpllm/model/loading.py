@@ -18,6 +18,7 @@ from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer
 from dpllm.model.memory import check_memory, resident_bytes
+from dpllm.quant.checkpoint import Checkpoint, quantization_method
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -52,14 +53,13 @@ class LoadOptions:
 
 
 def is_overlay(path: Path) -> bool:
-    """Tells whether a directory holds an overlay. Raises InputError for another quantisation method."""
-    config = read_json(path / "config.json").get("quantization_config")
-    if config is not None and (not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD):
-        method = config.get("quant_method") if isinstance(config, dict) else config
-        raise InputError(
-            f"{path} is quantised by '{method}', which dpllm does not read. Give the original checkpoint."
-        )
-    return config is not None
+    """Tells whether a directory holds an overlay. Raises InputError for a quantisation method that is not read."""
+    config = read_json(path / "config.json")
+    given = config.get("quantization_config")
+    if isinstance(given, dict) and given.get("quant_method") == QUANT_METHOD:
+        return True
+    quantization_method(config, path)
+    return False
 
 
 def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
@@ -69,7 +69,7 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     where the memory is too small."""
     backend = choose_backend(options.backend, options.device, options.cpu)
     config = ModelConfig.read(path)
-    source: Any = Overlay.open(path) if is_overlay(path) else ModelSource.open(path)
+    source: Any = Overlay.open(path) if is_overlay(path) else Checkpoint(ModelSource.open(path))
     if isinstance(source, Overlay) and options.resident_bits is not None:
         lo, hi = source.bits
         wanted = options.resident_bits
@@ -83,13 +83,6 @@ def load_decoder(path: Path, options: LoadOptions = LoadOptions()) -> Decoder:
     return _Builder(config, source, backend, options).build()
 
 
-def check_checkpoint(source: ModelSource) -> None:
-    """Raises InputError unless the decoder can run this checkpoint, by its config, names and shapes alone."""
-    outline: Any = _Outline(source)
-    options = LoadOptions(device="meta")
-    _Builder(ModelConfig.read(source.path), outline, choose_backend("reference"), options).build()
-
-
 def make_group(
     name: str, weight: QuantizedWeight, bias: Tensor | None, backend: Backend, device: str
 ) -> Group:
@@ -100,19 +93,6 @@ def make_group(
         seed_bits=weight.seed_bits, resident_bits=weight.resident_bits,
         weights=weight.out_features * weight.in_features, bytes_at=tuple(weight.nbytes(b) for b in widths),
     )  # fmt: skip
-
-
-class _Outline:
-    """A checkpoint whose tensors have shapes but no data."""
-
-    bytes_read = 0
-
-    def __init__(self, source: ModelSource):
-        self.path, self.source, self.names = source.path, source, source.names
-
-    def read(self, name: str) -> Tensor:
-        """Returns an empty tensor of the stored shape."""
-        return torch.empty(self.source.shape(name), device="meta")
 
 
 class _Builder:
@@ -219,7 +199,7 @@ class _Builder:
         else:
             embedding = head
         if head is None:
-            head = embedding if c.tied else self.tensor("lm_head.weight", shape)
+            head = self.tensor("lm_head.weight", shape) if "lm_head.weight" in self.names else embedding
         if not isinstance(embedding, (Tensor, Int8Weight)):
             raise InputError(
                 f"{self.source.path} has no tensor 'model.embed_tokens.weight'. Copy the model again."

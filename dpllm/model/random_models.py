@@ -23,7 +23,7 @@ def _llama(
     return ModelConfig(
         model_type="llama", hidden_size=hidden, intermediate_size=intermediate, num_layers=layers,
         num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab, rms_eps=1e-5,
-        max_positions=131072, tied=False, qk_norm=False, windows=(None,) * layers, uses_rope=(True,) * layers,
+        max_positions=131072, qk_norm=False, windows=(None,) * layers, uses_rope=(True,) * layers,
         inv_freq=1.0 / 500000.0**exponent, rope_scale=1.0, eos_ids=(),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
-from dpllm.base.text import encode, read_documents
+from dpllm.base.text import check_tokens, encode, read_documents
 from dpllm.context.kv_context import KVContext
 from dpllm.context.options import ContextOptions
 from dpllm.context.pruner import Pruner
@@ -91,6 +91,7 @@ def _documents(engine: Engine, text: Path, options: QualityOptions) -> list[list
     for document in read_documents(text):
         ids = encode(engine.tokenizer, document)
         if len(ids) >= need:
+            check_tokens(ids[:need], engine.decoder.config.vocab_size, engine.path)
             found.append(ids[:need])
         if len(found) == options.skip + options.documents:
             break

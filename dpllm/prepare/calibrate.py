@@ -16,13 +16,14 @@ import transformers
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
-from dpllm.base.text import documents_sha256, load_tokenizer, sample_sequences
+from dpllm.base.text import check_tokens, documents_sha256, load_tokenizer, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.context.head_profile import head_profile
 from dpllm.context.pruner import HEADS
 from dpllm.decode.prompting import Prompts
+from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder
 from dpllm.model.hardware import check_device, cpu_options
 from dpllm.model.loading import LoadOptions, load_decoder
@@ -118,6 +119,7 @@ def calibrate(
     sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(
         check_device(device)
     )
+    check_tokens(sequences.flatten().tolist(), ModelConfig.read(path).vocab_size, path)
     decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device, cpu=cpu))
     origin = {
         "documents_sha256": documents_sha256(documents), "seed": seed, "samples": len(sequences),

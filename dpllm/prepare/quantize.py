@@ -11,8 +11,9 @@ from pathlib import Path
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import load_tokenizer
+from dpllm.model.config import ModelConfig
 from dpllm.model.hardware import check_device
-from dpllm.model.loading import check_checkpoint
+from dpllm.model.loading import is_overlay
 from dpllm.prepare.data import calibration_documents
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
@@ -75,10 +76,10 @@ def make_quantizer(
     if fisher not in ("text", "none"):
         raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
     path = resolve_model(str(model))
-    source = ModelSource.open(path)
-    if "quantization_config" in source.config:
+    if is_overlay(path):
         raise InputError(f"{path} is quantised already. Give the original checkpoint.")
-    check_checkpoint(source)
+    ModelConfig.read(path)  # what the decoder cannot run is not stored
+    source = ModelSource.open(path)
     documents = calibration_documents(data) if fisher == "text" else None
     return Quantizer(
         source, Path(out).expanduser(), options, documents=documents,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from command_line import FAST, SMALL, contents, edit_json, flip, shard_of
 from safetensors.torch import load_file, save_file
 
 from dpllm.calib.runtime.profile import CalibrationProfile
+from dpllm.quant.quantize import Quantizer
+from dpllm.quant.quantize_plan import QuantizeOptions
+from dpllm.quant.source import ModelSource
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def damage(checkpoint: Path, how: str) -> None:
         ("truncated", "damaged or not a safetensors"),
         ("garbage", "damaged or not a safetensors"),
         ("empty", "damaged or not a safetensors"),
-        ("foreign", "has no tensor 'model.layers.0"),
+        ("foreign", "has no tensor 'model.embed_tokens.weight' .29 more"),
         ("incomplete", r"has no tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"),
         ("no final norm", "has no tensor 'model.norm.weight'"),
         ("pickled", "pickled weights only"),
@@ -239,3 +243,25 @@ def test_policies_that_need_a_profile(refused, ok, overlay):
         )
     refused("eval", "--overlay", overlay, says="Run: dpllm calibrate")
     assert ok("generate", "x", "--overlay", overlay, "--json").json["effective_bits"] == 6
+
+
+def test_a_tokenizer_larger_than_its_model(refused, tiny_checkpoint, tmp_path):
+    """The same line in every command, before any work."""
+    model, overlay, text = tmp_path / "model", tmp_path / "overlay", tmp_path / "text.txt"
+    shutil.copytree(tiny_checkpoint, model)
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:300].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    edit_json(model / "config.json", vocab_size=300)
+    Quantizer(ModelSource.open(model), overlay, QuantizeOptions(), documents=None).run()
+    text.write_text("def value(self):\n    return self.value\n" * 200)
+    says = r"the tokenizer in .* gives token 3\d\d; the model knows 300"
+    before = contents(tmp_path)
+    refused("quantize", model, tmp_path / "out", "--data", text, *SMALL, says=says)
+    refused("calibrate", overlay, "--data", text, *SMALL, says=says)
+    refused("eval", text, "--overlay", overlay, "--policy", "uniform", "--target-bits", 3, says=says)
+    refused("generate", "def value(self):", "--overlay", overlay, says=says)
+    refused("generate", "def value(self):", "--overlay", model, says=says)
+    refused("context", "build", text, "--out", tmp_path / "context", "--overlay", overlay, says=says)
+    assert contents(tmp_path) == before
