@@ -11,13 +11,14 @@ from rich.text import Text
 
 from dpllm.base.errors import InputError
 from dpllm.commands.app import COMMON, Command, Json, app
-from dpllm.commands.common import print_json, stage_bars, stdout
+from dpllm.commands.common import note, print_json, stage_bars, stdout
 
 if TYPE_CHECKING:
     from dpllm.calib.runtime.profile import CalibrationProfile
 
 Directory = Annotated[
-    str, typer.Argument(help="Overlay, checkpoint, calibration profile or saved context to describe.")
+    str,
+    typer.Argument(help="Overlay, checkpoint, GGUF file, calibration profile or saved context to describe."),
 ]
 Verify = Annotated[
     bool,
@@ -39,11 +40,14 @@ def inspect(*, directory: Directory, verify: Verify = False, json: Json = False)
 
 
 def describe(path: Path, *, verify: bool) -> dict[str, Any]:
-    """The object of `dpllm inspect --json`. Raises InputError for a path that holds none of the four kinds."""
+    """The object of `dpllm inspect --json`. Raises InputError for a path that holds none of these kinds."""
     from dpllm.calib.runtime.profile import CalibrationProfile
     from dpllm.context.saved import is_context, read_manifest
     from dpllm.model.loading import is_overlay
+    from dpllm.quant.gguf.header import is_gguf
 
+    if is_gguf(path):
+        return {"kind": "gguf", "path": str(path), **describe_gguf(path, verify)}
     if path.is_file():
         return {"kind": "profile", "path": str(path), **describe_profile(CalibrationProfile.load(path))}
     if not path.is_dir():
@@ -119,6 +123,26 @@ def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         "kind": "checkpoint", "path": str(path), "model_type": source.config.get("model_type"),
         "tensors": len(names), "parameters": elements, "dtypes": sorted({source.dtype(n) for n in names}),
         "verified": verify,
+    }  # fmt: skip
+
+
+def describe_gguf(path: Path, verify: bool) -> dict[str, Any]:
+    """Architecture, tokenizer and types of a GGUF file, by its header alone unless `verify` is given."""
+    from dpllm.quant.gguf.families import FAMILIES
+    from dpllm.quant.gguf.model import GgufModel
+    from dpllm.quant.source import ModelSource, resolve_model
+
+    model = GgufModel.read(path)
+    if verify:
+        source = ModelSource.open(resolve_model(str(path), note))
+        _read_all(source, list(source.names()))
+    metadata, types = model.header.metadata, model.types()
+    architecture = metadata.get("general.architecture")
+    return {
+        "name": metadata.get("general.name"), "architecture": architecture, "supported": architecture in FAMILIES,
+        "tokenizer": [metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")],
+        "files": len(model.paths), "tensors": len(model.tensors), "parameters": sum(types.values()), "types": types,
+        "note": model.quantized_note(), "verified": verify,
     }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import read_json
+from dpllm.quant.source import GGUF_LINK, read_json
 from dpllm.version import __version__
 
 FORMAT, FORMAT_VERSION = "dpllm-context", 1
@@ -70,6 +70,8 @@ def model_hash(path: Path) -> str:
     if is_overlay(path):
         return Overlay.open(path).hash
     digest = hashlib.sha256((path / "config.json").read_bytes())
+    if (path / GGUF_LINK).is_file():
+        digest.update(read_json(path / GGUF_LINK)["sha256"].encode())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")

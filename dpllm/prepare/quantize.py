@@ -6,6 +6,7 @@ path = quantize("meta-llama/Llama-3.2-1B", "llama-1b")
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dpllm.base.errors import InputError
@@ -40,13 +41,13 @@ def quantize(
 
     A run that is stopped continues where it was when it is called again with the same arguments.
 
-    model: a directory with safetensors, or a hub id. out: the directory to make; it must not exist. bits: the
-    narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are planes, 16
-    leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means. refine: what
-    is improved after k-means, 'full' (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is
-    the bundled Python code. samples, sequence_length: how many sequences of how many tokens. rows_per_table: rows that
-    share a table; 0 is 1, or more where rows are short. jobs: threads; 0 is one per core. seed: of the sample.
-    progress: called with (stage, done, total).
+    model: a directory with safetensors, a GGUF file, or a hub id. out: the directory to make; it must not exist.
+    bits: the narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are
+    planes, 16 leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means.
+    refine: what is improved after k-means, 'full' (codes and tables), 'tables' or 'none'. data: the text to calibrate
+    on; None is the bundled Python code. samples, sequence_length: how many sequences of how many tokens.
+    rows_per_table: rows that share a table; 0 is 1, or more where rows are short. jobs: threads; 0 is one per core.
+    seed: of the sample. progress: called with (stage, done, total).
 
     Raises InputError for a model, a place or an option that cannot be used.
     """
@@ -67,14 +68,16 @@ def make_quantizer(
     data: str | Path | None = None,
     device: str = "cpu",
     jobs: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Quantizer:
     """The job of `quantize`, checked and planned; no weight has been read yet. Its `plan` says what it will cost.
 
-    The arguments are those of `quantize`. Raises InputError for a model or an option that cannot be used.
+    The arguments are those of `quantize`. tell: told what takes a while. Raises InputError for a model or an option
+    that cannot be used.
     """
     if fisher not in ("text", "none"):
         raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
-    path = resolve_model(str(model))
+    path = resolve_model(str(model), tell)
     source = ModelSource.open(path)
     if "quantization_config" in source.config:
         raise InputError(f"{path} is quantised already. Give the original checkpoint.")
