@@ -18,7 +18,7 @@ from dpllm.model.memory import resident_bits_within
 from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import cost_of
 from dpllm.planning.quality_model import quality_of
-from dpllm.quant.source import resolve_model
+from dpllm.quant.resolve import resolve_model
 
 if TYPE_CHECKING:
     import torch

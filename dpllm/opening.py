@@ -16,7 +16,7 @@ from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import resident_mean
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import resolve_model
+from dpllm.quant.resolve import resolve_model
 
 DEFAULT_TARGET_BITS = 3.5
 

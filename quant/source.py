@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpllm.base.errors import InputError
-from dpllm.quant.gguf.header import is_gguf
+from dpllm.quant.gguf.model import GGUF_LINK, linked_tensors
 
 INDEX = "model.safetensors.index.json"
-GGUF_LINK = "gguf.json"  # in the folder that stands for a GGUF file (gguf/folder.py)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json",
@@ -75,44 +73,6 @@ class TensorFile:
         return list(piece.get_shape()), str(piece.get_dtype())
 
 
-def resolve_model(model: str, tell: Callable[[str], None] = lambda line: None) -> Path:
-    """The directory of a model, given as a directory, a GGUF file or a hub id ('owner/name').
-
-    A hub id is looked up in the local Hugging Face cache, and else downloaded. tell: told what takes a while. Raises
-    InputError if there is no such directory or file and the hub does not provide the model.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if is_gguf(path):
-        from dpllm.quant.gguf.folder import gguf_folder  # which reads the folder as a ModelSource
-
-        return gguf_folder(path, tell)
-    if path.suffix == ".gguf" and not path.exists():
-        raise InputError(f"{path} does not exist. Check the path.")
-    if path.exists():
-        raise InputError(
-            f"{path} is a file; give the model's directory (config.json, *.safetensors) or a GGUF file."
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise InputError(
-            f"'{model}' is not a directory, and not a hub id ('owner/name') either. Check the path."
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except (
-        Exception
-    ) as e:  # the hub library raises many kinds of errors, and each means that the model is not available
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(
-            f"'{model}' is not a directory, and could not be downloaded from the hub ({reason[:160]}). "
-            "Check the name and the connection, or give a local directory."
-        ) from None
-
-
 @dataclass
 class ModelSource:
     """A checkpoint directory: `config` as JSON, tensors by name over all shards."""
@@ -125,11 +85,10 @@ class ModelSource:
     @classmethod
     def open(cls, path: Path) -> ModelSource:
         """Opens config and shards. Raises InputError for pickled weights, and for shards that differ from the index."""
-        if (path / GGUF_LINK).is_file():
-            from dpllm.quant.gguf.folder import open_gguf
-
-            return open_gguf(path)
         config = read_json(path / "config.json")
+        if (path / GGUF_LINK).is_file():
+            tensors, note = linked_tensors(path, read_json(path / GGUF_LINK))
+            return cls(path, config, tensors, note)
         if (path / INDEX).exists():
             weight_map = read_json(path / INDEX).get("weight_map")
             if not isinstance(weight_map, dict):

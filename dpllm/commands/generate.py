@@ -266,7 +266,7 @@ def planes_to_hold(overlay: str | None, *, resident_bits: int | None, max_memory
     from dpllm.base.quantities import parse_size
     from dpllm.model.loading import is_overlay
     from dpllm.model.memory import resident_bits_within
-    from dpllm.quant.source import resolve_model
+    from dpllm.quant.resolve import resolve_model
 
     if resident_bits is not None and max_memory is not None:
         raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")

@@ -130,7 +130,8 @@ def describe_gguf(path: Path, verify: bool) -> dict[str, Any]:
     """Architecture, tokenizer and types of a GGUF file, by its header alone unless `verify` is given."""
     from dpllm.quant.gguf.families import FAMILIES
     from dpllm.quant.gguf.model import GgufModel
-    from dpllm.quant.source import ModelSource, resolve_model
+    from dpllm.quant.resolve import resolve_model
+    from dpllm.quant.source import ModelSource
 
     model = GgufModel.read(path)
     if verify:

@@ -27,8 +27,9 @@ from dpllm.base.files import write_tensors
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
+from dpllm.quant.gguf.model import GGUF_LINK
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import GGUF_LINK, read_json
+from dpllm.quant.source import read_json
 from dpllm.version import __version__
 
 FORMAT, FORMAT_VERSION = "dpllm-context", 1

@@ -17,7 +17,8 @@ from dpllm.model.loading import check_checkpoint
 from dpllm.prepare.data import calibration_documents
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
-from dpllm.quant.source import ModelSource, resolve_model
+from dpllm.quant.resolve import resolve_model
+from dpllm.quant.source import ModelSource
 
 
 def quantize(

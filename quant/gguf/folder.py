@@ -22,11 +22,10 @@ from dpllm.base.files import write_text
 from dpllm.base.text import load_tokenizer
 from dpllm.quant.gguf.config import Described, describe
 from dpllm.quant.gguf.metadata import Metadata
-from dpllm.quant.gguf.model import GgufModel
+from dpllm.quant.gguf.model import GGUF_LINK, GgufModel
 from dpllm.quant.gguf.tokenizer import make_tokenizer
 from dpllm.quant.sanity import TOKENS, is_sane, is_sure, losses
-from dpllm.quant.source import GGUF_LINK as LINK
-from dpllm.quant.source import ModelSource, read_json
+from dpllm.quant.source import ModelSource
 
 RECIPE = 1  # raised when the contents of folders change
 
@@ -39,7 +38,7 @@ def gguf_folder(path: Path, tell: Callable[[str], None] = lambda line: None) -> 
     """
     model = GgufModel.read(path)
     folder = _cache() / f"{path.stem}-{_key(model)}"
-    if (folder / LINK).is_file():
+    if (folder / GGUF_LINK).is_file():
         return folder
     described = describe(model.header, model.tensors)
     files = make_tokenizer(Metadata(path, model.header.metadata), described.config["vocab_size"])
@@ -57,17 +56,8 @@ def gguf_folder(path: Path, tell: Callable[[str], None] = lambda line: None) -> 
             "permuted": permuted,
             "losses": found,
         }
-        _write(partial / LINK, link)
+        _write(partial / GGUF_LINK, link)
     return folder
-
-
-def open_gguf(folder: Path) -> ModelSource:
-    """The model whose folder this is. Raises InputError if its GGUF files are missing or were replaced."""
-    link = read_json(folder / LINK)
-    model = GgufModel.read(Path(link["files"][0][0]))
-    if model.fingerprints() != link["files"]:
-        raise InputError(f"{model.paths[0]} has changed since {folder} was made. Give the GGUF file itself.")
-    return model.source(folder, describe(model.header, model.tensors), permuted=link["permuted"])
 
 
 def _settle(model: GgufModel, described: Described, folder: Path) -> tuple[bool, list[float]]:
@@ -78,7 +68,8 @@ def _settle(model: GgufModel, described: Described, folder: Path) -> tuple[bool,
     tokenizer, vocabulary = load_tokenizer(folder), described.config["vocab_size"]
     tried: dict[bool, list[float]] = {}
     for permuted in (True, False) if described.family.permuted else (False,):
-        tried[permuted] = losses(model.source(folder, described, permuted=permuted), tokenizer)
+        source = ModelSource(folder, described.config, model.readers(described, permuted=permuted))
+        tried[permuted] = losses(source, tokenizer)
         if is_sure(tried[permuted], vocabulary):
             return permuted, tried[permuted]
     permuted, found = min(tried.items(), key=lambda item: sum(item[1]))

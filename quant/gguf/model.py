@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dpllm.base.errors import InputError
-from dpllm.quant.gguf.config import Described
+from dpllm.quant.gguf.config import Described, describe
 from dpllm.quant.gguf.header import Header, StoredTensor
 from dpllm.quant.gguf.metadata import Metadata
 from dpllm.quant.gguf.tensors import GgufTensors
 from dpllm.quant.gguf.types import bits_per_weight, is_quantized, type_name
-from dpllm.quant.source import ModelSource
 
+GGUF_LINK = "gguf.json"  # in the folder that stands for a GGUF file (folder.py)
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 SAMPLE = 4096  # bytes of each tensor that identify a file
 
@@ -94,14 +94,35 @@ class GgufModel:
                     digest.update(f.read(min(SAMPLE, tensor.nbytes - at)))
         return digest.hexdigest()
 
-    def source(self, folder: Path, described: Described, *, permuted: bool) -> ModelSource:
-        """The model as other code reads it. permuted: whether queries and keys are stored in llama.cpp's order."""
+    def readers(self, described: Described, *, permuted: bool) -> dict[str, Any]:
+        """The reader of each tensor, by its name in the Hugging Face model.
+
+        permuted: whether rows of queries and keys are stored in llama.cpp's order.
+        """
         by_name: dict[str, Any] = {}
         for path in self.paths:
             parts = {n: p for n, p in described.parts.items() if p.path == path}
             reader = GgufTensors(path, parts, head=described.config["head_dim"], permuted=permuted)
             by_name |= dict.fromkeys(parts, reader)
-        return ModelSource(folder, described.config, by_name, note=self.quantized_note())
+        return by_name
+
+
+def linked_tensors(folder: Path, link: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What a folder's link points to: the reader of each tensor by name, and a note about the weights' quality.
+
+    Raises InputError if the GGUF files are missing or were replaced.
+    """
+    try:
+        first, files, permuted = Path(link["files"][0][0]), link["files"], link["permuted"]
+    except (KeyError, IndexError, TypeError):
+        raise InputError(
+            f"{folder / GGUF_LINK} is damaged. Delete {folder}, and give the GGUF file."
+        ) from None
+    model = GgufModel.read(first)
+    if model.fingerprints() != files:
+        raise InputError(f"{first} has changed since {folder} was made. Give the GGUF file itself.")
+    described = describe(model.header, model.tensors)
+    return model.readers(described, permuted=permuted), model.quantized_note()
 
 
 def _all_parts(path: Path) -> list[Path]:

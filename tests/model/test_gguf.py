@@ -30,9 +30,10 @@ from dpllm.quant.gguf import folder as folders
 from dpllm.quant.gguf import rope, types
 from dpllm.quant.gguf.config import describe
 from dpllm.quant.gguf.metadata import Metadata
-from dpllm.quant.gguf.model import GgufModel
+from dpllm.quant.gguf.model import GGUF_LINK, GgufModel
 from dpllm.quant.overlay import Overlay
-from dpllm.quant.source import GGUF_LINK, ModelSource, resolve_model
+from dpllm.quant.resolve import resolve_model
+from dpllm.quant.source import ModelSource
 
 TEXT = 'class Stack:\n    """A stack of 12 items, é."""\n\n    def push(self, item):\n        self.items.append(item)\n'
 
@@ -127,9 +128,9 @@ def test_every_family_is_the_checkpoint_it_was_made_from(name, tiny_checkpoint, 
     assert json.loads((where / GGUF_LINK).read_text())["permuted"] in ((True, False) if permute else (False,))
     expected = logits_of(checkpoint, ids)
     found = GgufModel.read(file)
-    source = found.source(where, describe(found.header, found.tensors), permuted=permute)
+    readers = found.readers(describe(found.header, found.tensors), permuted=permute)
     for tensor, values in load_file(checkpoint / "model.safetensors").items():
-        assert torch.equal(source.read(tensor), values), tensor
+        assert torch.equal(readers[tensor].read(tensor), values), tensor
     edit_json(where / GGUF_LINK, permuted=permute)  # the loss of a random model cannot tell
     assert (logits_of(where, ids) - expected).abs().max() < 1e-4 < expected.std()
     assert ModelConfig.read(where).windows == ModelConfig.read(checkpoint).windows

@@ -35,9 +35,8 @@ def read(path: Path) -> None:
     model = GgufModel.read(path)
     described = describe(model.header, model.tensors)
     make_tokenizer(Metadata(path, model.header.metadata), described.config["vocab_size"])
-    source = model.source(path.parent, described, permuted=True)
-    for name in source.names():
-        assert list(source.files[name].read(name).shape) == source.shape(name)
+    for name, reader in model.readers(described, permuted=True).items():
+        assert list(reader.read(name).shape) == reader.layout(name)[0]
 
 
 def header_size(content: bytes) -> int:
