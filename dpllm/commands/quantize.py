@@ -52,6 +52,14 @@ Fisher = Annotated[
         rich_help_panel=EXPERT,
     ),
 ]
+Imatrix = Annotated[
+    str | None,
+    typer.Option(
+        "--imatrix",
+        help="Weight the errors of k-means by an importance matrix of llama.cpp. It needs --fisher none.",
+        rich_help_panel=EXPERT,
+    ),
+]
 Refine = Annotated[
     str,
     typer.Option(
@@ -107,6 +115,7 @@ def quantize(
     device: Device = "cpu",
     jobs: Jobs = 0,
     fisher: Fisher = "text",
+    imatrix: Imatrix = None,
     refine: Refine = "full",
     samples: Samples = 64,
     sequence_length: SequenceLength = 512,
@@ -126,7 +135,15 @@ def quantize(
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
     job = make_quantizer(
-        model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs, tell=note
+        model,
+        out,
+        options=options,
+        fisher=fisher,
+        imatrix=imatrix,
+        data=data,
+        device=device,
+        jobs=jobs,
+        tell=note,
     )
     _announce(job)
     began = time.perf_counter()

@@ -15,6 +15,7 @@ from dpllm.base.text import load_tokenizer
 from dpllm.model.hardware import check_device
 from dpllm.model.loading import check_checkpoint
 from dpllm.prepare.data import calibration_documents
+from dpllm.quant.gguf.imatrix import ImportanceMatrix
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
 from dpllm.quant.resolve import resolve_model
@@ -28,6 +29,7 @@ def quantize(
     bits: tuple[int, int] = (2, 6),
     head_bits: int = 8,
     fisher: str = "text",
+    imatrix: str | Path | None = None,
     refine: str = "full",
     data: str | Path | None = None,
     samples: int = 64,
@@ -44,11 +46,12 @@ def quantize(
 
     model: a directory with safetensors, a GGUF file, or a hub id. out: the directory to make; it must not exist.
     bits: the narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are
-    planes, 16 leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means.
-    refine: what is improved after k-means, 'full' (codes and tables), 'tables' or 'none'. data: the text to calibrate
-    on; None is the bundled Python code. samples, sequence_length: how many sequences of how many tokens.
-    rows_per_table: rows that share a table; 0 is 1, or more where rows are short. jobs: threads; 0 is one per core.
-    seed: of the sample. progress: called with (stage, done, total).
+    planes, 16 leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means,
+    or the importance of columns in `imatrix`, a file of llama.cpp. refine: what is improved after k-means, 'full'
+    (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is the bundled Python code. samples,
+    sequence_length: how many sequences of how many tokens. rows_per_table: rows that share a table; 0 is 1, or more
+    where rows are short. jobs: threads; 0 is one per core. seed: of the sample. progress: called with (stage, done,
+    total).
 
     Raises InputError for a model, a place or an option that cannot be used.
     """
@@ -56,7 +59,9 @@ def quantize(
         bits=bits, head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
-    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    job = make_quantizer(
+        model, out, options=options, fisher=fisher, imatrix=imatrix, data=data, device=device, jobs=jobs
+    )
     return job.run(progress or no_progress)
 
 
@@ -66,6 +71,7 @@ def make_quantizer(
     *,
     options: QuantizeOptions,
     fisher: str = "text",
+    imatrix: str | Path | None = None,
     data: str | Path | None = None,
     device: str = "cpu",
     jobs: int = 0,
@@ -78,6 +84,8 @@ def make_quantizer(
     """
     if fisher not in ("text", "none"):
         raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
+    if imatrix is not None and fisher != "none":
+        raise InputError("an imatrix stands in for gradients: give it with --fisher none.")
     path = resolve_model(str(model), tell)
     source = ModelSource.open(path)
     if "quantization_config" in source.config:
@@ -88,4 +96,5 @@ def make_quantizer(
         source, Path(out).expanduser(), options, documents=documents,
         tokenizer=load_tokenizer(path) if documents else None, device=check_device(device),
         jobs=jobs or os.cpu_count() or 1,
+        importance=None if imatrix is None else ImportanceMatrix.read(Path(imatrix).expanduser()),
     )  # fmt: skip

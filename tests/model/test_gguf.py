@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from command_line import FAST, edit_json
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import dequantized, finished, permuted, write_gguf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import build_model
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.text import load_tokenizer
 from dpllm.context.saved import model_hash
+from dpllm.kernels.reference import dequantize
 from dpllm.model.config import ModelConfig
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.quant.gguf import folder as folders
@@ -312,3 +314,78 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     with pytest.raises(InputError, match=r"'gemma3' is not supported.*qwen3"):
         resolve_model(str(finished(writer, tmp_path / "g.gguf")))
+
+
+def importance(columns: int) -> np.ndarray:
+    """Sums of squares of which some columns matter far more than others."""
+    return (np.arange(columns) % 7 == 0).astype(np.float32) * 300 + 1
+
+
+def imatrix_files(checkpoint: Path, folder: Path) -> tuple[Path, Path]:
+    """An importance matrix for a checkpoint in the two formats of llama.cpp."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
+    entries = {
+        names.get_name(name, try_suffixes=(".weight",)): importance(weight.shape[1])
+        for name, weight in load_file(checkpoint / "model.safetensors").items()
+        if "proj.weight" in name
+    }
+    writer = gguf.GGUFWriter(folder / "imatrix.gguf", "llama")
+    writer.add_type("imatrix")
+    old = struct.pack("<i", len(entries))
+    for name, values in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", values[None])
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), 100, np.float32))
+        old += struct.pack(f"<i{len(name)}sii", len(name), name.encode(), 1, len(values)) + values.tobytes()
+    (folder / "imatrix.dat").write_bytes(old + struct.pack("<i", 100))
+    return finished(writer, folder / "imatrix.gguf"), folder / "imatrix.dat"
+
+
+def test_an_imatrix_lowers_the_error_of_columns_that_matter(tiny_checkpoint, tmp_path, ok):
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in (n for n in weights if "proj.weight" in n):
+        weights[name][:, ::7] *= 0.05  # the columns that matter, which uniform k-means would forget
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    original = ModelSource.open(checkpoint)
+    names = [n.removesuffix(".weight") for n in original.names() if "proj.weight" in n]
+    errors, found = {}, {}
+    for file in (None, *imatrix_files(checkpoint, tmp_path)):
+        out = tmp_path / f"out-{len(errors)}"
+        ok("quantize", checkpoint, out, *FAST, *(() if file is None else ("--imatrix", file)))
+        overlay = Overlay.open(out)
+        errors[file] = 0.0
+        for name in names:
+            held = dequantize(overlay.linear(name), 3)
+            miss = (held - original.read(f"{name}.weight").float()) ** 2
+            errors[file] += float((miss * torch.from_numpy(importance(miss.shape[1]))).sum())
+        found[file] = overlay.linear(names[0]).lut
+        assert ("imatrix_sha256" in overlay.quantization) is (file is not None)
+    plain, new, old = errors
+    assert errors[new] < 0.6 * errors[plain] and errors[old] == errors[new]
+    assert torch.equal(found[old], found[new])
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (b"", "not an imatrix"),
+        (struct.pack("<ii", 1, 2**30), "not an imatrix"),
+        (struct.pack("<ii1sii", 1, 1, b"a", 1, 2**30), "not an imatrix"),
+        (struct.pack("<ii1siif", 1, 1, b"a", 1, 1, 1.0), "no importance"),
+        (struct.pack("<ii19siif", 1, 19, b"blk.0.attn_q.weight", 1, 1, math.nan), "mean squares"),
+        (
+            struct.pack("<ii19siif", 1, 19, b"blk.0.attn_q.weight", 1, 1, 1.0),
+            "1 values for the 64 columns|0 values",
+        ),
+    ],
+)
+def test_another_imatrix_is_refused(content, named, tiny_checkpoint, tmp_path, refused):
+    (tmp_path / "i.dat").write_bytes(content)
+    refused("quantize", tiny_checkpoint, tmp_path / "o", *FAST, "--imatrix", tmp_path / "i.dat", says=named)
+    assert not (tmp_path / "o.partial").exists()
+
+
+def test_an_imatrix_is_not_mixed_with_gradients(tiny_checkpoint, tmp_path, refused):
+    refused(
+        "quantize", tiny_checkpoint, tmp_path / "o", "--imatrix", tmp_path / "i.dat", says="--fisher none"
+    )
