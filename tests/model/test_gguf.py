@@ -237,6 +237,23 @@ def test_parts_of_a_split_file_are_one_model(reference_gguf, tmp_path):
         resolve_model(str(first))
 
 
+def test_a_file_in_the_cache_of_the_hub_is_found_by_its_id(reference_gguf, tmp_path, monkeypatch):
+    """The cache holds links to nameless files."""
+    hub = tmp_path / "models--someone--Small-GGUF"
+    for folder in ("blobs", "refs", "snapshots/0a1b/q8"):
+        (hub / folder).mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0a1b")
+    shutil.copy(reference_gguf, hub / "blobs" / "1234")
+    (hub / "snapshots" / "0a1b" / "q8" / "m.gguf").symlink_to(hub / "blobs" / "1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    where = resolve_model("someone/Small-GGUF/q8/m.gguf")
+    assert where.name.startswith("m-") and ModelSource.open(where).note
+    assert resolve_model(str(hub / "snapshots" / "0a1b" / "q8" / "m.gguf")) == where
+    for missing in ("someone/Small-GGUF/other.gguf", "someone/Else/m.gguf", "folder/m.gguf", "m.gguf"):
+        with pytest.raises(InputError, match=missing.rpartition("/")[2]):
+            resolve_model(missing)
+
+
 def test_quantize_generate_and_inspect(reference_gguf, tmp_path, ok):
     done = ok("quantize", str(reference_gguf), str(tmp_path / "overlay"), *FAST)
     assert "quantised itself (Q8_0; 8.5 bits" in done.err
