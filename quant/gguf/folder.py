@@ -43,7 +43,7 @@ def gguf_folder(path: Path, tell: Callable[[str], None] = lambda line: None) -> 
     described = describe(model.header, model.tensors)
     files = make_tokenizer(Metadata(path, model.header.metadata), described.config["vocab_size"])
     tell(
-        f"{path.name}: first use; its loss on {2 * TOKENS} tokens is computed, to see that it was understood"
+        f"{path.name}: this is the first use, so the loss on {2 * TOKENS} tokens of plain text is computed as a check"
     )
     with _new_folder(folder) as partial:
         _write(partial / "config.json", described.config)
