@@ -18,7 +18,7 @@ from dpllm.model.memory import resident_bits_within
 from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import cost_of
 from dpllm.planning.quality_model import quality_of
-from dpllm.quant.source import resolve_model
+from dpllm.quant.resolve import resolve_model
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +41,12 @@ def load(
     profile: str | Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """Loads an overlay or a plain checkpoint.
+    """Loads an overlay, a plain checkpoint or a GGUF file.
 
-    path_or_hub_id: a directory, or the id of a model on the Hugging Face hub; None is the bundled reference model.
-    device: 'cpu' or 'cuda'. dtype: of activations; default float32 on a CPU and float16 on a GPU. threads: CPU threads;
-    default one per core. backend: kernels, such as 'cpu:avx2' or 'reference'; default the best there is. accuracy: of
-    the CPU kernels, 'balanced', 'exact' (16-bit activations) or 'fast'.
+    path_or_hub_id: a directory, a GGUF file, or the id of a model on the Hugging Face hub; None is the bundled
+    reference model. device: 'cpu' or 'cuda'. dtype: of activations; default float32 on a CPU and float16 on a GPU.
+    threads: CPU threads; default one per core. backend: kernels, such as 'cpu:avx2' or 'reference'; default the best
+    there is. accuracy: of the CPU kernels, 'balanced', 'exact' (16-bit activations) or 'fast'.
 
     resident_bits: planes to read from disk and hold; or max_memory: hold as many planes as fit, in bytes or as '4GB'.
 
@@ -58,7 +58,7 @@ def load(
 
     Raises InputError for anything that cannot be loaded or met.
     """
-    where = _directory(path_or_hub_id)
+    where = _directory(path_or_hub_id, progress)
     if tpot_ms is not None and (target_bits is not None or policy not in (None, "rate-distortion")):
         raise InputError(
             "tpot_ms chooses the bits itself, by policy rate-distortion. Leave out target_bits and policy."
@@ -96,11 +96,10 @@ def bits_for_quality(engine: Engine, max_quality_loss: float | str | None) -> fl
     return next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
 
 
-def _directory(path_or_hub_id: str | Path | None) -> Path:
+def _directory(path_or_hub_id: str | Path | None, progress: Callable[[str], None]) -> Path:
     if path_or_hub_id is None:
         return reference.overlay_path()
-    path = Path(path_or_hub_id).expanduser()
-    return path if path.is_dir() else resolve_model(str(path_or_hub_id))
+    return resolve_model(str(path_or_hub_id), progress)
 
 
 def _planes(where: Path, resident_bits: int | None, max_memory: int | str | None) -> int | None:

@@ -16,6 +16,7 @@ from dpllm.model.loading import LoadOptions, is_overlay, load_decoder
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.make import resident_mean
 from dpllm.quant.overlay import Overlay
+from dpllm.quant.resolve import resolve_model
 
 DEFAULT_TARGET_BITS = 3.5
 
@@ -30,13 +31,14 @@ def open_engine(
     measure_cost: Callable[[Engine], CostModel] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Engine:
-    """Loads an overlay or a plain checkpoint (None: the bundled reference model's overlay).
+    """Loads an overlay, a plain checkpoint or a GGUF file (None: the bundled reference model's overlay).
 
     `dpllm.load` is the same with plain arguments. target_bits, policy: default rate-distortion at 3.5 bits where a
-    profile lies beside the overlay, else every resident plane. progress: told what takes a while on a GPU, where the
-    decode step is compiled and captured. Raises InputError for anything that cannot be loaded or met.
+    profile lies beside the overlay, else every resident plane. progress: told what takes a while, as the
+    first use of a GGUF file, or the decode step that is compiled and captured on a GPU. Raises InputError for anything
+    that cannot be loaded or met.
     """
-    where = reference.overlay_path() if path is None else Path(path)
+    where = reference.overlay_path() if path is None else resolve_model(str(path), progress)
     engine = _loaded(where, profile, options, measure_cost)
     _aim(engine, target_bits, policy)
     engine.prepare(progress)
@@ -47,10 +49,6 @@ def _loaded(
     where: Path, profile: str | Path | None, options: LoadOptions | None,
     measure_cost: Callable[[Engine], CostModel] | None,
 ) -> Engine:  # fmt: skip
-    if not where.is_dir():
-        raise InputError(
-            f"{where} is not a directory. Give an overlay (dpllm quantize MODEL OUT) or a model directory."
-        )
     beside = where / PROFILE_NAME if profile is None else Path(profile)
     found = None
     if is_overlay(where) and (profile is not None or beside.exists()):

@@ -133,18 +133,37 @@ class LayerwiseModel:
 
         states: [S, T, H]. sequences: int64 [S, T].
         """
+        norm, head = self._norm_and_head()
+        gradients = []
+        for state, ids in zip(states, sequences, strict=True):
+            hidden = state.to(self.device).requires_grad_()
+            loss = _next_token_loss(norm(hidden), head, ids.to(self.device))
+            gradients.append(torch.autograd.grad(loss, hidden)[0].cpu())
+        return torch.stack(gradients)
+
+    def losses(self, states: Tensor, sequences: Tensor) -> list[float]:
+        """The mean next-token loss of each sequence in nats. states: [S, T, H], the last hidden states. sequences:
+        int64 [S, T]."""
+        norm, head = self._norm_and_head()
+        with torch.no_grad():
+            sums = [
+                _next_token_loss(norm(state.to(self.device)), head, ids.to(self.device)).item()
+                for state, ids in zip(states, sequences, strict=True)
+            ]
+        return [total / (sequences.shape[1] - 1) for total in sums]
+
+    def _norm_and_head(self) -> tuple[nn.Module, Tensor]:
+        """The final norm and the head's matrix [vocabulary, H], in float32."""
         final = next(m for n, m in self.skeleton.base_model.named_children() if "norm" in n)
         name = next(n for n, m in self.skeleton.named_modules() if m is final)
         norm = type(final)(self.config.hidden_size, eps=getattr(final, "variance_epsilon", 1e-6))
         norm.load_state_dict({n: self.source.read(f"{name}.{n}").float() for n in norm.state_dict()})
-        norm, head = norm.to(self.device), self.source.read(self.head_weight()).float().to(self.device)
-        gradients = []
-        for state, ids in zip(states, sequences, strict=True):
-            hidden = state.to(self.device).requires_grad_()
-            logits = norm(hidden)[:-1] @ head.T
-            loss = nn.functional.cross_entropy(logits, ids[1:].to(self.device), reduction="sum")
-            gradients.append(torch.autograd.grad(loss, hidden)[0].cpu())
-        return torch.stack(gradients)
+        return norm.to(self.device), self.source.read(self.head_weight()).float().to(self.device)
+
+
+def _next_token_loss(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """The summed loss of predicting ids[1:]. hidden: [T, H], after the final norm. head: [vocabulary, H]."""
+    return nn.functional.cross_entropy(hidden[:-1] @ head.T, ids[1:], reduction="sum")
 
 
 def call_layer(layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

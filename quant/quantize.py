@@ -27,6 +27,7 @@ from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import check_tokens, documents_sha256, sample_sequences
 from dpllm.kernels.weight import pack
 from dpllm.quant.fisher import FisherPass
+from dpllm.quant.gguf.imatrix import ImportanceMatrix
 from dpllm.quant.kmeans import BLOCK_WEIGHTS, nested_codes
 from dpllm.quant.layerwise import LayerwiseModel
 from dpllm.quant.overlay import (
@@ -59,10 +60,12 @@ class Quantizer:
         tokenizer: Any = None,
         device: str = "cpu",
         jobs: int = 1,
+        importance: ImportanceMatrix | None = None,
     ):
         """documents: calibration text for the Fisher pass; None for unweighted k-means. jobs: threads of k-means.
 
-        Raises InputError where the checkpoint, the text and the tokenizer do not fit together.
+        importance: weights of columns in k-means, where there is no Fisher pass. Raises InputError where the
+        checkpoint, the text and the tokenizer do not fit together.
         """
         self.options, self.out, self.jobs = options, out, jobs
         self.source = source
@@ -72,6 +75,9 @@ class Quantizer:
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
         self.sequences = self._sample() if documents is not None else None
+        self.importance = importance
+        if importance is not None:
+            importance.check(self.plan.linears)
         self.seconds = {"fisher": 0.0, "k-means": 0.0, "refine": 0.0}
         self.weights_done = 0
 
@@ -141,6 +147,7 @@ class Quantizer:
             "documents": documents_sha256(self.documents) if self.documents else None,
             "config": self.source.config,
             "files": {p.name: _fingerprint(p) for p in self._inputs()},
+            **self._imatrix(),
         }
         job_file = self.scratch / "job.json"
         job = json.loads(json.dumps(job))
@@ -199,7 +206,10 @@ class Quantizer:
         for name in linears:
             weight = self.model.source.read(f"{name}.weight")
             hessian = hessians.pop(name, None)
-            tensors |= self.quantize_matrix(name, weight, fisher.pop(name, None), self.options.bits, hessian)
+            weights = fisher.pop(name, None)
+            if self.importance is not None:
+                weights = self.importance.weights(name, len(weight))
+            tensors |= self.quantize_matrix(name, weight, weights, self.options.bits, hessian)
         quantized = {f"{n}.weight" for n in linears}
         for name in self.model.source.names():
             if name.startswith(prefix) and name not in quantized:
@@ -358,7 +368,11 @@ class Quantizer:
                 "documents_sha256": documents_sha256(self.documents),
                 "samples": o.samples, "sequence_length": o.sequence_length, "seed": o.seed,
             },
+            **self._imatrix(),
         }  # fmt: skip
+
+    def _imatrix(self) -> dict[str, str]:
+        return {} if self.importance is None else {"imatrix_sha256": self.importance.sha256}
 
 
 def _why_plain(name: str, model: LayerwiseModel) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpllm.base.errors import InputError
+from dpllm.quant.gguf.model import GGUF_LINK, linked_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,36 +81,6 @@ class TensorFile:
         return list(piece.get_shape()), str(piece.get_dtype())
 
 
-def resolve_model(model: str) -> Path:
-    """The directory of a model, given as a directory or as a hub id ('owner/name').
-
-    A hub id is looked up in the local Hugging Face cache, and else downloaded. Raises InputError if there is no such
-    directory and the hub does not provide the model.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{path} is a file; give the model's directory (config.json, *.safetensors).")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise InputError(
-            f"'{model}' is not a directory, and not a hub id ('owner/name') either. Check the path."
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except (
-        Exception
-    ) as e:  # the hub library raises many kinds of errors, and each means that the model is not available
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(
-            f"'{model}' is not a directory, and could not be downloaded from the hub ({reason[:160]}). "
-            "Check the name and the connection, or give a local directory."
-        ) from None
-
-
 @dataclass
 class ModelSource:
     """A checkpoint directory: `config` as JSON, tensors by their stored names over all shards.
@@ -122,6 +92,7 @@ class ModelSource:
     config: dict[str, Any]
     files: dict[str, TensorFile] = field(repr=False)
     listed: dict[str, str] = field(default_factory=dict, repr=False)
+    note: str | None = None  # what its user should know about the quality of these weights
 
     @classmethod
     def open(cls, path: Path) -> ModelSource:
@@ -131,6 +102,9 @@ class ModelSource:
         counts. Raises InputError for pickled weights, adapters, and files that are missing or damaged.
         """
         config = read_json(path / "config.json")
+        if (path / GGUF_LINK).is_file():
+            tensors, note = linked_tensors(path, read_json(path / GGUF_LINK))
+            return cls(path, config, tensors, note=note)
         first = weight_file(path, config)
         listed = read_index(first) if first.name.endswith(".index.json") else {}
         shards = sorted(set(listed.values())) or [first.name]

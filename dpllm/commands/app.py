@@ -62,7 +62,7 @@ Overlay = Annotated[
     str | None,
     typer.Option(
         "--overlay",
-        help="Overlay or checkpoint directory to run. The default is the bundled reference model.",
+        help="Overlay, checkpoint directory or GGUF file to run. The default is the bundled reference model.",
         rich_help_panel=COMMON,
     ),
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -267,13 +266,14 @@ def planes_to_hold(overlay: str | None, *, resident_bits: int | None, max_memory
     from dpllm.base.quantities import parse_size
     from dpllm.model.loading import is_overlay
     from dpllm.model.memory import resident_bits_within
+    from dpllm.quant.resolve import resolve_model
 
     if resident_bits is not None and max_memory is not None:
         raise InputError("--resident-bits and --max-memory exclude each other: give one of them.")
     if resident_bits is None and max_memory is None:
         return None
-    path = reference.overlay_path() if overlay is None else Path(overlay)
-    if path.is_dir() and not is_overlay(path):
+    path = reference.overlay_path() if overlay is None else resolve_model(overlay, note)
+    if not is_overlay(path):
         raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
     return resident_bits if max_memory is None else resident_bits_within(path, parse_size(max_memory))
 

@@ -12,13 +12,14 @@ from rich.text import Text
 
 from dpllm.base.errors import InputError
 from dpllm.commands.app import COMMON, Command, Json, app
-from dpllm.commands.common import print_json, stage_bars, stdout
+from dpllm.commands.common import note, print_json, stage_bars, stdout
 
 if TYPE_CHECKING:
     from dpllm.calib.runtime.profile import CalibrationProfile
 
 Directory = Annotated[
-    str, typer.Argument(help="Overlay, checkpoint, calibration profile or saved context to describe.")
+    str,
+    typer.Argument(help="Overlay, checkpoint, GGUF file, calibration profile or saved context to describe."),
 ]
 Verify = Annotated[
     bool,
@@ -40,11 +41,14 @@ def inspect(*, directory: Directory, verify: Verify = False, json: Json = False)
 
 
 def describe(path: Path, *, verify: bool) -> dict[str, Any]:
-    """The object of `dpllm inspect --json`. Raises InputError for a path that holds none of the four kinds."""
+    """The object of `dpllm inspect --json`. Raises InputError for a path that holds none of these kinds."""
     from dpllm.calib.runtime.profile import CalibrationProfile
     from dpllm.context.saved import is_context, read_manifest
     from dpllm.model.loading import is_overlay
+    from dpllm.quant.gguf.header import is_gguf
 
+    if is_gguf(path):
+        return {"kind": "gguf", "path": str(path), **describe_gguf(path, verify)}
     if path.is_file():
         return {"kind": "profile", "path": str(path), **describe_profile(CalibrationProfile.load(path))}
     if not path.is_dir():
@@ -118,6 +122,27 @@ def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         "tensors": len(stored), "parameters": sum(math.prod(checkpoint.shape(n)) for n in names),
         "dtypes": sorted({source.dtype(n) for n in stored}), "tied_head": checkpoint.tied,
         "unused_tensors": checkpoint.unused(), "end_tokens": list(config.eos_ids), "verified": verify,
+    }  # fmt: skip
+
+
+def describe_gguf(path: Path, verify: bool) -> dict[str, Any]:
+    """Architecture, tokenizer and types of a GGUF file, by its header alone unless `verify` is given."""
+    from dpllm.quant.gguf.families import FAMILIES
+    from dpllm.quant.gguf.model import GgufModel
+    from dpllm.quant.resolve import resolve_model
+    from dpllm.quant.source import ModelSource
+
+    model = GgufModel.read(path)
+    if verify:
+        source = ModelSource.open(resolve_model(str(path), note))
+        _read_all(source, list(source.names()))
+    metadata, types = model.header.metadata, model.types()
+    architecture = metadata.get("general.architecture")
+    return {
+        "name": metadata.get("general.name"), "architecture": architecture, "supported": architecture in FAMILIES,
+        "tokenizer": [metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")],
+        "files": len(model.paths), "tensors": len(model.tensors), "parameters": sum(types.values()), "types": types,
+        "note": model.quantized_note(), "verified": verify,
     }  # fmt: skip
 
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from dpllm.quant.quantize import Quantizer
 
 Model = Annotated[
-    str, typer.Argument(help="Model to store: a Hugging Face directory with safetensors, or a hub id.")
+    str,
+    typer.Argument(
+        help="Model to store: a Hugging Face directory with safetensors, a GGUF file, or a hub id."
+    ),
 ]
 Out = Annotated[str, typer.Argument(help="Directory to make. It must not exist.")]
 Bits = Annotated[
@@ -46,6 +49,14 @@ Fisher = Annotated[
     typer.Option(
         "--fisher",
         help="Weight the errors of k-means by the gradient of the loss ('text'), or not at all ('none').",
+        rich_help_panel=EXPERT,
+    ),
+]
+Imatrix = Annotated[
+    str | None,
+    typer.Option(
+        "--imatrix",
+        help="Weight the errors of k-means by an importance matrix of llama.cpp. It needs --fisher none.",
         rich_help_panel=EXPERT,
     ),
 ]
@@ -104,6 +115,7 @@ def quantize(
     device: Device = "cpu",
     jobs: Jobs = 0,
     fisher: Fisher = "text",
+    imatrix: Imatrix = None,
     refine: Refine = "full",
     samples: Samples = 64,
     sequence_length: SequenceLength = 512,
@@ -122,7 +134,17 @@ def quantize(
         bits=parse_bits(bits), head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
-    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    job = make_quantizer(
+        model,
+        out,
+        options=options,
+        fisher=fisher,
+        imatrix=imatrix,
+        data=data,
+        device=device,
+        jobs=jobs,
+        tell=note,
+    )
     _announce(job)
     began = time.perf_counter()
     with stage_bars() as progress:
@@ -134,6 +156,8 @@ def _announce(job: Quantizer) -> None:
     """Says what the job will take, before it begins."""
     from dpllm.quant.quantize_plan import multiply_adds_per_second
 
+    if job.source.note:
+        note(job.source.note)
     note(
         f"{_weights(job) / 1e6:.1f} M weights in {len(job.plan.linears)} matrices -> "
         f"{job.plan.output_bytes / 1e6:.1f} MB; peak memory about {job.plan.peak_bytes / 1e6:.0f} MB above the "

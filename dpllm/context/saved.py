@@ -27,6 +27,7 @@ from dpllm.base.files import write_tensors
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
+from dpllm.quant.gguf.model import GGUF_LINK
 from dpllm.quant.overlay import Overlay
 from dpllm.quant.source import ModelSource, read_json
 from dpllm.version import __version__
@@ -70,6 +71,9 @@ def model_hash(path: Path) -> str:
     if is_overlay(path):
         return Overlay.open(path).hash
     digest = hashlib.sha256((path / "config.json").read_bytes())
+    if (path / GGUF_LINK).is_file():
+        digest.update(read_json(path / GGUF_LINK)["sha256"].encode())
+        return digest.hexdigest()
     for file in sorted({f.path for f in ModelSource.open(path).files.values()}):
         with file.open("rb") as f:
             size = int.from_bytes(f.read(8), "little")

@@ -6,6 +6,7 @@ path = quantize("meta-llama/Llama-3.2-1B", "llama-1b")
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dpllm.base.errors import InputError
@@ -15,9 +16,11 @@ from dpllm.model.config import ModelConfig
 from dpllm.model.hardware import check_device
 from dpllm.model.loading import is_overlay
 from dpllm.prepare.data import calibration_documents
+from dpllm.quant.gguf.imatrix import ImportanceMatrix
 from dpllm.quant.quantize import Quantizer
 from dpllm.quant.quantize_plan import QuantizeOptions
-from dpllm.quant.source import ModelSource, resolve_model
+from dpllm.quant.resolve import resolve_model
+from dpllm.quant.source import ModelSource
 
 
 def quantize(
@@ -27,6 +30,7 @@ def quantize(
     bits: tuple[int, int] = (2, 6),
     head_bits: int = 8,
     fisher: str = "text",
+    imatrix: str | Path | None = None,
     refine: str = "full",
     data: str | Path | None = None,
     samples: int = 64,
@@ -41,13 +45,14 @@ def quantize(
 
     A run that is stopped continues where it was when it is called again with the same arguments.
 
-    model: a directory with safetensors, or a hub id. out: the directory to make; it must not exist. bits: the
-    narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are planes, 16
-    leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means. refine: what
-    is improved after k-means, 'full' (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is
-    the bundled Python code. samples, sequence_length: how many sequences of how many tokens. rows_per_table: rows that
-    share a table; 0 is 1, or more where rows are short. jobs: threads; 0 is one per core. seed: of the sample.
-    progress: called with (stage, done, total).
+    model: a directory with safetensors, a GGUF file, or a hub id. out: the directory to make; it must not exist.
+    bits: the narrowest and the widest stored width, within 2..8. head_bits: the width of lm_head; 8 is int8, 2..7 are
+    planes, 16 leaves it alone. fisher: 'text' weights errors by the gradient of the loss, 'none' uses plain k-means,
+    or the importance of columns in `imatrix`, a file of llama.cpp. refine: what is improved after k-means, 'full'
+    (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is the bundled Python code. samples,
+    sequence_length: how many sequences of how many tokens. rows_per_table: rows that share a table; 0 is 1, or more
+    where rows are short. jobs: threads; 0 is one per core. seed: of the sample. progress: called with (stage, done,
+    total).
 
     Raises InputError for a model, a place or an option that cannot be used.
     """
@@ -55,7 +60,9 @@ def quantize(
         bits=bits, head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
-    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    job = make_quantizer(
+        model, out, options=options, fisher=fisher, imatrix=imatrix, data=data, device=device, jobs=jobs
+    )
     return job.run(progress or no_progress)
 
 
@@ -65,17 +72,22 @@ def make_quantizer(
     *,
     options: QuantizeOptions,
     fisher: str = "text",
+    imatrix: str | Path | None = None,
     data: str | Path | None = None,
     device: str = "cpu",
     jobs: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Quantizer:
     """The job of `quantize`, checked and planned; no weight has been read yet. Its `plan` says what it will cost.
 
-    The arguments are those of `quantize`. Raises InputError for a model or an option that cannot be used.
+    The arguments are those of `quantize`. tell: told what takes a while. Raises InputError for a model or an option
+    that cannot be used.
     """
     if fisher not in ("text", "none"):
         raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
-    path = resolve_model(str(model))
+    if imatrix is not None and fisher != "none":
+        raise InputError("an imatrix stands in for gradients: give it with --fisher none.")
+    path = resolve_model(str(model), tell)
     if is_overlay(path):
         raise InputError(f"{path} is quantised already. Give the original checkpoint.")
     ModelConfig.read(path)  # what the decoder cannot run is not stored
@@ -85,4 +97,5 @@ def make_quantizer(
         source, Path(out).expanduser(), options, documents=documents,
         tokenizer=load_tokenizer(path) if documents else None, device=check_device(device),
         jobs=jobs or os.cpu_count() or 1,
+        importance=None if imatrix is None else ImportanceMatrix.read(Path(imatrix).expanduser()),
     )  # fmt: skip
