@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpllm.commands.app import (
+    COMMON,
     EXPERT,
     MACHINE,
     TARGETS,
@@ -90,6 +91,14 @@ Jobs = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Delete the unfinished work of a run with other options at the same place, and begin again.",
+        rich_help_panel=COMMON,
+    ),
+]
 
 
 @app.command(cls=Command)
@@ -99,6 +108,7 @@ def quantize(
     out: Out,
     data: Data = None,
     json: Json = False,
+    restart: Restart = False,
     bits: Bits = "2-6",
     head_bits: HeadBits = 8,
     device: Device = "cpu",
@@ -112,8 +122,9 @@ def quantize(
 ) -> None:
     """Store a model once as nested bitplanes that can be read at every width of a range.
 
-    A run that is stopped at any moment continues where it was when the same command is given again. It works layer by
-    layer: memory stays at about two decoder layers above the embedding.
+    A run that is stopped at any moment continues where it was when the same command is given again. With other options,
+    the command refuses until --restart says that the unfinished work may go. It works layer by layer: memory stays at
+    about two decoder layers above the embedding.
     """
     from dpllm.prepare.quantize import make_quantizer
     from dpllm.quant.quantize_plan import QuantizeOptions
@@ -122,7 +133,9 @@ def quantize(
         bits=parse_bits(bits), head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
-    job = make_quantizer(model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs)
+    job = make_quantizer(
+        model, out, options=options, fisher=fisher, data=data, device=device, jobs=jobs, restart=restart
+    )
     _announce(job)
     began = time.perf_counter()
     with stage_bars() as progress:
