@@ -70,6 +70,14 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object on the last line of stdout.", rich_help_panel=COMMON),
 ]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Delete the unfinished work of a run with other options at the same place, and begin again.",
+        rich_help_panel=COMMON,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpllm.commands.app import (
-    COMMON,
     EXPERT,
     MACHINE,
     TARGETS,
@@ -16,6 +15,7 @@ from dpllm.commands.app import (
     Data,
     Device,
     Json,
+    Restart,
     Seed,
     app,
 )
@@ -89,14 +89,6 @@ Jobs = Annotated[
         min=0,
         help="Use this number of CPU threads. 0 is one per core. The result does not depend on it.",
         rich_help_panel=MACHINE,
-    ),
-]
-Restart = Annotated[
-    bool,
-    typer.Option(
-        "--restart",
-        help="Delete the unfinished work of a run with other options at the same place, and begin again.",
-        rich_help_panel=COMMON,
     ),
 ]
 
