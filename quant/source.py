@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpllm.base.errors import InputError
+from dpllm.base.places import check_readable
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -24,6 +25,7 @@ TOKENIZER_FILES = (
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if the file is missing, or does not hold an object."""
+    check_readable(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -44,6 +46,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path, self.bytes_read = path, 0
         self._lock = threading.Lock()
+        check_readable(path)
         try:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError:

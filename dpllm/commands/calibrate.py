@@ -11,9 +11,9 @@ from dpllm.commands.app import (
     COMMON,
     EXPERT,
     TARGETS,
-    Command,
     Data,
     Device,
+    FileCommand,
     Json,
     Restart,
     Seed,
@@ -93,7 +93,7 @@ DpLlm = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=FileCommand)
 def calibrate(
     *,
     overlay: Made,

@@ -11,9 +11,9 @@ from dpllm.commands.app import (
     EXPERT,
     MACHINE,
     TARGETS,
-    Command,
     Data,
     Device,
+    FileCommand,
     Json,
     Restart,
     Seed,
@@ -93,7 +93,7 @@ Jobs = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=FileCommand)
 def quantize(
     *,
     model: Model,

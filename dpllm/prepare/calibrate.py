@@ -27,6 +27,7 @@ from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.context.head_profile import head_profile
 from dpllm.context.pruner import HEADS
 from dpllm.decode.prompting import Prompts
+from dpllm.model.decoder import Decoder
 from dpllm.model.hardware import check_device, cpu_options
 from dpllm.model.loading import LoadOptions, load_decoder
 from dpllm.model.memory import process_peak_bytes
@@ -139,7 +140,8 @@ def calibrate(
         if dp_llm:
             profile = _with_dp_llm(calibrator, profile, wanted.targets, seed=seed, progress=show)
         if kv_heads:
-            profile = _with_heads(calibrator, profile, Prompts(tokenizer, decoder.config, path), show)
+            prompts = Prompts(tokenizer, decoder.config, path)
+            profile = _with_heads(calibrator, profile, show, decoder=decoder, prompts=prompts)
         checked = _check_targets(calibrator, profile, wanted, show)
         _merged(profile, target).save(target)
         calibrator.partial.remove()  # the profile is on disk now
@@ -231,14 +233,19 @@ def _with_dp_llm(
 
 
 def _with_heads(
-    calibrator: Calibrator, profile: CalibrationProfile, prompts: Prompts, progress: Progress
+    calibrator: Calibrator,
+    profile: CalibrationProfile,
+    progress: Progress,
+    *,
+    decoder: Decoder,
+    prompts: Prompts,
 ) -> CalibrationProfile:
     """Adds the score of every KV head, for KV policy 'whole-heads': its largest in any text."""
     best: list[np.ndarray] = []
     for i, ids in enumerate(calibrator.sequences.tolist()):
 
         def compute(ids: list[int] = ids) -> dict[str, np.ndarray]:
-            return {"scores": head_profile([ids], decoder=calibrator.decoder, prompts=prompts).cpu().numpy()}
+            return {"scores": head_profile([ids], decoder=decoder, prompts=prompts).cpu().numpy()}
 
         best.append(calibrator.partial.keep("heads", i, compute)["scores"])
         progress("KV heads", i + 1, len(calibrator.sequences))

@@ -1,0 +1,108 @@
+"""Standard input, output and error that may be closed, full, or a pipe whose other end is gone."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO, cast
+
+from dpllm.base.errors import InputError
+
+
+class ClosedStream(io.TextIOBase):
+    """A standard stream that was closed before the program began. Raises InputError when it is used."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise InputError(f"standard {self._name} is closed. Open it, or send it to a file or /dev/null.")
+
+    read = readline = write = _refuse
+
+
+class TolerantStream:
+    """Standard error that drops what cannot be written: a full disk below a log must not end hours of work."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes, or drops the text."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes as far as possible."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare_streams() -> None:
+    """Puts something in place of closed streams, and makes standard error tolerant.
+
+    The numbers 0 to 2 are taken, or the next file that is opened would get one of them, and what a library prints
+    would be written into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    if sys.stdin is None:
+        sys.stdin = cast(TextIO, ClosedStream("input"))
+    if sys.stdout is None:
+        sys.stdout = cast(TextIO, ClosedStream("output"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the rest of the process)
+    elif not isinstance(sys.stderr, TolerantStream):
+        sys.stderr = cast(TextIO, TolerantStream(sys.stderr))
+
+
+def check_stdout() -> None:
+    """Raises InputError where standard output is closed, before a command works for an answer that nobody can read."""
+    if isinstance(sys.stdout, ClosedStream):
+        sys.stdout.write("")
+
+
+def stdout_fails() -> bool:
+    """Tells whether what was printed cannot be written, as on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def abandon_stdout() -> None:
+    """Drops what is printed from now on, so that Python does not fail once more when it ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_stdin() -> str:
+    """All of standard input. Raises InputError where it is closed, cannot be read, or is not UTF-8 text."""
+    return _from_stdin(lambda: sys.stdin.read())
+
+
+def read_stdin_line() -> str:
+    """The next line of standard input with its end; '' after the last. Raises InputError as `read_stdin` does."""
+    return _from_stdin(lambda: sys.stdin.readline())
+
+
+def _from_stdin(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as e:
+        raise InputError(f"standard input is not UTF-8 text ({e}).") from None
+    except OSError as e:
+        raise InputError(f"standard input cannot be read: {e.strerror or e}. Give text through it.") from None
