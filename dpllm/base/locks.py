@@ -86,7 +86,8 @@ def _still_there(handle: int, file: Path) -> bool:
 
 def _sign(handle: int) -> None:
     """Writes who holds the lock. A full disk must not keep anyone from it."""
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+    program = Path(sys.argv[0]).name.replace("__main__.py", "dpllm") if sys.argv else ""
+    command = " ".join([program, *sys.argv[1:]])
     words = f"process {os.getpid()} on {socket.gethostname()} ({command[:LONGEST]})"
     with contextlib.suppress(OSError):
         os.ftruncate(handle, 0)

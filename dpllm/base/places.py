@@ -63,7 +63,7 @@ def folder_to_make(path: Path) -> Path:
     """
     target = _followed(path)
     try:
-        linked = path.is_symlink() and target.is_dir() and not os.path.ismount(target)
+        linked = os.path.islink(path) and target.is_dir() and not os.path.ismount(target)
         if target.exists() and not (linked and not any(target.iterdir())):
             raise InputError(f"{path} exists already. Choose another name, or remove it first.")
     except OSError as e:
@@ -75,9 +75,9 @@ def folder_to_make(path: Path) -> Path:
 def _followed(path: Path) -> Path:
     """The place that a link leads to. Raises InputError for a link that leads nowhere."""
     target = Path(os.path.realpath(path))
-    if path.is_symlink() and not os.path.lexists(target):
+    if os.path.islink(path) and not os.path.lexists(target):
         raise InputError(f"{path} is a link to {target}, which does not exist. Make it, or remove the link.")
-    if target.is_symlink():
+    if os.path.islink(target):
         raise InputError(f"{path} is a link that leads in a circle. Remove it.")
     return target
 

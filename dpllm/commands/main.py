@@ -21,7 +21,7 @@ from dpllm.commands import generate, chat, evaluate, context, demo, report  # no
 from dpllm.commands import profile, plan, doctor, bench  # noqa: F401
 
 # isort: on
-from dpllm.commands.streams import abandon_stdout, prepare_streams, stdout_fails
+from dpllm.commands.streams import prepare_streams, settle_stdout
 
 _FULL, _CLOSED = "Free space or choose another place.", "Check its permissions, or choose another place."
 _WAYS_OUT = {
@@ -57,8 +57,7 @@ def main() -> None:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
         message = _explained(e)
-        if stdout_fails():
-            abandon_stdout()
+        settle_stdout()
         if isinstance(e, BrokenPipeError):  # the reader has gone, and knows why
             sys.exit(1)
         if message is None:
@@ -73,7 +72,7 @@ def _explained(e: BaseException) -> str | None:
     if (
         isinstance(e, OSError) and e.errno is not None
     ):  # libraries raise some without, for reasons of their own
-        where = e.filename or ("standard output" if stdout_fails() else "a file or stream")
+        where = e.filename or "a file or stream"
         return f"{where} cannot be read or written: {e.strerror}. {_WAYS_OUT.get(e.errno, 'Check it and try again.')}"
     if any(t.__name__ == "ClickException" for t in type(e).__mro__):
         return e.format_message()  # type: ignore[attr-defined]

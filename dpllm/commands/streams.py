@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from dpllm.base.errors import InputError
@@ -24,29 +24,46 @@ class ClosedStream(io.TextIOBase):
     read = readline = write = _refuse
 
 
-class TolerantStream:
-    """Standard error that drops what cannot be written: a full disk below a log must not end hours of work."""
+class NamedStream:
+    """Standard output. Its errors name it, because those of the system name no file."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes, or drops the text."""
-        with suppress(OSError):
+        """Writes the text. Raises OSError whose file is 'standard output'."""
+        with self._handling():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes as far as possible."""
-        with suppress(OSError):
+        """Writes what is left of the text. Raises OSError as `write` does."""
+        with self._handling():
             self._stream.flush()
+
+    @contextmanager
+    def _handling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            e.filename = "standard output"
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
+class TolerantStream(NamedStream):
+    """Standard error, which drops what cannot be written: a full disk below a log must not end hours of work."""
+
+    @contextmanager
+    def _handling(self) -> Iterator[None]:
+        with suppress(OSError):
+            yield
+
+
 def prepare_streams() -> None:
-    """Puts something in place of closed streams, and makes standard error tolerant.
+    """Puts something in place of closed streams, names standard output, and makes standard error tolerant.
 
     The numbers 0 to 2 are taken, or the next file that is opened would get one of them, and what a library prints
     would be written into that file.
@@ -62,6 +79,8 @@ def prepare_streams() -> None:
         sys.stdout = cast(TextIO, ClosedStream("output"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+    if not isinstance(sys.stdout, (ClosedStream, NamedStream)):
+        sys.stdout = cast(TextIO, NamedStream(sys.stdout))
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the rest of the process)
     elif not isinstance(sys.stderr, TolerantStream):
@@ -74,19 +93,13 @@ def check_stdout() -> None:
         sys.stdout.write("")
 
 
-def stdout_fails() -> bool:
-    """Tells whether what was printed cannot be written, as on a full disk."""
+def settle_stdout() -> None:
+    """Writes what was printed. Where that fails, drops it, so that Python does not fail once more when it ends."""
     try:
         sys.stdout.flush()
     except OSError:
-        return True
-    return False
-
-
-def abandon_stdout() -> None:
-    """Drops what is printed from now on, so that Python does not fail once more when it ends."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_stdin() -> str:

@@ -27,16 +27,17 @@ def process(*args: object) -> subprocess.Popen:
 
 
 def killed_often(command: tuple[object, ...], partial: Path, seed: int) -> set[str]:
-    """Kills the command soon after each beginning of work, then lets it end. Returns the parts found after kills."""
+    """Kills the command each time after it wrote a few files, then lets it end. Returns the parts found after kills."""
     moments, kept = random.Random(seed), set()
     for _ in range(KILLS):
+        enough = len(list(partial.rglob("*"))) + moments.randint(1, 3)
         run = process(*command)
-        while run.poll() is None and not partial.exists():
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.4))
+        while run.poll() is None and len(list(partial.rglob("*"))) < enough:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.03))
         run.kill()
         run.communicate()
-        kept |= {p.name for p in partial.glob("*.safetensors")}
+        kept |= {p.name for p in partial.rglob("*.safetensors")}
     run = process(*command)
     _, err = run.communicate()
     assert run.returncode == 0, err
