@@ -49,6 +49,10 @@ def _replacing(path: Path, name: str) -> Iterator[Path]:
     file that it replaces, or those of any new file. name: `path` in the error.
     """
     target, partial = Path(os.path.realpath(path)), None
+    if target.exists() and not (
+        target.is_file() or target.is_dir()
+    ):  # a rename would replace a pipe or a device
+        raise InputError(f"{name} cannot be written: it is not an ordinary file. Give the name of a file.")
     try:
         partial = temporary_name(target)
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -106,6 +106,13 @@ def test_writing_through_a_link(place):
     assert (place / "to-file").is_symlink() and (place / "file").read_text() == "new"
 
 
+def test_a_pipe_is_not_replaced(place):
+    refused(
+        lambda p: write_text(p, "new"), place / "pipe", "pipe cannot be written: it is not an ordinary file"
+    )
+    assert (place / "pipe").is_fifo()
+
+
 def test_a_failure_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "f", "old")
     with pytest.raises(UnicodeEncodeError):
