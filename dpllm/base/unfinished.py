@@ -38,7 +38,8 @@ class UnfinishedWork:
         """
         job = json.loads(json.dumps(job))
         self._check_ours()
-        if self._job.exists() and not restart:
+        finished = any(self.folder.rglob("*.safetensors"))  # without one, nothing is lost
+        if self._job.exists() and finished and not restart:
             self._check_same(job)
             for leftover in self.folder.rglob("*" + LEFT_OVER):
                 leftover.unlink()
