@@ -15,7 +15,7 @@ from command_line import SMALL, contents
 from dpllm.calib.runtime.profile import PROFILE_NAME, _read
 
 pytestmark = pytest.mark.slow
-KILLS = 6
+KILLS = 4
 
 
 def process(*args: object) -> subprocess.Popen:
@@ -37,6 +37,8 @@ def killed_often(command: tuple[object, ...], partial: Path, seed: int) -> set[s
         time.sleep(moments.uniform(0, 0.03))
         run.kill()
         run.communicate()
+        if run.returncode == 0:  # it was quicker
+            return kept
         kept |= {p.name for p in partial.rglob("*.safetensors")}
     run = process(*command)
     _, err = run.communicate()
