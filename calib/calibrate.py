@@ -17,8 +17,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,14 +31,13 @@ from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup
 from dpllm.calib.dequantised import dequantised_view
 from dpllm.calib.gradient_passes import LABEL_STREAM, Measurements, Meter, output_saliency
 from dpllm.calib.lambda_curve import dense_curve, oracle_curve, solve, stored_bits
-from dpllm.calib.partial_results import Partial
+from dpllm.calib.partial_results import PartialResults
 from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 from dpllm.calib.runtime.threshold_rule import RateDistortionRule, ThresholdText, stale_sources
 from dpllm.calib.runtime.token_sensitivity import TokenProbe, fit_probe, sequence_context
 
 TILT = 0.1  # relative slope that a flat gain gets over the bins
 NEAR = 1e-4  # relative distance up to which two signal values count as equal
-EVERY = 8  # sequences measured between two writes of the partial result
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ class CalibrateOptions:
 class Calibrator:
     """One calibration of one decoder, which stays as it is.
 
-    sequences: int64 [S, T] on the decoder's device. partial: the file that keeps unfinished work (None: no file).
+    sequences: int64 [S, T] on the decoder's device. partial: keeps the finished parts of the work on disk, where it was
+    given a place; the caller removes them when the profile is on disk.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Calibrator:
         decoder: CalibrationDecoder,
         sequences: Tensor,
         options: CalibrateOptions,
-        partial: Path | None = None,
+        partial: PartialResults | None = None,
     ):
         self.decoder, self.sequences, self.options = decoder, sequences, options
         self.groups = decoder.groups
@@ -81,7 +80,7 @@ class Calibrator:
         self.ratio: list[Tensor | None] = [None] * len(self.groups)
         if options.asynchronous:
             self.source, self.ratio = stale_sources(decoder.layers)
-        self.partial = Partial(partial)
+        self.partial = partial or PartialResults()
 
     def dequantised(self) -> Calibrator:
         """The same calibration with a decoder whose matrices are dequantised once, where they fit into memory.
@@ -93,20 +92,26 @@ class Calibrator:
         return fast
 
     def run(
-        self, overlay_hash: str, granularity: str, origin: dict[str, Any], progress: Progress
+        self,
+        overlay_hash: str,
+        granularity: str,
+        origin: dict[str, Any],
+        progress: Progress,
+        *,
+        restart: bool = False,
     ) -> CalibrationProfile:
         """Runs all passes and returns the profile.
 
-        origin: facts to store in the profile. Together with the options it identifies unfinished work.
+        origin: facts to store in the profile. Together with the options it identifies unfinished work. Raises
+        InputError where the unfinished work of other options is there, unless `restart` lets it be deleted.
         """
         began = time.perf_counter()
-        key = [
-            overlay_hash,
-            granularity,
-            {k: v for k, v in origin.items() if k != "versions"},
-            repr(self.options),
-        ]
-        self.partial.open(key)
+        job = {"overlay": overlay_hash, "granularity": granularity}
+        job |= {k: v for k, v in origin.items() if k != "versions"}
+        job |= {
+            k: v for k, v in asdict(self.options).items() if k != "budgets"
+        }  # no stored part depends on them
+        self.partial.begin(job, self._stored_bytes(), restart=restart)
         fast = self.dequantised()
         saliency = fast.saliency(progress)
         diagonals = [fast.diagonal(g, s) for g, s in zip(self.groups, saliency, strict=True)]
@@ -115,16 +120,22 @@ class Calibrator:
         profile = fast.with_curves(profile, measured, progress)
         profile = replace(profile, extra=fast.oracle(profile, saliency, measured))
         took = {"seconds": round(time.perf_counter() - began, 1), "tokens": int(self.sequences.numel())}
-        self.partial.remove()
         return replace(profile, origin=dict(profile.origin) | took)
+
+    def _stored_bytes(self) -> int:
+        """Bytes that unfinished work takes on disk. Nearly all of them are what pass 2 measures (see Measurements)."""
+        hidden = self.groups[0].weight.in_features
+        return 4 * self.sequences.numel() * (len(self.groups) * (2 * len(self.widths) + 1) + hidden + 4)
 
     def saliency(self, progress: Progress) -> list[Tensor]:
         """Pass 1: the mean over tokens of (dLoss/dy_n)^2, float32 [N] per group."""
-        names = [f"saliency.{g.index}" for g in self.groups]
-        if not self.partial.has(names):
+
+        def compute() -> dict[str, np.ndarray]:
             found = output_saliency(self.decoder, self.sequences, self.options.seed, progress)
-            self.partial.add({n: s.cpu().numpy() for n, s in zip(names, found, strict=True)})
-        return [torch.from_numpy(self.partial[n]).to(self.decoder.device) for n in names]
+            return {str(g.index): s.cpu().numpy() for g, s in zip(self.groups, found, strict=True)}
+
+        found = self.partial.keep("saliency", None, compute)
+        return [torch.from_numpy(found[str(g.index)]).to(self.decoder.device) for g in self.groups]
 
     def diagonal(self, group: CalibrationGroup, saliency: Tensor) -> Tensor:
         """Expected loss of reading too few planes, per squared input, at the middle step: float32 [K].
@@ -144,17 +155,12 @@ class Calibrator:
         """Pass 2: measures every sequence, or takes it from the partial result."""
         meter = Meter(self.decoder, self.widths, saliency, diagonals, self.source)
         parts: list[Measurements] = []
-        fresh: dict[str, np.ndarray] = {}
         for i, ids in enumerate(self.sequences):
-            names = {f: f"measured.{i}.{f}" for f in Measurements.__dataclass_fields__}
-            if self.partial.has(list(names.values())):
-                parts.append(Measurements(**{f: self.partial[n] for f, n in names.items()}))
-            else:
-                parts.append(meter.sequence(ids, self.options.seed * LABEL_STREAM + i))
-                fresh |= {n: getattr(parts[-1], f) for f, n in names.items()}
-            if len(fresh) >= EVERY * len(names):
-                self.partial.add(fresh)
-                fresh = {}
+
+            def compute(i: int = i, ids: Tensor = ids) -> dict[str, np.ndarray]:
+                return vars(meter.sequence(ids, self.options.seed * LABEL_STREAM + i))
+
+            parts.append(Measurements(**self.partial.keep("gains", i, compute)))
             progress("gains", i + 1, len(self.sequences))
         return Measurements.join(parts)
 
@@ -229,9 +235,15 @@ class Calibrator:
         shift = [0.0]
         for i, target in enumerate(probes):
             lam = 2.0 ** solve(profile, ranked, target)
-            shift.append(
-                self.bits_used(profile, lam, half, contexts=contexts) - stored_bits(profile, ranked, lam)
-            )
+
+            def compute(lam: float = lam, before: list[Tensor] = contexts) -> dict[str, np.ndarray]:
+                after = list(before)  # each point begins with the contexts of the one before it
+                used = self.bits_used(profile, lam, half, contexts=after)
+                return {"bits": np.asarray([used]), "contexts": torch.stack(after).cpu().numpy()}
+
+            found = self.partial.keep("curve", i, compute)
+            contexts = list(torch.from_numpy(found["contexts"]))
+            shift.append(float(found["bits"][0]) - stored_bits(profile, ranked, lam))
             progress("curve", i + 1, len(probes))
         at, by = np.asarray([low, *probes, high]), np.asarray([*shift, 0.0])
         rows = [dense_curve(profile, ranked, planes, at, by) for planes in profile.resident]

@@ -15,7 +15,9 @@ tuned. Averages that are whole numbers keep a gradient. No weight decay acts on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup
 from dpllm.calib.dequantised import dequantised_view
 from dpllm.calib.dp_llm_averages import AveragesOptions, lower_width, tune_averages
 from dpllm.calib.gradient_passes import LABEL_STREAM
+from dpllm.calib.partial_results import Arrays, PartialResults
 from dpllm.calib.runtime.threshold_rule import stale_sources
 
 QUANTILES = 257  # stored points of an estimate's distribution
@@ -68,6 +71,24 @@ class Estimator:
     explained: float
     quantiles: np.ndarray
     exact: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields as arrays, to be stored."""
+        found = {
+            "kind": np.asarray([self.kind]),
+            "explained": np.asarray([self.explained]),
+            "line": self.line,
+        }
+        found |= {"quantiles": self.quantiles, "exact": self.exact}
+        return found if self.projection is None else found | {"projection": self.projection}
+
+    @classmethod
+    def of_arrays(cls, arrays: Arrays) -> Estimator:
+        """The estimator whose `arrays` these are."""
+        return cls(
+            int(arrays["kind"][0]), arrays["line"], arrays.get("projection"), float(arrays["explained"][0]),
+            arrays["quantiles"], arrays["exact"],
+        )  # fmt: skip
 
 
 def gather_inputs(
@@ -154,28 +175,31 @@ Average = tuple[float, float, np.ndarray]  # budget, target, average widths [G]
 def calibrate_dp_llm(
     decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
     options: DPLLMOptions, progress: Progress = no_progress, rows: list[Average] | None = None,
+    partial: PartialResults | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Arrays "dp-llm.*" for a profile: averages of every target under its budget, and their estimators.
 
     sequences: int64 [S, T]. caps: maximum widths [G] per budget ("6", "5"). targets: of each budget; targets above
-    their budget are left out. rows: averages that were tuned before; `targets` is then ignored.
+    their budget are left out. rows: averages that were tuned before; `targets` is then ignored. partial: keeps finished
+    averages and estimators.
     """
+    partial = partial or PartialResults()
     seed = decoder.groups[0].seed_bits
     view = dequantised_view(decoder)
     if rows is None:
-        rows = _tuned(view, sequences, caps, targets, options, progress)
+        rows = _tuned(view, sequences, caps, targets, options, progress, partial)
     pairs = sorted(
         {(g, lower_width(p[g], seed, int(caps[f"{b:g}"][g])) - seed)
          for b, _, p in rows for g in range(len(p)) if caps[f"{b:g}"][g] > seed}
     )  # fmt: skip
-    estimators = _estimators(view, sequences, pairs, options, progress)
+    estimators = _estimators(view, sequences, pairs, options, progress, partial)
     source = stale_sources(decoder.layers)[0] if options.asynchronous else list(range(len(decoder.groups)))
     return _packed(decoder, rows, caps, source, estimators)
 
 
 def _tuned(
     decoder: CalibrationDecoder, sequences: Tensor, caps: dict[str, np.ndarray], targets: dict[str, list[float]],
-    options: DPLLMOptions, progress: Progress,
+    options: DPLLMOptions, progress: Progress, partial: PartialResults,
 ) -> list[Average]:  # fmt: skip
     """Tunes the averages of every budget and target. Each target starts from its neighbour's averages."""
     seed = decoder.groups[0].seed_bits
@@ -183,13 +207,24 @@ def _tuned(
     rows: list[Average] = []
     start: np.ndarray | None = None
     read = 0
+    chain: list[Any] = [asdict(options)]  # what the averages depend on: the options and all targets before
     for i, (budget, target) in enumerate(jobs):
         if i and jobs[i - 1][0] != budget:
             start = None
         tuning = options.averages
         if start is not None:
             tuning = replace(tuning, steps=min(options.continued, tuning.steps))
-        p = tune_averages(decoder, sequences.roll(-read, 0), caps[budget], target, tuning, start)
+        chain.append([budget, target, caps[budget].tolist()])
+
+        def tune(
+            budget: str = budget, target: float = target, tuning: AveragesOptions = tuning, read: int = read,
+            start: np.ndarray | None = start,
+        ) -> dict[str, np.ndarray]:  # fmt: skip
+            return {
+                "p": tune_averages(decoder, sequences.roll(-read, 0), caps[budget], target, tuning, start)
+            }
+
+        p = partial.keep("averages", chain, tune)["p"]
         read += tuning.steps  # the next target reads on where this one stopped
         span = np.maximum(caps[budget] - seed, 1e-9)
         share = np.clip((p - seed) / span, 1e-3, 1 - 1e-3)
@@ -205,18 +240,27 @@ def _estimators(
     pairs: list[tuple[int, int]],
     options: DPLLMOptions,
     progress: Progress,
+    partial: PartialResults,
 ) -> dict[tuple[int, int], Estimator]:
-    inputs = gather_inputs(decoder, sequences, options, progress)
+    @cache
+    def inputs() -> dict[int, Tensor]:  # not needed where every estimator is kept
+        return gather_inputs(decoder, sequences, options, progress)
+
     source, ratio = stale_sources(decoder.layers)
     if not options.asynchronous:
         source, ratio = list(range(len(decoder.groups))), [None] * len(decoder.groups)
     found = {}
     for i, (g, step) in enumerate(pairs):
-        group = decoder.groups[g]
-        low = group.seed_bits + step
-        dequantize = decoder.backend.dequantize
-        delta = dequantize(group.weight, low + 1) - dequantize(group.weight, low)
-        found[g, step] = fit_estimator(delta, inputs[g], inputs[source[g]], ratio[g], options)
+
+        def fit(g: int = g, step: int = step) -> dict[str, np.ndarray]:
+            group = decoder.groups[g]
+            low = group.seed_bits + step
+            dequantize = decoder.backend.dequantize
+            delta = dequantize(group.weight, low + 1) - dequantize(group.weight, low)
+            return fit_estimator(delta, inputs()[g], inputs()[source[g]], ratio[g], options).arrays()
+
+        of = [asdict(options), g, step]
+        found[g, step] = Estimator.of_arrays(partial.keep("estimator", of, fit))
         progress("estimators", i + 1, len(pairs))
     return found
 

@@ -1,58 +1,63 @@
-"""Unfinished calibrations: one file next to the future profile, from which a killed run continues."""
+"""Finished parts of a calibration, kept in a folder beside the future profile until the profile is on disk."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from dpllm.base.files import write_tensors
+from dpllm.base.places import check_space
+from dpllm.base.unfinished import UnfinishedWork
+
+Arrays = Mapping[str, np.ndarray]
 
 
-class Partial:
-    """A growing set of named arrays on disk, bound to the options of one calibration.
+class PartialResults:
+    """Named arrays of finished stages. A killed calibration takes them from here instead of computing them again.
 
-    path: the file; None keeps everything in memory. A file that is damaged, or has other options, is ignored and
-    then overwritten.
+    place: the future profile, beside which the folder `PROFILE.partial` lies; None keeps nothing on disk. The caller
+    holds the lock of the place.
     """
 
-    def __init__(self, path: Path | None):
-        self.path, self.key = path, ""
-        self.arrays: dict[str, np.ndarray] = {}
+    def __init__(self, place: Path | None = None):
+        self._work = None if place is None else UnfinishedWork(place)
 
-    def open(self, key: Any) -> None:
-        """Loads what an earlier run with the same key (a JSON value) stored."""
-        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        self.arrays = {}
-        if self.path is None or not self.path.is_file():
-            return
-        with contextlib.suppress(SafetensorError, OSError), safe_open(self.path, framework="np") as f:
-            if (f.metadata() or {}).get("key") == self.key:
-                self.arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (no iterator)
+    def begin(self, job: Mapping[str, Any], needed: int, *, restart: bool = False) -> None:
+        """Continues what an earlier run with the same job (a JSON object) stored, or begins.
 
-    def has(self, names: list[str]) -> bool:
-        """Whether all of these arrays are stored."""
-        return all(n in self.arrays for n in names)
+        needed: bytes that all parts will take. restart: delete the work of any other job. Raises InputError where the
+        work of another job is there, and where the disk is too small.
+        """
+        if self._work is not None:
+            check_space(self._work.folder.parent, needed, self._work.held_bytes())
+            self._work.begin(job, restart=restart)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """A stored array. Raises KeyError for an unknown name."""
-        return self.arrays[name]
+    def keep(self, stage: str, of: Any, compute: Callable[[], Arrays]) -> Arrays:
+        """The stored arrays of a part, or those that `compute` returns now, which are stored.
 
-    def add(self, arrays: dict[str, np.ndarray]) -> None:
-        """Stores more arrays; the file is replaced atomically."""
-        self.arrays |= arrays
-        if self.path is not None:
-            tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in self.arrays.items()}
-            write_tensors(self.path, tensors, {"key": self.key})
+        stage: its name. of: a JSON value that tells the parts of a stage apart, and names all that the arrays depend
+        on beside the job.
+        """
+        if self._work is None:
+            return compute()
+        digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+        path = self._work.folder / f"{stage}-{digest}.safetensors"
+        try:
+            return load_file(path)
+        except (FileNotFoundError, SafetensorError):  # not computed yet, or damaged
+            found = compute()
+        write_tensors(path, {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in found.items()})
+        return found
 
     def remove(self) -> None:
-        """Deletes the file, after the calibration has finished."""
-        self.arrays = {}
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        """Deletes the folder, after the profile is on disk."""
+        if self._work is not None:
+            self._work.remove()

@@ -2,13 +2,15 @@
 
 Work happens in a sibling directory `OUT.partial`. Each finished layer is a finished shard there, so a killed run
 continues after the last finished layer, with a byte-identical result. The manifest is written last, and then the
-directory is renamed into place.
+directory is renamed into place. Only one process works on a place at a time (dpllm/base/locks.py), and a run with other
+options leaves the work of an unfinished one alone (dpllm/base/unfinished.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +24,13 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
-from dpllm.base.files import write_tensors
+from dpllm.base.files import flush_folder, write_tensors, write_text
+from dpllm.base.locks import only_writer
+from dpllm.base.machine import available_bytes
+from dpllm.base.places import check_space, folder_to_make
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import check_tokens, documents_sha256, sample_sequences
+from dpllm.base.unfinished import UnfinishedWork
 from dpllm.kernels.weight import pack
 from dpllm.quant.fisher import FisherPass
 from dpllm.quant.gguf.imatrix import ImportanceMatrix
@@ -61,17 +67,20 @@ class Quantizer:
         device: str = "cpu",
         jobs: int = 1,
         importance: ImportanceMatrix | None = None,
+        restart: bool = False,
     ):
         """documents: calibration text for the Fisher pass; None for unweighted k-means. jobs: threads of k-means.
 
-        importance: weights of columns in k-means, where there is no Fisher pass. Raises InputError where the
+        importance: weights of columns in k-means, where there is no Fisher pass. restart: delete the unfinished work
+        of a job with other options. Raises InputError for a checkpoint or options that cannot be used, and where the
         checkpoint, the text and the tokenizer do not fit together.
         """
-        self.options, self.out, self.jobs = options, out, jobs
+        self.options, self.out, self.jobs, self.restart = options, out, jobs, restart
         self.source = source
         self.model = LayerwiseModel(source, device)
-        self.partial = out.parent / (out.name + ".partial")
-        self.scratch = self.partial / ".job"  # the state of an unfinished job, deleted at the end
+        self.target = Path(os.path.realpath(out))  # a link stays, and the place that it leads to is written
+        self.work = UnfinishedWork(self.target)
+        self.partial, self.scratch = self.work.folder, self.work.state
         self.documents, self.tokenizer = documents, tokenizer
         self.plan = plan_quantize(self.model, options, documents is not None)
         self.sequences = self._sample() if documents is not None else None
@@ -84,13 +93,19 @@ class Quantizer:
     def run(self, progress: Progress = no_progress) -> Path:
         """Quantises everything and returns the overlay's directory.
 
-        Raises InputError if `out` exists, the disk is too small, or a tensor of the checkpoint cannot be used.
+        Raises InputError if `out` exists or is being made by another process, if unfinished work of other options is
+        there, if disk or memory are too small, or if a tensor of the checkpoint cannot be used.
         """
-        if self.out.exists():
-            raise InputError(f"{self.out} exists already. Choose another place, or remove it first.")
-        self._check_space()
-        _map_large_blocks()
-        self._start_or_resume()
+        folder_to_make(self.out)
+        with only_writer(self.target):
+            folder_to_make(self.out)  # whoever held the lock before may have finished it
+            self._check_memory()
+            check_space(self.target.parent, self._needed_bytes(), self.work.held_bytes())
+            self.work.begin(self._job(), restart=self.restart)
+            _map_large_blocks()
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> Path:
         fisher = self._fisher_forward(progress)
         depth = len(self.model)
         for index in range(depth - 1, -1, -1):
@@ -121,44 +136,26 @@ class Quantizer:
     def _needed_bytes(self) -> int:
         return self.plan.output_bytes + self.plan.work_bytes
 
-    def _check_space(self) -> None:
-        parent = self.out.parent
-        if not parent.is_dir():
+    def _check_memory(self) -> None:
+        """Raises InputError where the predicted peak exceeds the memory that this process can still get."""
+        free = available_bytes()
+        if free is not None and self.plan.peak_bytes > free:
+            way_out = "--refine none or fewer --samples" if self.documents is not None else "a smaller model"
             raise InputError(
-                f"{parent} is not a directory; {self.out} cannot be made there. Create it first."
-            )
-        held = (
-            sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file())
-            if self.partial.exists()
-            else 0
-        )
-        free = shutil.disk_usage(parent).free + held
-        if free < self._needed_bytes():
-            raise InputError(
-                f"{parent} has {free / 1e9:.2f} GB free, {self._needed_bytes() / 1e9:.2f} GB are needed. "
-                "Free some space or choose another disk."
+                f"quantising {self.source.path} needs about {self.plan.peak_bytes / 1e9:.2f} GB of memory; "
+                f"{free / 1e9:.2f} GB are free. Free some memory, or use {way_out}."
             )
 
-    def _start_or_resume(self) -> None:
-        """Keeps the finished shards of an interrupted run of the same job. Otherwise deletes what is there."""
-        job = {
+    def _job(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        return {
             "format_version": FORMAT_VERSION,
-            "options": asdict(self.options) | {"bits": list(self.options.bits)},
-            "documents": documents_sha256(self.documents) if self.documents else None,
-            "config": self.source.config,
-            "files": {p.name: _fingerprint(p) for p in self._inputs()},
+            "options": asdict(self.options) | {"fisher": "none" if self.documents is None else "text"},
+            "calibration_text": documents_sha256(self.documents) if self.documents else None,
+            "model_config": self.source.config,
+            "model_files": {p.name: _fingerprint(p) for p in self._inputs()},
             **self._imatrix(),
         }
-        job_file = self.scratch / "job.json"
-        job = json.loads(json.dumps(job))
-        if job_file.exists() and _same_json(job_file, job):
-            for leftover in self.partial.rglob("*.tmp"):
-                leftover.unlink()
-            return
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.scratch.mkdir(parents=True)
-        job_file.write_text(json.dumps(job))
 
     def _inputs(self) -> list[Path]:
         """The files that the result depends on."""
@@ -246,10 +243,6 @@ class Quantizer:
         n, k = weight.shape
         self.weights_done += n * k
         share = self.options.rows_per_table or default_rows_per_table(n, k)
-        if n % share:
-            raise InputError(
-                f"--rows-per-table {share} does not divide the {n} rows of '{name}'. Choose a divisor."
-            )
         w = weight.float().numpy()
         f = np.broadcast_to(np.float32(1), w.shape) if fisher is None else fisher.float().numpy()
         scale = None
@@ -320,7 +313,7 @@ class Quantizer:
                     "sha256": tensor_sha256(t),
                 }
         config = self.source.config | {"quantization_config": self._quantization_config(tensors)}
-        (self.partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
         shutil.rmtree(self.scratch / "work", ignore_errors=True)
         side = sorted(
             p.name for p in self.partial.iterdir() if p.is_file() and p not in shards and p.name != INDEX
@@ -332,9 +325,20 @@ class Quantizer:
             "files": {name: file_sha256(self.partial / name) for name in side},
         }
         manifest["sha256"] = manifest_sha256(manifest)
-        (self.partial / INDEX).write_text(json.dumps(manifest, indent=0) + "\n")
-        self.partial.replace(self.out)
-        shutil.rmtree(self.out / ".job")
+        write_text(self.partial / INDEX, json.dumps(manifest, indent=0) + "\n")
+        self._put_into_place()
+
+    def _put_into_place(self) -> None:
+        """Renames the finished directory. Raises InputError, and keeps it, where something else has taken its place."""
+        try:
+            self.partial.replace(self.target)
+        except OSError as e:
+            raise InputError(
+                f"{self.out} cannot be made: {e.strerror or e}. The finished work is in {self.partial}. Clear the "
+                "place and give the same command again."
+            ) from None
+        flush_folder(self.target.parent)
+        shutil.rmtree(self.target / self.scratch.name, ignore_errors=True)
 
     def _quantization_config(self, tensors: dict[str, Any]) -> dict[str, Any]:
         o, model = self.options, self.model
@@ -416,10 +420,3 @@ def _fingerprint(path: Path) -> list[int]:
     """A file's size and time of change, which show that a checkpoint was replaced between two runs."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _same_json(path: Path, value: dict[str, Any]) -> bool:
-    try:
-        return json.loads(path.read_text()) == value
-    except (OSError, ValueError):  # undecodable, or not JSON
-        return False

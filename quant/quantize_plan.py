@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +84,7 @@ def default_rows_per_table(rows: int, columns: int) -> int:
 def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool) -> QuantizePlan:
     """Computes shapes, output size, peak memory and scratch space, without reading a weight.
 
-    fisher: whether there is calibration text.
+    fisher: whether there is calibration text. Raises InputError for rows per table that do not divide a matrix.
     """
     source = model.source
     linears: dict[str, tuple[int, int]] = {}
@@ -91,9 +92,11 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         for name in model.linears(i):
             n, k = source.shape(f"{name}.weight")
             linears[name] = (n, k)
+    head_shape = source.shape(model.head_weight())
+    _check_rows_per_table(linears | ({"lm_head": head_shape} if options.head_bits < 8 else {}), options)
     out = sum(_matrix_bytes(shape, options.bits, options) for shape in linears.values())
     other = _head_and_embedding_bytes(model, options)
-    head = int(np.prod(source.shape(model.head_weight())))
+    head = int(np.prod(head_shape))
     first = [s for name, s in linears.items() if name.startswith(model.layer_prefix(0) + ".")]
     layer = sum(n * k for n, k in first)
     tokens = options.samples * options.sequence_length
@@ -107,6 +110,15 @@ def plan_quantize(model: LayerwiseModel, options: QuantizeOptions, fisher: bool)
         work_bytes=boundary * (len(model) + 2) if fisher else 0,
         refine_products=refine_products(list(linears.values()), options) if fisher else 0,
     )
+
+
+def _check_rows_per_table(shapes: Mapping[str, Sequence[int]], options: QuantizeOptions) -> None:
+    for name, shape in shapes.items():
+        if options.rows_per_table and shape[0] % options.rows_per_table:
+            raise InputError(
+                f"--rows-per-table {options.rows_per_table} does not divide the {shape[0]} rows of '{name}'. "
+                "Choose a divisor."
+            )
 
 
 def _matrix_bytes(shape: tuple[int, int], bits: tuple[int, int], options: QuantizeOptions) -> int:

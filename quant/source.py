@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dpllm.base.errors import InputError
+from dpllm.base.places import check_readable
 from dpllm.quant.gguf.model import GGUF_LINK, linked_tensors
 
 SINGLE = "model.safetensors"
@@ -25,6 +26,7 @@ TOKENIZER_FILES = (
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises InputError if the file is missing, or does not hold an object."""
+    check_readable(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -45,10 +47,8 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path, self.bytes_read = path, 0
         self._lock = threading.Lock()
+        check_readable(path)
         try:
-            path.open(
-                "rb"
-            ).close()  # the system says what is wrong; safetensors reports a missing file for everything
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise InputError(f"{path} {_absence(path)}. Copy the model again.") from None

@@ -18,6 +18,7 @@ from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dequantised import dequantised_view
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
 from dpllm.calib.dp_llm_averages import AveragesOptions
+from dpllm.calib.partial_results import PartialResults
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.decoder import Decoder
@@ -86,13 +87,13 @@ def calibrate(work: Path, name: str, threads: int = 1, effort: Effort = Effort()
     cpu = CpuOptions(threads=threads)
     decoder = load_decoder(path, LoadOptions(granularity=variant.granularity, cpu=cpu))
     options = CalibrateOptions(**variant.options)
-    calibrator = Calibrator(
-        decoder, calibration_sequences(effort.sequences), options, work / f"{name}.partial"
-    )
+    partial = PartialResults(out)
+    calibrator = Calibrator(decoder, calibration_sequences(effort.sequences), options, partial)
     profile = calibrator.run(overlay_hash, variant.granularity, {"variant": name}, no_progress)
     if variant.dp_llm:
         profile = _with_dp_llm(work, decoder, profile, variant, effort)
     profile.save(out)
+    partial.remove()
     print(f"calibrated {name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

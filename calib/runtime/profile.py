@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
+from dpllm.base.places import check_readable
 
 PROFILE_VERSION = 2
 PROFILE_NAME = "profile.safetensors"
@@ -238,6 +239,7 @@ def merge(one: CalibrationProfile, other: CalibrationProfile) -> CalibrationProf
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist. Run: dpllm calibrate {path.parent}")
+    check_readable(path)
     try:
         with safe_open(path, framework="np") as f:
             header = json.loads((f.metadata() or {})["dpllm_profile"])

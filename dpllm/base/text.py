@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.places import check_readable
 
 
 def read_documents(path: Path) -> list[str]:
@@ -27,11 +28,12 @@ def read_documents(path: Path) -> list[str]:
         if not files:
             raise InputError(f"{path} holds no .txt, .md, .py or .jsonl file. Give a text file.")
         return [d for p in files for d in read_documents(p)]
+    check_readable(path)
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist. Give a text file.") from None
-    except (UnicodeDecodeError, OSError) as e:
+    except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}). Give a .txt or .jsonl file.") from None
     if path.suffix == ".jsonl":
         documents = [_text_of(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from dpllm.commands.streams import check_stdout
 from dpllm.version import __version__
 
 COMMON, TARGETS, MACHINE, EXPERT = "Common", "Targets", "Machine", "Expert"
@@ -19,7 +20,12 @@ MAX_SEED = 2**63 - 1
 
 
 class Command(TyperCommand):
-    """A command whose --help stands among its common options, and whose paragraphs are filled."""
+    """A command whose --help stands among its common options, and whose paragraphs are filled.
+
+    answers: the result goes to standard output, even without --json.
+    """
+
+    answers = True
 
     def __init__(self, *args: Any, help: str | None = None, **options: Any):
         text = None if help is None else re.sub(r"(?<!\n)\n(?!\n)", " ", help)
@@ -31,6 +37,18 @@ class Command(TyperCommand):
         if option is not None:
             option.rich_help_panel = COMMON
         return option
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command. Raises InputError where its answer could not be printed."""
+        if self.answers or ctx.params.get("json"):
+            check_stdout()
+        return super().invoke(ctx)
+
+
+class FileCommand(Command):
+    """A command whose result is a file or a directory. It prints an answer only with --json."""
+
+    answers = False
 
 
 app = typer.Typer(
@@ -69,6 +87,14 @@ Overlay = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object on the last line of stdout.", rich_help_panel=COMMON),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="Delete the unfinished work of a run with other options at the same place, and begin again.",
+        rich_help_panel=COMMON,
+    ),
 ]
 Data = Annotated[
     str | None,

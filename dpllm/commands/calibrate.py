@@ -11,10 +11,11 @@ from dpllm.commands.app import (
     COMMON,
     EXPERT,
     TARGETS,
-    Command,
     Data,
     Device,
+    FileCommand,
     Json,
+    Restart,
     Seed,
     Threads,
     app,
@@ -92,7 +93,7 @@ DpLlm = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=FileCommand)
 def calibrate(
     *,
     overlay: Made,
@@ -100,6 +101,7 @@ def calibrate(
     out: Out = None,
     kv_heads: KvHeads = False,
     json: Json = False,
+    restart: Restart = False,
     targets: Targets = None,
     memory_bits: MemoryBits = None,
     device: Device = "cpu",
@@ -114,7 +116,8 @@ def calibrate(
     """Measure what each group's next bit is worth, so that every target can be met.
 
     One run serves every target, with any number of resident planes. A run that is stopped at any moment continues
-    where it was when the same command is given again. A run with other budgets or policies adds them to the profile.
+    where it was when the same command is given again; with other options, the command refuses until --restart says that
+    the unfinished work may go. A run with other budgets or policies adds them to a finished profile.
     """
     from dpllm.prepare.calibrate import calibrate as calibrate_overlay
 
@@ -124,7 +127,7 @@ def calibrate(
         report = calibrate_overlay(
             overlay, targets=wanted, memory_bits=budgets, data=data, granularity=granularity, samples=samples,
             sequence_length=sequence_length, asynchronous=asynchronous, dp_llm=dp_llm, kv_heads=kv_heads, out=out,
-            device=device, threads=threads, seed=seed, progress=progress,
+            device=device, threads=threads, seed=seed, restart=restart, progress=progress,
         )  # fmt: skip
     _show(report)
     if json:

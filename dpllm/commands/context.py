@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,8 @@ import typer
 from rich.table import Table
 
 from dpllm.base.errors import InputError
+from dpllm.base.locks import only_writer
+from dpllm.base.places import check_readable
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -19,12 +20,14 @@ from dpllm.commands.app import (
     Backend,
     Command,
     Device,
+    FileCommand,
     Json,
     Overlay,
     Threads,
     contexts,
 )
 from dpllm.commands.common import Hardware, command_line, note, print_json, stage_bars, stdout
+from dpllm.commands.streams import read_stdin
 
 if TYPE_CHECKING:
     from dpllm.context.kv_context import KVContext
@@ -127,7 +130,7 @@ Chunk = Annotated[
 ]
 
 
-@contexts.command("build", cls=Command)
+@contexts.command("build", cls=FileCommand)
 def build(
     *,
     text_file: TextFile,
@@ -152,7 +155,7 @@ def build(
     Example: dpllm context build notes.txt --keep 0.3 -o notes; dpllm generate --context notes 'What about bees?'
     """
     from dpllm.context.options import ContextOptions
-    from dpllm.context.saved import check_free
+    from dpllm.context.saved import place_for
     from dpllm.opening import open_engine as load
 
     budget = budget_of(keep=keep, keep_tokens=keep_tokens, keep_memory=keep_memory)
@@ -160,19 +163,19 @@ def build(
         budget=budget, policy=kv_policy, allocation=allocation, block=block, chunk=chunk, chat=chat
     )
     target = Path(out).expanduser()
-    check_free(target)
-    text = read_text(text_file)
-    hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
-    engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
-    began = time.perf_counter()
-    with stage_bars() as bars:
-        context = engine.read(
-            text, budget=options.budget, policy=options.policy, allocation=options.allocation, block=options.block,
-            chunk=options.chunk, chat=options.chat, progress=bars,
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    context.save(target)
+    with only_writer(place_for(target)):
+        text = read_text(text_file)
+        hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
+        engine = load(overlay, options=hardware.load_options())
+        hardware.note_if_slow(engine.decoder.backend)
+        began = time.perf_counter()
+        with stage_bars() as bars:
+            context = engine.read(
+                text, budget=options.budget, policy=options.policy, allocation=options.allocation,
+                block=options.block, chunk=options.chunk, chat=options.chat, progress=bars,
+            )  # fmt: skip
+        seconds = time.perf_counter() - began
+        context.save(target)
     summary = summarize(engine, context, target) | {"seconds": round(seconds, 2)}
     if json:
         print_json(summary)
@@ -202,14 +205,17 @@ def budget_of(*, keep: float | None, keep_tokens: int | None, keep_memory: str |
 
 def read_text(name: str) -> str:
     """The text of a file, or standard input for '-'. Raises InputError where there is no text."""
+    if name == "-":
+        return read_stdin()
     path = Path(name).expanduser()
-    if name != "-" and not path.is_file():
+    if path.is_dir() or not path.exists():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}. Give a text file, or '-' to read standard input.")
+    check_readable(path)
     try:
-        return sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise InputError(f"{'standard input' if name == '-' else path} is not UTF-8 text ({e}).") from None
+        raise InputError(f"{path} is not UTF-8 text ({e}).") from None
 
 
 def summarize(engine: Engine, context: KVContext, out: Path) -> dict[str, Any]:

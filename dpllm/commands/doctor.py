@@ -35,6 +35,9 @@ def _show_machine(found: dict[str, Any]) -> None:
     versions = ", ".join(f"{p} {v or 'not installed'}" for p, v in found["versions"].items())
     tell(f"dpllm {found['dpllm']}, Python {found['python']}, {versions}")
     tell(f"processor: {found['machine']}, {found['cores']} cores, {found['torch_threads']} threads of torch")
+    memory = found["usable_memory_bytes"]
+    limits = "" if memory is None else f", {memory / 1e9:.1f} GB of memory"
+    tell(f"this process may use: {found['usable_cores']} cores{limits}")
     sets = ", ".join(f"{name} ({state})" for name, state in found["instruction_sets"].items())
     tell(
         f"instruction sets of the native kernels: {sets or 'none, because the native library cannot be loaded'}"

@@ -32,6 +32,7 @@ from dpllm.commands.app import (
     check_seed,
 )
 from dpllm.commands.common import Hardware, note, print_json, stage_bars
+from dpllm.commands.streams import read_stdin
 
 if TYPE_CHECKING:
     from dpllm.context.kv_context import KVContext
@@ -219,12 +220,7 @@ def read_prompt(prompt: str | None) -> str:
     """The prompt, or standard input for '-'. Raises InputError where there is none."""
     if prompt is None:
         raise InputError("no prompt given. Write dpllm generate 'some text', or '-' to read standard input.")
-    if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as e:
-        raise InputError(f"standard input is not UTF-8 text ({e}).") from None
+    return read_stdin() if prompt == "-" else prompt
 
 
 def check_precision(

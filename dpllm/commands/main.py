@@ -6,7 +6,6 @@ Exit codes: 0, 2 for bad input, 130 for Ctrl-C.
 from __future__ import annotations
 
 import errno
-import io
 import signal
 import sys
 from types import FrameType
@@ -22,6 +21,13 @@ from dpllm.commands import generate, chat, evaluate, context, demo, report  # no
 from dpllm.commands import profile, plan, doctor, bench  # noqa: F401
 
 # isort: on
+from dpllm.commands.streams import prepare_streams, settle_stdout
+
+_FULL, _CLOSED = "Free space or choose another place.", "Check its permissions, or choose another place."
+_WAYS_OUT = {
+    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
+    errno.EACCES: _CLOSED, errno.EPERM: _CLOSED, errno.EROFS: _CLOSED,
+}  # fmt: skip
 
 
 class _Interrupt:
@@ -41,16 +47,20 @@ class _Interrupt:
 def main() -> None:
     """Runs the app. Bad input is printed as one line, with exit code 2."""
     interrupt = _Interrupt()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what this terminal cannot show
+    prepare_streams()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as e:
         if interrupt.came or isinstance(e, KeyboardInterrupt | typer.Abort):
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
-        if (message := _explained(e)) is None:
+        message = _explained(e)
+        settle_stdout()
+        if isinstance(e, BrokenPipeError):  # the reader has gone, and knows why
+            sys.exit(1)
+        if message is None:
             raise
         _fail(message)
 
@@ -59,8 +69,11 @@ def _explained(e: BaseException) -> str | None:
     """A line about an error that the user can mend; None for an error of the program."""
     if isinstance(e, InputError):
         return str(e)
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-        return f"{e.strerror}: {e.filename or 'while writing'}. Free space or choose another place."
+    if (
+        isinstance(e, OSError) and e.errno is not None
+    ):  # libraries raise some without, for reasons of their own
+        where = e.filename or "a file or stream"
+        return f"{where} cannot be read or written: {e.strerror}. {_WAYS_OUT.get(e.errno, 'Check it and try again.')}"
     if any(t.__name__ == "ClickException" for t in type(e).__mro__):
         return e.format_message()  # type: ignore[attr-defined]
     return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dpllm.base.places import file_to_write
 from dpllm.commands.app import (
     COMMON,
     Accuracy,
@@ -69,12 +70,16 @@ def profile(
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
     hardware.note_if_slow(engine.decoder.backend)
+    wants_quality, where = quality or data is not None, cost_path(engine)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    file_to_write(where)
+    if wants_quality:
+        file_to_write(engine.path / NAME)
     with stage_bars() as progress:
         cost = measure_cost(engine, progress)
-        where = cost_path(engine)
         cost.save(where)
         found = None
-        if quality or data is not None:
+        if wants_quality:
             text = reference.heldout_text() if data is None else Path(data).expanduser()
             found = measure_quality(engine, text, progress=progress)
             found.save(engine.path / NAME)

@@ -11,10 +11,11 @@ from dpllm.commands.app import (
     EXPERT,
     MACHINE,
     TARGETS,
-    Command,
     Data,
     Device,
+    FileCommand,
     Json,
+    Restart,
     Seed,
     app,
 )
@@ -103,13 +104,14 @@ Jobs = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=FileCommand)
 def quantize(
     *,
     model: Model,
     out: Out,
     data: Data = None,
     json: Json = False,
+    restart: Restart = False,
     bits: Bits = "2-6",
     head_bits: HeadBits = 8,
     device: Device = "cpu",
@@ -124,8 +126,9 @@ def quantize(
 ) -> None:
     """Store a model once as nested bitplanes that can be read at every width of a range.
 
-    A run that is stopped at any moment continues where it was when the same command is given again. It works layer by
-    layer: memory stays at about two decoder layers above the embedding.
+    A run that is stopped at any moment continues where it was when the same command is given again. With other options,
+    the command refuses until --restart says that the unfinished work may go. It works layer by layer: memory stays at
+    about two decoder layers above the embedding.
     """
     from dpllm.prepare.quantize import make_quantizer
     from dpllm.quant.quantize_plan import QuantizeOptions
@@ -143,6 +146,7 @@ def quantize(
         data=data,
         device=device,
         jobs=jobs,
+        restart=restart,
         tell=note,
     )
     _announce(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpllm.base.errors import InputError
+from dpllm.base.places import file_to_write
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -18,9 +18,9 @@ from dpllm.commands.app import (
     Accuracy,
     Backend,
     Chat,
-    Command,
     Context,
     Device,
+    FileCommand,
     Json,
     MaxNewTokens,
     Overlay,
@@ -119,7 +119,7 @@ Profile = Annotated[
 ]
 
 
-@app.command(cls=Command)
+@app.command(cls=FileCommand)
 def report(
     *,
     prompt: Prompt = None,
@@ -192,12 +192,7 @@ def check_out(out: str) -> Path:
     path = Path(out).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--out {out} does not end in .html. A report is a web page; name it like one.")
-    if path.is_dir():
-        raise InputError(f"{path} is a directory. Give the name of a file.")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a directory. Make it first, or choose another place.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path.parent} cannot be written to. Choose another place.")
+    file_to_write(path)
     return path
 
 

@@ -7,8 +7,8 @@ import sys
 from types import FrameType
 from typing import Protocol
 
-from dpllm.base.errors import InputError
 from dpllm.commands.common import note
+from dpllm.commands.streams import read_stdin_line
 
 
 class Lines(Protocol):
@@ -30,11 +30,8 @@ class PlainLines:
     """Lines of standard input."""
 
     def read(self) -> str | None:
-        """See Lines. Raises InputError where standard input is not UTF-8 text."""
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError as e:
-            raise InputError(f"standard input is not UTF-8 text ({e}).") from None
+        """See Lines. Raises InputError where standard input is closed, cannot be read, or is not UTF-8 text."""
+        line = read_stdin_line()
         return line.rstrip("\r\n") if line else None
 
 

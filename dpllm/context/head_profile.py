@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from dpllm.model.decoder import Decoder
 @torch.no_grad()
 def head_profile(
     texts: Iterable[Sequence[int]],
-    progress: Callable[[int], None] = lambda done: None,
     *,
     decoder: Decoder,
     prompts: Prompts,
@@ -25,7 +24,7 @@ def head_profile(
     """Returns the largest KVzip score of each head's pairs over several texts, float32 [P, KVH].
 
     P counts the pruned layers. These scores do not depend on the context that is pruned later, so using them is cheap
-    (section 4.2 of KVzip, arXiv:2505.23416). texts: token ids. progress: called with the number of texts done.
+    (section 4.2 of KVzip, arXiv:2505.23416). texts: token ids.
     """
     best: list[Tensor] = []
     for ids in texts:
@@ -33,5 +32,4 @@ def head_profile(
         pruner = Pruner(context, ContextOptions(), len(ids), decoder=decoder, prompts=prompts)
         pruner.read(ids)
         best.append(pruner.policy.score(pruner.scoring_input())[..., 1:].amax(-1))
-        progress(len(best))
     return torch.stack(best).amax(0)

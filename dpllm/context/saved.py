@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpllm.base.errors import InputError
-from dpllm.base.files import write_tensors
+from dpllm.base.files import flush_folder, write_tensors, write_text
+from dpllm.base.places import check_readable, check_space, folder_to_make, temporary_name
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
@@ -87,14 +87,16 @@ def model_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_free(path: Path) -> None:
-    """Raises InputError where a context cannot be written: the path exists, or its parent cannot be made."""
+def place_for(path: Path) -> Path:
+    """The directory that a context will be written to: `path`, or the empty directory that a link leads to.
+
+    Makes the directories above it. Raises InputError where it exists already or cannot be made."""
     try:
-        if path.exists():
-            raise InputError(f"{path} exists already. Choose another name, or delete it first.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink():
+            path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{path} cannot be made: {e.strerror or e}. Choose another place.") from None
+    return folder_to_make(path)
 
 
 def save_context(context: Savable, path: Path, *, model: Path) -> dict[str, Any]:
@@ -102,14 +104,16 @@ def save_context(context: Savable, path: Path, *, model: Path) -> dict[str, Any]
 
     path: the new directory. model: the directory of the model that read the context. Raises InputError where the
     context cannot be written; no file is left then."""
-    check_free(path)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:32]}.", dir=path.parent))
+    target = place_for(path)
+    partial = temporary_name(target)
     try:
-        partial.chmod(0o755)
+        partial.mkdir()
+        check_space(partial, context.cache.nbytes)
         write_tensors(partial / PAIRS, _tensors(context))
         manifest = _manifest(context, model) | {"sha256": _sha256(partial / PAIRS)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        partial.rename(path)
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        partial.replace(target)
+        flush_folder(target.parent)
     except OSError as e:
         raise InputError(
             f"{path} cannot be written: {e.strerror or e}. Free space or choose another place."
@@ -209,6 +213,7 @@ def _manifest(context: Savable, model: Path) -> dict[str, Any]:
 def _read(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path} is missing. Build the context again.")
+    check_readable(path)
     if _sha256(path) != manifest["sha256"]:
         raise InputError(
             f"{path} is damaged: its sha256 is not the one in {MANIFEST}. Build the context again."

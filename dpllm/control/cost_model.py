@@ -11,6 +11,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
+from dpllm.base.places import check_readable
 
 VERSION = 3
 
@@ -73,6 +74,7 @@ class CostModel:
     @classmethod
     def load(cls, path: Path) -> CostModel:
         """Reads a stored model. Raises InputError if the file is not a cost profile."""
+        check_readable(path)
         try:
             stored = json.loads(path.read_text())
             version = stored.pop("cost_version")

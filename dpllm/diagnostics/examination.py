@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dpllm.base.machine import available_bytes, usable_cores
 from dpllm.diagnostics import gpu as gpu_info
 from dpllm.diagnostics.cpu import check_kernels, instruction_set_states
 from dpllm.kernels.backend import choose_backend
@@ -26,6 +27,8 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "usable_memory_bytes": available_bytes(),
         "torch_threads": torch.get_num_threads(),
         "versions": {p: _version(p) for p in ("torch", "transformers", "numpy", "safetensors", "triton")},
         "cuda": gpu,

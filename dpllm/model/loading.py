@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import usable_cores
 from dpllm.kernels.backend import Backend, choose_backend
-from dpllm.kernels.cpu.library import CpuOptions, usable_cores
+from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import available_bytes
 from dpllm.quant.overlay import Overlay
 
 
@@ -46,19 +47,10 @@ def process_peak_bytes() -> int | None:
         return None
 
 
-def available_bytes() -> int | None:
-    """Returns the bytes that the system can give without swapping, or None where it does not report them."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
 def check_memory(model: str | Path, sizes: Mapping[int, int], available: int | None = None) -> None:
     """Raises InputError if the largest of `sizes` (planes -> bytes) exceeds the available memory.
 
-    available: bytes; None: asks the system."""
+    available: bytes; None: what this process can still get (base/machine.py)."""
     free = available_bytes() if available is None else available
     widest = max(sizes)
     if free is None or sizes[widest] <= free:

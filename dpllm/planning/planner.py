@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import available_bytes
 from dpllm.control.cost_model import CostModel
 from dpllm.model.memory import resident_bytes
 from dpllm.planning.quality_model import QualityModel, expected_loss
@@ -62,7 +63,7 @@ class PlanInputs:
     held: planes -> bytes of the resident weights. read_bytes: effective bits -> bytes of weights that a token reads.
     pairs: key-value pairs that a token adds to the whole cache, over all layers and heads. pair_bytes: bytes of one
     pair. max_positions: greatest context in tokens. penalty: (planes, bits) -> nats that are lost at these bits because
-    no more planes are held.
+    no more planes are held. usable: bytes that weights and cache may take on this machine; None if it does not say.
     """
 
     held: Mapping[int, int]
@@ -71,6 +72,7 @@ class PlanInputs:
     pair_bytes: int
     max_positions: int
     penalty: Callable[[int, float], float] = lambda planes, bits: 0.0
+    usable: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,31 @@ class Planner:
         )  # fmt: skip
 
     def candidates(self, context: int) -> list[Plan]:
-        """Returns every plan on the grid for a context of `context` tokens."""
+        """Returns every plan on the grid for a context of `context` tokens that fits into this machine.
+
+        Raises InputError if none fits.
+        """
         keeps = [1.0]
         if context > 1 and len(self.quality.keep) > 1:
             keeps = [round(float(k), 6) for k in np.arange(self.quality.keep[0], 1 + 1e-9, KEEP_STEP)]
         low, high = self.cost.bits[0], self.cost.bits[-1]
         grid = [float(b) for b in np.arange(low, high, BITS_STEP)] + [high]
         priced = [self._priced(bits, keeps, context) for bits in grid]
-        return [
+        every = [
             self._held(planes, plan)
             for planes in self.inputs.held
             for plans in priced
             if plans[0].target_bits <= planes + 1e-9
             for plan in plans
         ]
+        usable = self.inputs.usable
+        fitting = every if usable is None else [p for p in every if p.memory <= usable]
+        if usable is not None and not fitting:
+            raise InputError(
+                f"even the smallest plan needs {min(p.memory for p in every) / 1e9:.2f} GB; this process may use "
+                f"{usable / 1e9:.2f} GB. Free some memory, or shorten the context."
+            )
+        return fitting
 
     def _priced(self, bits: float, keeps: list[float], context: int) -> list[Plan]:
         """Returns one plan for each share of the cache, with every plane held."""
@@ -226,8 +239,14 @@ def plan_inputs(engine: Engine) -> PlanInputs:
         held={b: resident_bytes(overlay, b) for b in planes},
         read_bytes=lambda bits: engine.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
         pair_bytes=2 * c.head_dim * engine.decoder.kv_dtype.itemsize, max_positions=c.max_positions,
-        penalty=cache(penalty),
+        penalty=cache(penalty), usable=_usable(engine, resident_bytes(overlay, high)),
     )  # fmt: skip
+
+
+def _usable(engine: Engine, held: int) -> int | None:
+    """Returns the memory that a plan may take on the CPU: what is left, and what the engine holds now already."""
+    free = available_bytes() if engine.decoder.device.type == "cpu" else None
+    return None if free is None else free + held
 
 
 _KINDS: tuple[tuple[str, Callable[[Plan], float], Callable[[float], str]], ...] = (

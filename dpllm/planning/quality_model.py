@@ -17,6 +17,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
+from dpllm.base.places import check_readable
 from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class QualityModel:
     @classmethod
     def load(cls, path: Path, overlay_hash: str) -> QualityModel:
         """Reads a stored model. Raises InputError if the file is not one or is of another overlay."""
+        check_readable(path)
         try:
             stored = json.loads(path.read_text())
             version = stored.pop("quality_version")

@@ -9,16 +9,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from dpllm.base.errors import InputError
+from dpllm.base.files import remove_leftovers
+from dpllm.base.locks import only_writer
+from dpllm.base.places import file_to_write
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import check_tokens, documents_sha256, load_tokenizer, sample_sequences
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator
 from dpllm.calib.dp_llm import DPLLMOptions, calibrate_dp_llm
+from dpllm.calib.partial_results import PartialResults
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile, merge
 from dpllm.context.head_profile import head_profile
 from dpllm.context.pruner import HEADS
@@ -93,6 +97,7 @@ def calibrate(
     device: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Measures what each group's next bit is worth and writes the profile; one run serves every target.
@@ -106,38 +111,44 @@ def calibrate(
     sequence_length: how many sequences of how many tokens. asynchronous: estimate q/k/v and gate/up from inputs one
     sub-block old. dp_llm: also calibrate DP-LLM's policy for each target. kv_heads: also score the KV heads, for KV
     policy 'whole-heads'. out: the profile's file; None is profile.safetensors in the overlay. device: 'cpu' or 'cuda'.
-    threads: CPU threads; None is one per core. seed: of the sample. progress: called with (stage, done, total).
+    threads: CPU threads; None is one per core. seed: of the sample. restart: delete the unfinished work of a run with
+    other arguments. progress: called with (stage, done, total).
 
-    Raises InputError for an overlay, a text, a place or an option that cannot be used.
+    Raises InputError for an overlay, a text, a place or an option that cannot be used, and where another process is
+    writing the profile.
     """
     _check_sample(granularity=granularity, samples=samples, sequence_length=sequence_length)
     cpu, show, path = cpu_options(threads), progress or no_progress, Path(overlay).expanduser()
     opened = Overlay.open(path)
     wanted = _Wanted.of(opened, path, targets=targets, memory_bits=memory_bits, dp_llm=dp_llm)
-    target = _destination(out, path)
-    documents, tokenizer = calibration_documents(data), load_tokenizer(path)
-    sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(
-        check_device(device)
-    )
-    check_tokens(sequences.flatten().tolist(), ModelConfig.read(path).vocab_size, path)
-    decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device, cpu=cpu))
-    origin = {
-        "documents_sha256": documents_sha256(documents), "seed": seed, "samples": len(sequences),
-        "sequence_length": sequence_length, "device": device, "asynchronous": asynchronous,
-        "versions": {"dpllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }  # fmt: skip
-    options = CalibrateOptions(seed=seed, budgets=wanted.stored, asynchronous=asynchronous)
-    began = time.perf_counter()
-    calibrator = Calibrator(decoder, sequences, options, target.with_name(target.name + ".partial"))
-    profile = calibrator.run(opened.hash, granularity, origin, show)
-    if dp_llm:
-        profile = _with_dp_llm(decoder, sequences, profile, wanted.targets, seed=seed, progress=show)
-    if kv_heads:
-        profile = _with_heads(decoder, Prompts(tokenizer, decoder.config, path), sequences, profile, show)
-    checked = _check_targets(calibrator, profile, wanted, show)
-    _merged(profile, target).save(target)
+    place = path / PROFILE_NAME if out is None else Path(out).expanduser()
+    target = file_to_write(place)
+    check_device(device)
+    with only_writer(target):
+        remove_leftovers(target)
+        documents, tokenizer = calibration_documents(data), load_tokenizer(path)
+        sequences = sample_sequences(documents, tokenizer, samples, sequence_length, seed).to(device)
+        check_tokens(sequences.flatten().tolist(), ModelConfig.read(path).vocab_size, path)
+        decoder = load_decoder(path, LoadOptions(granularity=granularity, device=device, cpu=cpu))
+        origin = {
+            "documents_sha256": documents_sha256(documents), "seed": seed, "samples": len(sequences),
+            "sequence_length": sequence_length, "device": device, "asynchronous": asynchronous,
+            "versions": {"dpllm": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        }  # fmt: skip
+        options = CalibrateOptions(seed=seed, budgets=wanted.stored, asynchronous=asynchronous)
+        began = time.perf_counter()
+        calibrator = Calibrator(decoder, sequences, options, PartialResults(target))
+        profile = calibrator.run(opened.hash, granularity, origin, show, restart=restart)
+        if dp_llm:
+            profile = _with_dp_llm(calibrator, profile, wanted.targets, seed=seed, progress=show)
+        if kv_heads:
+            prompts = Prompts(tokenizer, decoder.config, path)
+            profile = _with_heads(calibrator, profile, show, decoder=decoder, prompts=prompts)
+        checked = _check_targets(calibrator, profile, wanted, show)
+        _merged(profile, target).save(target)
+        calibrator.partial.remove()  # the profile is on disk now
     return CalibrationReport(
-        path=target, overlay=path, profile=profile, targets=checked, seconds=time.perf_counter() - began,
+        path=place, overlay=path, profile=profile, targets=checked, seconds=time.perf_counter() - began,
         process_peak_bytes=process_peak_bytes(),
     )  # fmt: skip
 
@@ -204,21 +215,8 @@ class _Wanted:
         return [(t, b) for b in budgets for t in self.targets if t <= b]
 
 
-def _destination(out: str | Path | None, overlay: Path) -> Path:
-    """The profile's file. Raises InputError where it cannot be written."""
-    target = overlay / PROFILE_NAME if out is None else Path(out).expanduser()
-    if not target.parent.is_dir():
-        raise InputError(
-            f"{target.parent} is not a directory; the profile cannot be written there. Create it first."
-        )
-    if target.is_dir():
-        raise InputError(f"{target} is a directory. Give the name of the profile's file.")
-    return target
-
-
 def _with_dp_llm(
-    decoder: Decoder,
-    sequences: torch.Tensor,
+    calibrator: Calibrator,
     profile: CalibrationProfile,
     targets: Sequence[float],
     *,
@@ -230,27 +228,30 @@ def _with_dp_llm(
     caps = {f"{high}": profile.planes(None)}
     caps |= {b: profile.resident[row] for b, row in profile.origin["budgets"].items() if float(b) < high}
     found = calibrate_dp_llm(
-        decoder, sequences, caps, {name: list(targets) for name in caps}, DPLLMOptions(seed=seed), progress
-    )
+        calibrator.decoder, calibrator.sequences, caps, {name: list(targets) for name in caps},
+        DPLLMOptions(seed=seed), progress, partial=calibrator.partial,
+    )  # fmt: skip
     return replace(profile, extra=dict(profile.extra) | found)
 
 
 def _with_heads(
-    decoder: Decoder,
-    prompts: Prompts,
-    sequences: torch.Tensor,
+    calibrator: Calibrator,
     profile: CalibrationProfile,
     progress: Progress,
+    *,
+    decoder: Decoder,
+    prompts: Prompts,
 ) -> CalibrationProfile:
-    """Adds the score of every KV head, for KV policy 'whole-heads'."""
-    heads = head_profile(
-        sequences.tolist(),
-        lambda done: progress("KV heads", done, len(sequences)),
-        decoder=decoder,
-        prompts=prompts,
-    )
-    extra: dict[str, Any] = dict(profile.extra) | {HEADS: heads.cpu().numpy()}
-    return replace(profile, extra=extra)
+    """Adds the score of every KV head, for KV policy 'whole-heads': its largest in any text."""
+    best: list[np.ndarray] = []
+    for i, ids in enumerate(calibrator.sequences.tolist()):
+
+        def compute(ids: list[int] = ids) -> dict[str, np.ndarray]:
+            return {"scores": head_profile([ids], decoder=decoder, prompts=prompts).cpu().numpy()}
+
+        best.append(calibrator.partial.keep("heads", i, compute)["scores"])
+        progress("KV heads", i + 1, len(calibrator.sequences))
+    return replace(profile, extra=dict(profile.extra) | {HEADS: np.max(best, axis=0)})
 
 
 def _check_targets(
@@ -261,7 +262,11 @@ def _check_targets(
     for done, (target, budget) in enumerate(cells, 1):
         planes = profile.budget(budget)
         lam = profile.lambda_for(min(target, profile.target_range(planes)[1]), planes)
-        used = fast.bits_used(profile, lam, calibrator.sequences, planes)
+
+        def compute(lam: float = lam, planes: np.ndarray = planes) -> dict[str, np.ndarray]:
+            return {"bits": np.asarray([fast.bits_used(profile, lam, calibrator.sequences, planes)])}
+
+        used = float(calibrator.partial.keep("target", [target, budget], compute)["bits"][0])
         checked.append(CheckedTarget(target, budget, round(used, 4)))
         progress("targets", done, len(cells))
     return tuple(checked)

@@ -5,11 +5,12 @@ path = quantize("meta-llama/Llama-3.2-1B", "llama-1b")
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import usable_cores
+from dpllm.base.places import folder_to_make
 from dpllm.base.progress import Progress, no_progress
 from dpllm.base.text import load_tokenizer
 from dpllm.model.config import ModelConfig
@@ -39,6 +40,7 @@ def quantize(
     device: str = "cpu",
     jobs: int = 0,
     seed: int = 0,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Stores a model as nested bitplanes that can be read at every width of a range. Returns the overlay's directory.
@@ -51,17 +53,25 @@ def quantize(
     or the importance of columns in `imatrix`, a file of llama.cpp. refine: what is improved after k-means, 'full'
     (codes and tables), 'tables' or 'none'. data: the text to calibrate on; None is the bundled Python code. samples,
     sequence_length: how many sequences of how many tokens. rows_per_table: rows that share a table; 0 is 1, or more
-    where rows are short. jobs: threads; 0 is one per core. seed: of the sample. progress: called with (stage, done,
-    total).
+    where rows are short. jobs: threads; 0 is one per core. seed: of the sample. restart: delete the unfinished work of
+    a run with other arguments. progress: called with (stage, done, total).
 
-    Raises InputError for a model, a place or an option that cannot be used.
+    Raises InputError for a model, a place or an option that cannot be used, and where another process is making `out`.
     """
     options = QuantizeOptions(
         bits=bits, head_bits=head_bits, rows_per_table=rows_per_table, samples=samples,
         sequence_length=sequence_length, seed=seed, refine=refine,
     )  # fmt: skip
     job = make_quantizer(
-        model, out, options=options, fisher=fisher, imatrix=imatrix, data=data, device=device, jobs=jobs
+        model,
+        out,
+        options=options,
+        fisher=fisher,
+        imatrix=imatrix,
+        data=data,
+        device=device,
+        jobs=jobs,
+        restart=restart,
     )
     return job.run(progress or no_progress)
 
@@ -77,6 +87,7 @@ def make_quantizer(
     device: str = "cpu",
     jobs: int = 0,
     tell: Callable[[str], None] = lambda line: None,
+    restart: bool = False,
 ) -> Quantizer:
     """The job of `quantize`, checked and planned; no weight has been read yet. Its `plan` says what it will cost.
 
@@ -87,6 +98,8 @@ def make_quantizer(
         raise InputError(f"fisher '{fisher}' is unknown. Use 'text' or 'none'.")
     if imatrix is not None and fisher != "none":
         raise InputError("an imatrix stands in for gradients: give it with --fisher none.")
+    device, place = check_device(device), Path(out).expanduser()
+    folder_to_make(place)
     path = resolve_model(str(model), tell)
     if is_overlay(path):
         raise InputError(f"{path} is quantised already. Give the original checkpoint.")
@@ -94,8 +107,7 @@ def make_quantizer(
     source = ModelSource.open(path)
     documents = calibration_documents(data) if fisher == "text" else None
     return Quantizer(
-        source, Path(out).expanduser(), options, documents=documents,
-        tokenizer=load_tokenizer(path) if documents else None, device=check_device(device),
-        jobs=jobs or os.cpu_count() or 1,
+        source, place, options, documents=documents, tokenizer=load_tokenizer(path) if documents else None,
+        device=device, jobs=jobs or usable_cores(), restart=restart,
         importance=None if imatrix is None else ImportanceMatrix.read(Path(imatrix).expanduser()),
     )  # fmt: skip

@@ -6,7 +6,6 @@ Structures have empty `__slots__`. Without them, a misspelt field would become a
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import usable_cores
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
@@ -82,11 +82,6 @@ class CpuOptions:
             raise InputError(
                 f"accuracy '{self.accuracy}' is unknown. Choose one of: {', '.join(ACCURACIES)}."
             )
-
-
-def usable_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

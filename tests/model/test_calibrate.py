@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from dpllm.base.errors import InputError
 from dpllm.calib.calibrate import CalibrateOptions, Calibrator, fit_gains
 from dpllm.calib.gradient_passes import LABEL_STREAM, gradient_leaf
+from dpllm.calib.partial_results import PartialResults
 from dpllm.calib.runtime.threshold_rule import stale_sources
 from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions, load_decoder
@@ -270,42 +272,63 @@ class Cut(Exception):
 def test_a_killed_calibration_continues_to_the_same_profile(
     decoders, calibration_sequences, tmp_path, stage, done
 ):
-    sequences, partial, seen = calibration_sequences[:10, :32], tmp_path / "p.partial", []
+    sequences, folder, seen = calibration_sequences[:10, :32], tmp_path / "p.partial", []
 
     def killed(s, d, total):
         if (s, d) == (stage, done):
             raise Cut
 
-    def job(path=None):
-        return Calibrator(decoders["fused"], sequences, CalibrateOptions(points=2), path)
+    def job(place=None):
+        options = CalibrateOptions(points=2)
+        return Calibrator(decoders["fused"], sequences, options, PartialResults(place))
 
     with pytest.raises(Cut):
-        job(partial).run("a" * 64, "fused", {}, killed)
-    assert partial.exists() or stage == "saliency"
-    resumed = job(partial).run("a" * 64, "fused", {}, lambda s, d, total: seen.append(s))
-    assert not partial.exists()
+        job(tmp_path / "p").run("a" * 64, "fused", {}, killed)
+    kept = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")}
+    assert len(kept) == {"saliency": 0, "gains": 1 + 9, "curve": 1 + 10 + 1}[stage]
+    calibrator = job(tmp_path / "p")
+    resumed = calibrator.run("a" * 64, "fused", {}, lambda s, d, total: seen.append(s))
+    assert {n: (folder / n).stat().st_mtime_ns for n in kept} == kept, (
+        "finished parts were not computed again"
+    )
+    calibrator.partial.remove()
+    assert not list(tmp_path.iterdir())
     assert ("saliency" in seen) == (stage == "saliency")
     fresh = job().run("a" * 64, "fused", {}, quiet)
     for name in ("knots", "gain", "curve_bits", "probe", "context"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(fresh, name))
 
 
-def test_unfinished_work_of_other_options_is_not_used(decoders, calibration_sequences, tmp_path):
-    sequences, partial = calibration_sequences[:2, :32], tmp_path / "p.partial"
-    partial.write_bytes(b"not even a safetensors file")
-    seen = []
+def test_unfinished_work_of_other_options_is_neither_used_nor_deleted(
+    decoders, calibration_sequences, tmp_path
+):
+    sequences, seen = calibration_sequences[:2, :32], []
 
     def cut(s, d, total):
         seen.append(s)
         if s == "gains":
             raise Cut
 
-    for seed in (0, 1):
-        with pytest.raises(Cut):
-            Calibrator(decoders["fused"], sequences, CalibrateOptions(seed=seed), partial).run(
-                "a" * 64, "fused", {}, cut
-            )
-    assert seen == ["saliency", "saliency", "gains"] * 2
+    def run(restart=False, **options):
+        partial = PartialResults(tmp_path / "p")
+        calibrator = Calibrator(decoders["fused"], sequences, CalibrateOptions(**options), partial)
+        calibrator.run("a" * 64, "fused", {}, cut, restart=restart)
+
+    with pytest.raises(Cut):
+        run()
+    with pytest.raises(InputError, match=r"p\.partial holds .* seed was 0 and is 1.*--restart"):
+        run(seed=1)
+    with pytest.raises(Cut):
+        run(budgets=(3.0, 4.0))
+    assert seen == ["saliency", "saliency", "gains", "gains"], "no part depends on the budgets"
+    with pytest.raises(Cut):
+        run(seed=1, restart=True)
+    assert seen[4:] == ["saliency", "saliency", "gains"]
+    (damaged,) = tmp_path.glob("p.partial/saliency-*")
+    damaged.write_bytes(b"not even a safetensors file")
+    with pytest.raises(Cut):
+        run(seed=1)
+    assert seen[7:] == ["saliency", "saliency", "gains"], "a damaged part is computed again"
 
 
 def test_budgets_count_bytes_and_are_filled(decoders, profiles):

@@ -398,16 +398,11 @@ def test_resume_after_a_kill_between_files(function, tiny_checkpoint, straight, 
             patch.setattr(Path, function, killed)
         elif function == "copyfile":
             patch.setattr(shutil, function, killed)
+        elif function == "replace":
+            replace, last = Path.replace, tmp_path / "out.partial"
+            patch.setattr(Path, function, lambda p, to: killed() if p == last else replace(p, to))
         else:
-            patch.setattr(quantize, "file_sha256", killed)
-            if function != "file_sha256":
-                patch.undo()
-                keep = getattr(Path, function)
-                last = tmp_path / "out.partial"
-                doomed = {"write_text": last / "config.json", "replace": last}[function]
-                patch.setattr(
-                    Path, function, lambda p, *a, **k: killed() if p == doomed else keep(p, *a, **k)
-                )
+            patch.setattr(quantize, function, killed)
         with pytest.raises(Killed):
             job(tiny_checkpoint, tmp_path / "out", **with_fisher(tiny_checkpoint)).run()
     assert not (tmp_path / "out").exists()
@@ -424,45 +419,120 @@ def interrupted(checkpoint: Path, out: Path, **extra) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [QuantizeOptions(bits=(3, 6)), QuantizeOptions(head_bits=4), QuantizeOptions(rows_per_table=8)],
+    ("options", "says"),
+    [
+        (QuantizeOptions(bits=(3, 6)), "bits was 2-6 and is 3-6"),
+        (QuantizeOptions(head_bits=4, seed=7), "head bits was 8 and is 4, seed was 0 and is 7"),
+        (QuantizeOptions(rows_per_table=8), "rows per table was 0 and is 8"),
+    ],
     ids=["bits", "head-bits", "rows-per-table"],
 )
-def test_other_options_discard_the_partial_work(options, tiny_checkpoint, tmp_path):
+def test_other_options_leave_unfinished_work_alone(options, says, tiny_checkpoint, straight, tmp_path):
+    """They are refused before any work. The old options still continue it; --restart gives it up."""
     interrupted(tiny_checkpoint, tmp_path / "out")
+    before = contents(tmp_path)
+    refused(job(tiny_checkpoint, tmp_path / "out", options), "out.partial holds", says, "--restart")
+    assert contents(tmp_path) == before
+    shutil.copytree(tmp_path / "out.partial", tmp_path / "other.partial")
+    resumed = job(tiny_checkpoint, tmp_path / "out")
+    assert contents(resumed.run()) == straight["plain"]
+    assert resumed.weights_done < sum(n * k for n, k in resumed.plan.linears.values())
     fresh = contents(job(tiny_checkpoint, tmp_path / "fresh", options).run())
-    assert contents(job(tiny_checkpoint, tmp_path / "out", options).run()) == fresh
+    assert contents(job(tiny_checkpoint, tmp_path / "other", options, restart=True).run()) == fresh
 
 
-def test_another_checkpoint_at_the_same_place_discards_the_partial_work(tmp_path):
+def test_another_checkpoint_at_the_same_place_does_not_continue_the_work(tmp_path):
     """Same shapes, same sizes, other weights: a mixture of two models would be worse than starting again."""
     model = build_model("llama")
     model.save_pretrained(tmp_path / "model")
     interrupted(tmp_path / "model", tmp_path / "out")
     model.model.layers[2].mlp.up_proj.weight.data.neg_()
     model.save_pretrained(tmp_path / "model")
+    refused(job(tmp_path / "model", tmp_path / "out"), "model files differ", "--restart")
     fresh = contents(job(tmp_path / "model", tmp_path / "fresh").run())
-    assert contents(job(tmp_path / "model", tmp_path / "out").run()) == fresh
+    assert contents(job(tmp_path / "model", tmp_path / "out", restart=True).run()) == fresh
 
 
-def test_another_tokenizer_discards_the_partial_work(tiny_checkpoint, tmp_path):
+def test_another_tokenizer_does_not_continue_the_work(tiny_checkpoint, tmp_path):
     """It changes the calibration sequences, and with them the Fisher weights."""
     shutil.copytree(tiny_checkpoint, tmp_path / "model")
     with pytest.raises(Killed):
         job(tmp_path / "model", tmp_path / "out", **with_fisher(tmp_path / "model")).run(stop_after(5))
     train_tokenizer(["another text altogether, 0123456789 " * 50], 300).save_pretrained(tmp_path / "model")
-    fresh = contents(job(tmp_path / "model", tmp_path / "fresh", **with_fisher(tmp_path / "model")).run())
-    found = contents(job(tmp_path / "model", tmp_path / "out", **with_fisher(tmp_path / "model")).run())
-    assert found == fresh
+    again = with_fisher(tmp_path / "model")
+    refused(job(tmp_path / "model", tmp_path / "out", **again), "model files differ")
+    fresh = contents(job(tmp_path / "model", tmp_path / "fresh", **again).run())
+    assert contents(job(tmp_path / "model", tmp_path / "out", restart=True, **again).run()) == fresh
 
 
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"\xff\xfe\x00", b"[1]"], ids=["empty", "cut", "binary", "list"]
 )
-def test_damaged_resume_state_means_starting_again(damage, tiny_checkpoint, straight, tmp_path):
+def test_damaged_state_deletes_nothing_unasked(damage, tiny_checkpoint, straight, tmp_path):
     interrupted(tiny_checkpoint, tmp_path / "out")
     (tmp_path / "out.partial" / ".job" / "job.json").write_bytes(damage)
-    assert contents(job(tiny_checkpoint, tmp_path / "out").run()) == straight["plain"]
+    refused(job(tiny_checkpoint, tmp_path / "out"), "description is damaged", "--restart")
+    assert list(tmp_path.glob("out.partial/*.safetensors"))
+    assert contents(job(tiny_checkpoint, tmp_path / "out", restart=True).run()) == straight["plain"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_the_users_with_the_name_of_unfinished_work(restart, tiny_checkpoint, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("keep")
+    refused(job(tiny_checkpoint, tmp_path / "out", restart=restart), "out.partial is in the way")
+    assert contents(tmp_path).keys() == {"out.partial", "out.partial/mine.txt"}
+
+
+# -- two processes, and places that change -------------------------------------------------------------------
+
+
+def test_a_second_quantiser_is_refused_while_the_first_goes_on(tiny_checkpoint, straight, tmp_path):
+    def meanwhile(*stage: object) -> None:
+        for options in ({}, {"options": QuantizeOptions(bits=(3, 6)), "restart": True}):
+            second = job(tiny_checkpoint, tmp_path / "out", **options)
+            refused(second, f"{tmp_path / 'out'} is being written by process {os.getpid()}")
+
+    assert contents(job(tiny_checkpoint, tmp_path / "out").run(meanwhile)) == straight["plain"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_something_takes_the_place_on_the_way(kind, tiny_checkpoint, straight, tmp_path):
+    out = tmp_path / "out"
+
+    def take(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            out.write_text("mine") if kind == "file" else (out / "mine").mkdir(parents=True)
+
+    with pytest.raises(InputError, match=r"out cannot be made: .* finished work is in .*out\.partial") as e:
+        job(tiny_checkpoint, out).run(take)
+    assert "\n" not in str(e.value)
+    out.rename(tmp_path / "moved")
+    again = job(tiny_checkpoint, out)
+    assert contents(again.run()) == straight["plain"]
+    assert again.weights_done == 0, "the finished work was kept"
+
+
+def test_links(tiny_checkpoint, straight, tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/empty")
+    assert job(tiny_checkpoint, tmp_path / "out").run() == tmp_path / "out"
+    assert (tmp_path / "out").is_symlink()
+    assert contents(tmp_path / "disk" / "empty") == straight["plain"]
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["empty"]
+    (tmp_path / "gone").symlink_to("/nowhere/disk")
+    refused(job(tiny_checkpoint, tmp_path / "gone"), "gone is a link to /nowhere/disk, which does not exist")
+    refused(job(tiny_checkpoint, tmp_path / "out"), "exists already")
+
+
+def test_memory_is_checked_before_any_work(tiny_checkpoint, tmp_path, monkeypatch):
+    quantizer = job(tiny_checkpoint, tmp_path / "out")
+    monkeypatch.setattr(quantize, "available_bytes", lambda: quantizer.plan.peak_bytes - 1)
+    refused(quantizer, "GB of memory", "are free")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(quantize, "available_bytes", lambda: quantizer.plan.peak_bytes)
+    quantizer.run()
 
 
 # -- refusals ----------------------------------------------------------------------------------------
@@ -554,8 +624,14 @@ def test_missing_tensor(name, altered, tmp_path):
 
 
 def test_rows_per_table_must_divide(checkpoints, tmp_path):
-    options = QuantizeOptions(rows_per_table=5)
-    refused(job(checkpoints / "llama", tmp_path / "out", options), "--rows-per-table 5", "_proj'")
+    """Said before any work, for the matrices and for a head that is stored as planes."""
+    build_model("llama", vocab_size=100).save_pretrained(tmp_path / "odd")
+    for options, model, name in (
+        (QuantizeOptions(rows_per_table=5), checkpoints / "llama", "_proj'"),
+        (QuantizeOptions(rows_per_table=8, head_bits=4), tmp_path / "odd", "the 100 rows of 'lm_head'"),
+    ):
+        with pytest.raises(InputError, match=f"--rows-per-table {options.rows_per_table} .*{name}"):
+            job(model, tmp_path / "out", options)
 
 
 @pytest.mark.parametrize(

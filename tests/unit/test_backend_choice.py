@@ -11,10 +11,11 @@ import torch
 from cpu_cases import needs_library
 
 from dpllm.base.errors import InputError
+from dpllm.base.machine import usable_cores
 from dpllm.diagnostics import examination
 from dpllm.kernels.backend import choose_backend
 from dpllm.kernels.cpu import library
-from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions, choose_isa, usable_cores
+from dpllm.kernels.cpu.library import ACCURACIES, CpuOptions, choose_isa
 from dpllm.model.hardware import cpu_options
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from cpu_cases import needs_library
 
+from dpllm.base.machine import usable_cores
 from dpllm.commands import bench
 from dpllm.commands.main import main
-from dpllm.kernels.cpu.library import usable_cores
 from dpllm.model import memory
 
 SHORT = ("--prompt", "8", "--new-tokens", "3")

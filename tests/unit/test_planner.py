@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -123,6 +124,17 @@ def test_what_binds_is_named():
 def test_targets_that_are_none(wrong):
     with pytest.raises(InputError):
         Targets(**wrong)
+
+
+def test_plans_fit_into_the_memory_of_this_machine():
+    """As with --max-memory, but a plan that this process cannot hold is never shown, whatever was asked."""
+    free = PLANNER.plan(Targets(context=10)).plan
+    tight = Planner(replace(INPUTS, usable=free.memory - 1), COST, QUALITY)
+    found = tight.plan(Targets(context=10))
+    assert all(p.memory < free.memory for p in (found.plan, *found.alternatives))
+    assert found.binding == ()
+    with pytest.raises(InputError, match=r"even the smallest plan needs .* this process may use"):
+        Planner(replace(INPUTS, usable=10), COST, QUALITY).plan(Targets(context=10))
 
 
 def test_without_a_measurement_of_pruning_the_cache_is_kept():

@@ -138,7 +138,8 @@ def test_weights_that_are_no_numbers(refused, checkpoint, tmp_path, value):
     refused(
         "quantize", checkpoint, tmp_path / "out", *FAST, says=f"{name}' holds NaN or infinite", alone=False
     )
-    refused("quantize", checkpoint, tmp_path / "out", *SMALL, says="holds NaN or infinite", alone=False)
+    again = ("quantize", checkpoint, tmp_path / "out", *SMALL, "--restart")
+    refused(*again, says="holds NaN or infinite", alone=False)
     refused("generate", "x", "--overlay", checkpoint, says="holds NaN or infinite")
     refused("inspect", checkpoint, "--verify", says="holds NaN or infinite", alone=False)
     assert not (tmp_path / "out").exists()
