@@ -49,7 +49,7 @@ class LayerwiseModel:
 
         self.source, self.device = source, device
         with contextlib.redirect_stdout(io.StringIO()):
-            config = AutoConfig.from_pretrained(source.path)
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             self.skeleton = AutoModelForCausalLM.from_config(config)

@@ -44,6 +44,14 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the text before this string. May be repeated.", rich_help_panel=COMMON),
 ]
+StopToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop-token",
+        help="End the text before this token, which may be a special one such as '<|im_end|>'. May be repeated.",
+        rich_help_panel=COMMON,
+    ),
+]
 Guarantee = Annotated[
     bool,
     typer.Option(
@@ -145,6 +153,7 @@ def generate(
     overlay: Overlay = None,
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
+    stop_token: StopToken = None,
     chat: Chat = False,
     context: Context = None,
     json: Json = False,
@@ -181,7 +190,7 @@ def generate(
     options = GenerateOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
-        chat=chat, speculate=speculate, draft_bits=draft_bits,
+        stop_tokens=tuple(stop_token or ()), chat=chat, speculate=speculate, draft_bits=draft_bits,
     )  # fmt: skip
     text = read_prompt(prompt)
     if not text:

@@ -43,6 +43,28 @@ class Prompts:
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
         )
 
+    def stop_ids(self, tokens: Sequence[str | int], strings: Sequence[str]) -> frozenset[int]:
+        """Returns the ids of stop tokens (texts or ids), and of special tokens among stop strings.
+
+        A special token is never part of the text, so that as a stop string alone it would not be found. Raises
+        InputError for a token that does not exist.
+        """
+        special = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        return frozenset([*map(self._token_id, tokens), *(special[s] for s in strings if s in special)])
+
+    def _token_id(self, token: str | int) -> int:
+        if isinstance(token, int):
+            if 0 <= token < self.config.vocab_size:
+                return token
+            raise InputError(f"stop token {token} does not exist; the model knows {self.config.vocab_size}.")
+        ids = self.plain_ids(token)
+        known = self.tokenizer.get_vocab().get(token, ids[0] if len(ids) == 1 else None)
+        if known is None:
+            raise InputError(
+                f"stop token '{token}' is not one token of {self.path} but {len(ids)}. Give it as a stop string."
+            )
+        return int(known)
+
     def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
         """Formats messages (`role`, `content`) by the model's chat template, up to where its answer begins.
 

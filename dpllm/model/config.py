@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.model.generation_config import end_tokens
 from dpllm.quant.source import read_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -51,7 +52,7 @@ class ModelConfig:
 
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                c: Any = AutoConfig.from_pretrained(path)
+                c: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except Exception as e:  # transformers validates with many exception kinds
             reason = " ".join(str(e).split())[:200] or type(e).__name__
             raise InputError(f"{path / 'config.json'} is not valid: {reason}") from None
@@ -71,7 +72,6 @@ class ModelConfig:
         no_rope = getattr(c, "no_rope_layers", None) or [1] * layers
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         inv_freq, rope_scale = _rope_frequencies(c, head_dim, path)
-        eos = c.eos_token_id
         return cls(
             model_type=c.model_type,
             hidden_size=c.hidden_size,
@@ -89,7 +89,7 @@ class ModelConfig:
             uses_rope=tuple(bool(r) for r in no_rope),
             inv_freq=inv_freq,
             rope_scale=rope_scale,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_ids=end_tokens(path, c.eos_token_id),
         )
 
 
