@@ -329,7 +329,11 @@ class Engine:
         return []
 
     def _steps_of(
-        self, text: _Text, continuation: Continuation, limit: int, generation: Generation,
+        self,
+        text: _Text,
+        continuation: Continuation,
+        limit: int,
+        generation: Generation,
         stops: frozenset[int] = frozenset(),
     ) -> Generator[Step, None, None]:
         """Accounts for each token: its text, its time, what it read. Then tells the controller.
@@ -355,7 +359,9 @@ class Engine:
                 weight_bytes: float = stepped.weight_bytes
                 if last or stream.stopped:
                     generation.stopped_by = end_reason(
-                        end_token=token in ends, stop_token=token in stops, stop_string=stream.stopped,
+                        end_token=token in ends,
+                        stop_token=token in stops,
+                        stop_string=stream.stopped,
                         cut=limit < options.max_new_tokens,
                     )
                     unused_ms, unused_bytes = continuation.unused()

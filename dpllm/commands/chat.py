@@ -116,6 +116,7 @@ def chat(
         assert target_bits is not None
         engine.hold_budget(target_bits)
     session = Session(conversation, json=json, max_quality_loss=max_quality_loss, headroom=headroom)
+    generating.note_suggestions(engine, options)
     if tpot_ms is not None:
         session.hold(tpot_ms)
     session.run(lines_of_user())

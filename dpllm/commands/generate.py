@@ -32,11 +32,12 @@ from dpllm.commands.app import (
     app,
     check_seed,
 )
-from dpllm.commands.common import Hardware, note, print_json, stage_bars
+from dpllm.commands.common import Hardware, note, note_doubled_start, print_json, stage_bars
 
 if TYPE_CHECKING:
     from dpllm.context.kv_context import KVContext
     from dpllm.decode.generation import Generation
+    from dpllm.decode.options import GenerateOptions
     from dpllm.engine import Engine
 
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")]
@@ -215,14 +216,18 @@ def generate(
     if resident_bits is not None or max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
+    if not chat and about is None:
+        note_doubled_start(engine, text)
+    note_suggestions(engine, options)
     generation = engine.generate_with(text, options, context=about)
     stream(generation, show=not json)
     summary = summarize(engine, generation)
     if json:
         print_json(summary)
-        return
-    sys.stdout.write("\n")
-    note(closing_line(summary, about))
+    else:
+        sys.stdout.write("\n")
+        note(closing_line(summary, about))
+    note_positions(engine, generation)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -328,6 +333,26 @@ def stream(generation: Generation, *, show: bool) -> None:
         if show:
             sys.stdout.write(step.text)
             sys.stdout.flush()
+
+
+def note_suggestions(engine: Engine, options: GenerateOptions) -> None:
+    """Says once which sampling options the model's generation_config.json suggests, where none was given."""
+    from dpllm.model.generation_config import NAME, SAMPLING, suggested_sampling
+
+    found = suggested_sampling(engine.path)
+    if not found or any(getattr(options, name) != usual for name, usual in SAMPLING.items()):
+        return
+    words = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in found.items())
+    note(f"the model's {NAME} suggests: {words}. Give these options to follow it; none of them is in use.")
+
+
+def note_positions(engine: Engine, generation: Generation) -> None:
+    """Says where a text ended because the model has no more positions."""
+    if generation.stopped_by == "positions":
+        note(
+            f"the text ends here because the model's {engine.decoder.config.max_positions} positions are used up, after "
+            f"{len(generation.steps)} tokens of the answer. Shorten the prompt or the context for a longer one."
+        )
 
 
 def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:

@@ -79,6 +79,7 @@ def describe_overlay(path: Path, verify: bool) -> dict[str, Any]:
         "fisher": q["fisher"],
         "unquantized": len(q["unquantized"]),
         "verified": verify,
+        **_generation(path),
         "profile": describe_profile(CalibrationProfile.load(profile, overlay.hash))
         if profile.exists()
         else None,
@@ -118,8 +119,17 @@ def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     return {
         "kind": "checkpoint", "path": str(path), "model_type": source.config.get("model_type"),
         "tensors": len(names), "parameters": elements, "dtypes": sorted({source.dtype(n) for n in names}),
-        "verified": verify,
+        "verified": verify, **_generation(path),
     }  # fmt: skip
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    """The end tokens, and the sampling options that generation_config.json suggests."""
+    from dpllm.model.generation_config import end_tokens, suggested_sampling
+    from dpllm.quant.source import read_json
+
+    usual = read_json(path / "config.json").get("eos_token_id")
+    return {"end_tokens": list(end_tokens(path, usual)), "suggested_sampling": suggested_sampling(path)}
 
 
 def _read_all(source: Any, names: list[str]) -> None:

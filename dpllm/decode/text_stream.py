@@ -29,7 +29,9 @@ class TextStream:
         self.stopped = False
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._in_bytes = False  # the last token is a byte: the next one may make the whole run of bytes invalid
+        self._in_bytes = (
+            False  # the last token is a byte: the next one may make the whole run of bytes invalid
+        )
         self._tokens, self._sent = self._lead(list(before))  # the last tokens; their characters that are out
 
     def push(self, token: int | None, last: bool) -> str:
