@@ -211,13 +211,15 @@ class Engine:
         ends. keep: the prompt and the generated text stay in the context, for another turn. speculate, draft_bits:
         see GenerateOptions.
 
-        The text ends with an end token, a stop token, a stop string, max_new_tokens, or the model's positions. Raises InputError for
+        The text ends with an end token, a stop token, a stop string, max_new_tokens, or the model's positions. Raises
+        InputError for
         arguments that are not possible, before anything is generated.
         """
         options = GenerateOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed, stop=stop if isinstance(stop, str) else tuple(stop),
-            stop_tokens=stop_tokens if isinstance(stop_tokens, str | int) else tuple(stop_tokens), chat=chat, speculate=speculate, draft_bits=draft_bits,
+            stop_tokens=stop_tokens if isinstance(stop_tokens, str | int) else tuple(stop_tokens), chat=chat,
+            speculate=speculate, draft_bits=draft_bits,
         )  # fmt: skip
         return self.generate_with(prompt, options, context=context, keep=keep)
 

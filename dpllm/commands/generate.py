@@ -350,8 +350,8 @@ def note_positions(engine: Engine, generation: Generation) -> None:
     """Says where a text ended because the model has no more positions."""
     if generation.stopped_by == "positions":
         note(
-            f"the text ends here because the model's {engine.decoder.config.max_positions} positions are used up, after "
-            f"{len(generation.steps)} tokens of the answer. Shorten the prompt or the context for a longer one."
+            f"the text ends here because the model's {engine.decoder.config.max_positions} positions are used up, "
+            f"after {len(generation.steps)} tokens of the answer. Shorten the prompt or the context for a longer one."
         )
 
 

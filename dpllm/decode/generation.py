@@ -45,7 +45,8 @@ class GenerationStats:
 
     tpot_ms: {"p50": ..., "p95": ...} over the other tokens, or None without any. effective_bits and
     weight_bytes_per_token: means over the same tokens; None for a model that is not quantised. stopped_by: "end token",
-    "stop token", "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes on. speculation:
+    "stop token", "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes
+    on. speculation:
     what became of drafts.
     """
 

@@ -18,7 +18,8 @@ class GenerateOptions:
 
     The sampling options are those of SamplingOptions (temperature 0 is greedy). stop: strings that end the text and are
     not part of it. stop_tokens: tokens that do so too, special ones included, as texts or ids; a special token may also
-    be given as a stop string. chat: the prompt is put into the model's chat template. ignore_eos: continue after the end-of-text
+    be given as a stop string. chat: the prompt is put into the model's chat template. ignore_eos: continue after the
+    end-of-text
     token, for measurements.
 
     speculate: the source of drafts that are checked several tokens a pass (dpllm/decode/speculation). 'self': the
