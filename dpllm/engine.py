@@ -195,6 +195,7 @@ class Engine:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        stop_tokens: str | int | Sequence[str | int] = (),
         chat: bool = False,
         context: KVContext | None = None,
         keep: bool = False,
@@ -204,18 +205,21 @@ class Engine:
         """Continues a prompt. Returns a Generation: iterate over its steps, or ask for its `text`.
 
         temperature 0 takes the likeliest token. top_k, top_p, min_p, repetition_penalty, seed: see SamplingOptions.
-        stop: strings that end the text and are not part of it. chat: puts the prompt into the model's chat template.
+        stop: strings that end the text and are not part of it. stop_tokens: tokens that do so too, as texts or ids.
+        chat: puts the prompt into the model's chat template.
         context: a text read before (`read`), which the prompt is about; the context is as before when the generation
         ends. keep: the prompt and the generated text stay in the context, for another turn. speculate, draft_bits:
         see GenerateOptions.
 
-        The text ends with an end token, a stop string, max_new_tokens, or the model's positions. Raises InputError for
+        The text ends with an end token, a stop token, a stop string, max_new_tokens, or the model's positions. Raises
+        InputError for
         arguments that are not possible, before anything is generated.
         """
         options = GenerateOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed, stop=stop if isinstance(stop, str) else tuple(stop),
-            chat=chat, speculate=speculate, draft_bits=draft_bits,
+            stop_tokens=stop_tokens if isinstance(stop_tokens, str | int) else tuple(stop_tokens), chat=chat,
+            speculate=speculate, draft_bits=draft_bits,
         )  # fmt: skip
         return self.generate_with(prompt, options, context=context, keep=keep)
 
@@ -293,13 +297,14 @@ class Engine:
         context, ids = text.context, text.ids
         read = 0 if context is None else context.cache.length
         self.prompts.check_prompt(ids, read)
+        stops = self.prompts.stop_ids(text.options.stop_token_names, text.options.stop_strings)
         limit = min(text.options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache: KVCache = self.decoder.new_cache(len(ids) + limit) if context is None else context.cache
         before = [] if context is None else context.ids
         continuation = self._continuation(text, cache, before)
         tally = continuation.tally if isinstance(continuation, SpeculativeContinuation) else Tally()
         generation = Generation(quantized=self.quantized, tally=tally)
-        generation.begin(self._steps_of(text, continuation, limit, generation))
+        generation.begin(self._steps_of(text, continuation, limit, generation, stops))
         return generation
 
     def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
@@ -327,7 +332,12 @@ class Engine:
         return []
 
     def _steps_of(
-        self, text: _Text, continuation: Continuation, limit: int, generation: Generation
+        self,
+        text: _Text,
+        continuation: Continuation,
+        limit: int,
+        generation: Generation,
+        stops: frozenset[int] = frozenset(),
     ) -> Generator[Step, None, None]:
         """Accounts for each token: its text, its time, what it read. Then tells the controller.
 
@@ -335,7 +345,8 @@ class Engine:
         """
         options, clock, cache, context = text.options, text.clock, continuation.cache, text.context
         ends = () if options.ignore_eos else self.decoder.config.eos_ids
-        stream = TextStream(self.tokenizer, options.stop_strings)
+        before = [] if context is None else context.ids
+        stream = TextStream(self.tokenizer, options.stop_strings, [*before, *text.ids])
         pilot = Pilot(self, partial(self.pairs, cache), text.policy)
         widest = resident_mean(self.decoder) if self.quantized else 0.0
         read = cache.length
@@ -345,13 +356,16 @@ class Engine:
             began, left = clock(), limit
             for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
                 left -= 1
-                ended = token in ends
+                ended = token in ends or token in stops
                 last = ended or left == 0
                 final = stream.push(None if ended else token, last)
                 weight_bytes: float = stepped.weight_bytes
                 if last or stream.stopped:
                     generation.stopped_by = end_reason(
-                        end_token=ended, stop_string=stream.stopped, cut=limit < options.max_new_tokens
+                        end_token=token in ends,
+                        stop_token=token in stops,
+                        stop_string=stream.stopped,
+                        cut=limit < options.max_new_tokens,
                     )
                     unused_ms, unused_bytes = continuation.unused()
                     shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes

@@ -14,6 +14,9 @@ import torch
 from dpllm.base.errors import InputError
 from dpllm.base.places import check_readable
 
+# The attribute that makes transformers remove spaces before punctuation for a BPE tokenizer, too.
+FORCED_CLEANING = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a text source.
@@ -65,16 +68,30 @@ def documents_sha256(documents: Sequence[str]) -> str:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The directory's tokenizer (transformers); InputError where there is none."""
+    """The directory's tokenizer (transformers). Code that lies in the directory is neither run nor asked about.
+
+    Raises InputError where there is no tokenizer, or where it needs such code.
+    """
     from transformers import AutoTokenizer
 
     if not (path / "tokenizer.json").exists() and not (path / "tokenizer.model").exists():
         raise InputError(f"{path} has no tokenizer.json. Copy the model's tokenizer files there.")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:  # transformers raises many kinds for a broken tokenizer
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"the tokenizer in {path} needs Python code of the model's own, which dpllm never runs. Give a model "
+                "whose tokenizer.json is enough: remove auto_map from tokenizer_config.json if it is."
+            ) from None
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputError(f"the tokenizer in {path} cannot be loaded: {reason[:200]}") from None
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if type(model).__name__ == "BPE" and not getattr(tokenizer, FORCED_CLEANING, False):
+        tokenizer.clean_up_tokenization_spaces = (
+            False  # transformers ignores it for BPE, with a warning each time
+        )
+    return tokenizer
 
 
 def check_text(text: str, what: str) -> None:

@@ -60,6 +60,7 @@ def chat(
     plain: Plain = False,
     max_new_tokens: MaxNewTokens = 512,
     stop: generating.Stop = None,
+    stop_token: generating.StopToken = None,
     context: Context = None,
     json: JsonAnswers = False,
     target_bits: TargetBits = None,
@@ -95,7 +96,8 @@ def chat(
 
     options = GenerateOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()), speculate=speculate,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()), speculate=speculate,
         draft_bits=draft_bits,
     )  # fmt: skip
     generating.check_precision(bits=bits, target_bits=target_bits, policy=policy, guarantee=guarantee)
@@ -114,6 +116,7 @@ def chat(
         assert target_bits is not None
         engine.hold_budget(target_bits)
     session = Session(conversation, json=json, max_quality_loss=max_quality_loss, headroom=headroom)
+    generating.note_suggestions(engine, options)
     if tpot_ms is not None:
         session.hold(tpot_ms)
     session.run(lines_of_user())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dpllm.base.errors import InputError
 from dpllm.commands.common import note, print_json, stderr
-from dpllm.commands.generate import hold_time, summarize
+from dpllm.commands.generate import hold_time, note_positions, summarize
 from dpllm.commands.terminal_input import EditedLines, Interrupts, Lines
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Session:
         else:
             self._show("\n")
             stderr.print(answer_line(answer, stopped), style="dim", markup=False, soft_wrap=True)
+        note_positions(self.engine, answer)
         if stats.positions_left < SPARE:
             note(
                 f"{max(0, stats.positions_left)} of the model's {stats.positions} positions are left. "

@@ -18,16 +18,24 @@ from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
 
 if TYPE_CHECKING:
+    from dpllm.engine import Engine
     from dpllm.kernels.backend import Backend
     from dpllm.model.loading import LoadOptions
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+# Without emoji: a path that holds :b: is not an emoji's code.
+stderr = Console(stderr=True, highlight=False, emoji=False)
+stdout = Console(highlight=False, emoji=False)
 
 
 def note(message: str) -> None:
     """Prints a line for people on stderr, unbroken."""
     stderr.print(message, markup=False, soft_wrap=True)
+
+
+def note_doubled_start(engine: Engine, text: str) -> None:
+    """Says where a text begins with the start token that the tokenizer adds: the model would read two of them."""
+    if (line := engine.prompts.doubled_start(text)) is not None:
+        note(line)
 
 
 def tell(message: str) -> None:

@@ -26,7 +26,15 @@ from dpllm.commands.app import (
     Threads,
     contexts,
 )
-from dpllm.commands.common import Hardware, command_line, note, print_json, stage_bars, stdout
+from dpllm.commands.common import (
+    Hardware,
+    command_line,
+    note,
+    note_doubled_start,
+    print_json,
+    stage_bars,
+    stdout,
+)
 from dpllm.commands.streams import read_stdin
 
 if TYPE_CHECKING:
@@ -168,6 +176,8 @@ def build(
         hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
         engine = load(overlay, options=hardware.load_options())
         hardware.note_if_slow(engine.decoder.backend)
+        if not chat:
+            note_doubled_start(engine, text)
         began = time.perf_counter()
         with stage_bars() as bars:
             context = engine.read(

@@ -31,18 +31,27 @@ from dpllm.commands.app import (
     app,
     check_seed,
 )
-from dpllm.commands.common import Hardware, note, print_json, stage_bars
+from dpllm.commands.common import Hardware, note, note_doubled_start, print_json, stage_bars
 from dpllm.commands.streams import read_stdin
 
 if TYPE_CHECKING:
     from dpllm.context.kv_context import KVContext
     from dpllm.decode.generation import Generation
+    from dpllm.decode.options import GenerateOptions
     from dpllm.engine import Engine
 
 Prompt = Annotated[str | None, typer.Argument(help="Text to continue; '-' reads standard input.")]
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End the text before this string. May be repeated.", rich_help_panel=COMMON),
+]
+StopToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop-token",
+        help="End the text before this token, which may be a special one such as '<|im_end|>'. May be repeated.",
+        rich_help_panel=COMMON,
+    ),
 ]
 Guarantee = Annotated[
     bool,
@@ -145,6 +154,7 @@ def generate(
     overlay: Overlay = None,
     max_new_tokens: MaxNewTokens = 128,
     stop: Stop = None,
+    stop_token: StopToken = None,
     chat: Chat = False,
     context: Context = None,
     json: Json = False,
@@ -181,7 +191,7 @@ def generate(
     options = GenerateOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
-        chat=chat, speculate=speculate, draft_bits=draft_bits,
+        stop_tokens=tuple(stop_token or ()), chat=chat, speculate=speculate, draft_bits=draft_bits,
     )  # fmt: skip
     text = read_prompt(prompt)
     if not text:
@@ -206,14 +216,18 @@ def generate(
     if resident_bits is not None or max_memory is not None:
         resident = engine.decoder.groups[0].resident_bits
         note(f"resident: {resident} planes; {engine.decoder.bytes_read / 1e6:.2f} MB read from disk")
+    if not chat and about is None:
+        note_doubled_start(engine, text)
+    note_suggestions(engine, options)
     generation = engine.generate_with(text, options, context=about)
     stream(generation, show=not json)
     summary = summarize(engine, generation)
     if json:
         print_json(summary)
-        return
-    sys.stdout.write("\n")
-    note(closing_line(summary, about))
+    else:
+        sys.stdout.write("\n")
+        note(closing_line(summary, about))
+    note_positions(engine, generation)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -315,6 +329,28 @@ def stream(generation: Generation, *, show: bool) -> None:
         if show:
             sys.stdout.write(step.text)
             sys.stdout.flush()
+
+
+def note_suggestions(engine: Engine, options: GenerateOptions) -> None:
+    """Says once which sampling options the model's generation_config.json suggests, where none was given."""
+    from dpllm.model.generation_config import GENERATION_CONFIG, SAMPLING, suggested_sampling
+
+    found = suggested_sampling(engine.path)
+    if not found or any(getattr(options, name) != usual for name, usual in SAMPLING.items()):
+        return
+    words = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in found.items())
+    note(
+        f"the model's {GENERATION_CONFIG} suggests: {words}. Give these options to follow it; none of them is in use."
+    )
+
+
+def note_positions(engine: Engine, generation: Generation) -> None:
+    """Says where a text ended because the model has no more positions."""
+    if generation.stopped_by == "positions":
+        note(
+            f"the text ends here because the model's {engine.decoder.config.max_positions} positions are used up, "
+            f"after {len(generation.steps)} tokens of the answer. Shorten the prompt or the context for a longer one."
+        )
 
 
 def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:

@@ -84,6 +84,7 @@ def describe_overlay(path: Path, verify: bool) -> dict[str, Any]:
         "fisher": q["fisher"],
         "unquantized": len(q["unquantized"]),
         "verified": verify,
+        **_generation(path),
         "profile": describe_profile(CalibrationProfile.load(profile, overlay.hash))
         if profile.exists()
         else None,
@@ -121,7 +122,7 @@ def describe_checkpoint(path: Path, verify: bool) -> dict[str, Any]:
         "kind": "checkpoint", "path": str(path), "model_type": config.model_type,
         "tensors": len(stored), "parameters": sum(math.prod(checkpoint.shape(n)) for n in names),
         "dtypes": sorted({source.dtype(n) for n in stored}), "tied_head": checkpoint.tied,
-        "unused_tensors": checkpoint.unused(), "end_tokens": list(config.eos_ids), "verified": verify,
+        "unused_tensors": checkpoint.unused(), "verified": verify, **_generation(path),
     }  # fmt: skip
 
 
@@ -144,6 +145,14 @@ def describe_gguf(path: Path, verify: bool) -> dict[str, Any]:
         "files": len(model.paths), "tensors": len(model.tensors), "parameters": sum(types.values()), "types": types,
         "note": model.quantized_note(), "verified": verify,
     }  # fmt: skip
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    """The end tokens, and the sampling options that generation_config.json suggests."""
+    from dpllm.model.config import end_token_ids
+    from dpllm.model.generation_config import suggested_sampling
+
+    return {"end_tokens": list(end_token_ids(path)), "suggested_sampling": suggested_sampling(path)}
 
 
 def _read_all(source: Any, names: list[str]) -> None:

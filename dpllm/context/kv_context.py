@@ -74,7 +74,8 @@ class KVContext:
             )
         ids = prompts.plain_ids((self.between if self.pending else "") + prompt + self.behind)
         # After an answer that ended by itself, the template's own end token takes the place of the one generated.
-        ended = self.between and self.pending and self.pending[-1] in prompts.config.eos_ids
+        ends = {*prompts.config.eos_ids, *(i for i in ids[:1] if i in prompts.tokenizer.added_tokens_decoder)}
+        ended = self.between and self.pending and self.pending[-1] in ends
         return [*(self.pending[:-1] if ended else self.pending), *ids]
 
     def begin_turn(self) -> None:

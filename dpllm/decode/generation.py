@@ -45,7 +45,8 @@ class GenerationStats:
 
     tpot_ms: {"p50": ..., "p95": ...} over the other tokens, or None without any. effective_bits and
     weight_bytes_per_token: means over the same tokens; None for a model that is not quantised. stopped_by: "end token",
-    "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes on. speculation:
+    "stop token", "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes
+    on. speculation:
     what became of drafts.
     """
 
@@ -126,9 +127,11 @@ def _no_steps() -> Generator[Step, None, None]:
     yield from ()
 
 
-def end_reason(*, end_token: bool, stop_string: bool, cut: bool) -> str:
+def end_reason(*, end_token: bool, stop_token: bool, stop_string: bool, cut: bool) -> str:
     """The reason why a text ended (GenerationStats.stopped_by). cut: the model has fewer positions than tokens were
     asked for."""
     if end_token:
         return "end token"
+    if stop_token:
+        return "stop token"
     return "stop string" if stop_string else "positions" if cut else "max_new_tokens"

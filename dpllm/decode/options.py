@@ -17,7 +17,9 @@ class GenerateOptions:
     """Options of one generation. Raises InputError for values outside their range.
 
     The sampling options are those of SamplingOptions (temperature 0 is greedy). stop: strings that end the text and are
-    not part of it. chat: the prompt is put into the model's chat template. ignore_eos: continue after the end-of-text
+    not part of it. stop_tokens: tokens that do so too, special ones included, as texts or ids; a special token may also
+    be given as a stop string. chat: the prompt is put into the model's chat template. ignore_eos: continue after the
+    end-of-text
     token, for measurements.
 
     speculate: the source of drafts that are checked several tokens a pass (dpllm/decode/speculation). 'self': the
@@ -34,6 +36,7 @@ class GenerateOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | tuple[str, ...] = ()
+    stop_tokens: str | int | tuple[str | int, ...] = ()
     chat: bool = False
     speculate: str = "auto"
     draft_bits: int | None = None
@@ -45,6 +48,8 @@ class GenerateOptions:
         self.sampling()  # checks its part
         if "" in self.stop_strings:
             raise InputError("an empty stop string would stop at once. Give at least one character.")
+        if "" in self.stop_token_names:
+            raise InputError("an empty stop token does not exist. Give the text or the id of a token.")
         if self.speculate not in SPECULATE:
             raise InputError(f"speculate is '{self.speculate}'. Choose one of: {', '.join(SPECULATE)}.")
         if self.draft_bits is not None and self.speculate not in ("auto", "self"):
@@ -57,6 +62,11 @@ class GenerateOptions:
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, also where only one was given."""
         return (self.stop,) if isinstance(self.stop, str) else self.stop
+
+    @property
+    def stop_token_names(self) -> tuple[str | int, ...]:
+        """The stop tokens, also where only one was given."""
+        return (self.stop_tokens,) if isinstance(self.stop_tokens, str | int) else self.stop_tokens
 
     def sampling(self) -> SamplingOptions:
         """The sampling options among these."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpllm.base.errors import InputError
 from dpllm.base.text import check_text, check_tokens, encode
+from dpllm.decode.chat_template import ChatTemplate
 from dpllm.model.config import ModelConfig
 
 
@@ -37,22 +38,49 @@ class Prompts:
             return list(self.chat_template([{"role": "user", "content": prompt}], tokenize=True))
         return encode(self.tokenizer, prompt)
 
+    def doubled_start(self, text: str) -> str | None:
+        """Returns a line about a text that spells out the start token which the tokenizer puts in front as well."""
+        ids, start = encode(self.tokenizer, text[:64]), self.tokenizer.bos_token_id
+        if start is None or ids[:2] != [start, start]:
+            return None
+        name = self.tokenizer.bos_token
+        return f"the text begins with {name}, and the tokenizer puts {name} in front of it: leave {name} out."
+
     def plain_ids(self, text: str) -> list[int]:
         """Returns the token ids of a text that continues another one: no special token is put in front."""
         return (
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
         )
 
-    def chat_template(self, messages: list[dict[str, str]], tokenize: bool = False) -> Any:
+    def stop_ids(self, tokens: Sequence[str | int], strings: Sequence[str]) -> frozenset[int]:
+        """Returns the ids of stop tokens (texts or ids), and of special tokens among stop strings.
+
+        A special token is never part of the text, so that as a stop string alone it would not be found. Raises
+        InputError for a token that does not exist.
+        """
+        special = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        return frozenset([*map(self._token_id, tokens), *(special[s] for s in strings if s in special)])
+
+    def _token_id(self, token: str | int) -> int:
+        if isinstance(token, int):
+            if 0 <= token < self.config.vocab_size:
+                return token
+            raise InputError(f"stop token {token} does not exist; the model knows {self.config.vocab_size}.")
+        ids = self.plain_ids(token)
+        known = self.tokenizer.get_vocab().get(token, ids[0] if len(ids) == 1 else None)
+        if known is None:
+            raise InputError(
+                f"stop token '{token}' is not one token of {self.path} but {len(ids)}. Give it as a stop string."
+            )
+        return int(known)
+
+    def chat_template(self, messages: list[dict[str, Any]], tokenize: bool = False) -> Any:
         """Formats messages (`role`, `content`) by the model's chat template, up to where its answer begins.
 
-        Returns text, or token ids where `tokenize` is set. Raises InputError where the model has no chat template.
+        Returns text, or token ids where `tokenize` is set. Raises InputError where the model has no chat template, or
+        one that is broken, refuses these messages, or leaves their text out.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(f"{self.path} has no chat template. Leave out --chat.")
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False
-        )
+        return ChatTemplate(self.tokenizer, self.path).apply(messages, tokenize)
 
     def chat_frame(self, system: str | None = None) -> tuple[str, str, str]:
         """Returns the parts of the chat template that surround messages.

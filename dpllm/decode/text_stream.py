@@ -2,56 +2,97 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 # Tokens that are decoded together: what a token reads depends on its neighbours, but not on all of a long text.
-LEAD, WINDOW = 8, 64
+LEAD, WINDOW = 8, 32
+UNFINISHED = "\ufffd"  # stands for bytes that are not a character, or not yet
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of one byte, as SentencePiece writes it
+# What transformers' cleaning of spaces may still change: it joins " ." or " n't" to the word before.
+JOINING = " 'nvr"
+JOINABLE = re.compile(f" [{JOINING}]*\\Z")
 
 
 class TextStream:
-    """Text that is decoded but not final: an unfinished character, or the start of a stop string."""
+    """Text that is decoded but not final: an unfinished character, or the start of a stop string.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
+    The pieces that `push` returns add up to the decoded whole (prompt and tokens), without the characters of the
+    decoded prompt.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], before: Sequence[int] = ()):
+        """before: the tokens of the text that is continued. A decoder may treat the beginning of a text otherwise:
+        SentencePiece's drops a space there."""
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
-        self._tokens: list[int] = []  # the last ones
-        self._sent = 0  # characters of theirs that were handed out
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._in_bytes = (
+            False  # the last token is a byte: the next one may make the whole run of bytes invalid
+        )
+        self._tokens, self._sent = self._lead(list(before))  # the last tokens; their characters that are out
 
     def push(self, token: int | None, last: bool) -> str:
         """Adds a token (None: end of text) and returns what became final."""
         if token is not None:
             self._tokens.append(token)
-        full = str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
-        held = self.stop or full.endswith("\ufffd")
-        end = self._end(full, last) if held else max(self._sent, len(full))
+            is_byte = self._is_byte(token)
+            self._in_bytes = self._in_bytes if is_byte is None else is_byte
+        if self._in_bytes and not last and not self.stop:
+            return ""
+        full = self._decode(self._tokens)
+        end = self._end(full, last)
         text, self._sent = full[self._sent : end], end
         if end == len(full) and len(self._tokens) >= WINDOW:
-            self._forget()
+            self._tokens, self._sent = self._lead(self._tokens)
         return text
 
     def _end(self, full: str, last: bool) -> int:
-        """Where the final text ends: before a stop string, what may begin one, or an unfinished character."""
+        """Where the final text ends: before a stop string, what may begin one, or what a further token may change."""
         # Nothing that was handed out began a stop string.
         cut = min((i for s in self.stop if (i := full.find(s, self._sent)) >= 0), default=-1)
         if cut >= 0:
             self.stopped = True
             return cut
-        return max(self._sent, len(full) - (0 if last else self._held_back(full)))
+        if self._in_bytes and not last:
+            return self._sent
+        return max(self._sent, len(full) if last else self._final(full))
 
-    def _forget(self) -> None:
-        """Keeps the last few tokens, from where a character begins."""
-        for n in range(LEAD, len(self._tokens)):
-            lead = self._decode(self._tokens[-n:])
-            if lead and not lead.startswith("\ufffd"):
-                self._tokens, self._sent = self._tokens[-n:], len(lead)
-                return
+    def _final(self, full: str) -> int:
+        """The number of characters that no further token can change, and that do not begin a stop string."""
+        whole = full.rstrip(UNFINISHED)  # after it, a character whose bytes are not all there yet
+        joinable = JOINABLE.search(whole) if self._cleans else None
+        fixed = whole[: joinable.start()] if joinable else whole
+        begun = [
+            len(text) - n
+            for s in self.stop
+            for text in {whole, fixed}
+            for n in range(1, min(len(s), len(text) + 1))
+            if text.endswith(s[:n])
+        ]
+        return min([len(fixed), *begun])
+
+    def _lead(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The last few tokens, from where a character and its bytes begin, and the number of their characters."""
+        n = LEAD
+        while n < len(tokens):
+            kept = tokens[-n:]
+            text = self._decode(kept)
+            settled = text.rstrip(JOINING) if self._cleans else text
+            first = next((b for t in kept if (b := self._is_byte(t)) is not None), True)
+            if settled and not text.startswith(UNFINISHED) and not first:
+                return kept, len(text)
+            n *= 2
+        return tokens, len(self._decode(tokens))
+
+    def _is_byte(self, token: int) -> bool | None:
+        """Tells whether a token is one byte of a character. None: a token that is not text at all."""
+        if token in self._special:
+            return None
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        return None if name is None else BYTE.fullmatch(name) is not None
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _held_back(self, full: str) -> int:
-        whole = full.rstrip("\ufffd")  # behind it, a character whose bytes are not all there yet
-        starts = (
-            n for s in self.stop for n in range(min(len(s) - 1, len(whole)), 0, -1) if whole.endswith(s[:n])
-        )
-        return len(full) - len(whole) + max(starts, default=0)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.model.generation_config import GENERATION_CONFIG
 from dpllm.quant.config import CONFIG, SUPPORTED, read_config, refusing
 from dpllm.quant.source import read_json
 
-GENERATION_CONFIG = "generation_config.json"
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "max_position_embeddings",

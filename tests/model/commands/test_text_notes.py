@@ -1,0 +1,64 @@
+"""End tokens, suggested options and notes about the text, as the command line tells them."""
+
+from __future__ import annotations
+
+import pytest
+from command_line import edit_json
+from scripted_models import save_scripted, token_chain
+
+
+@pytest.fixture
+def saying(tokenizer, tmp_path):
+    """A checkpoint that continues 'A' with 'bcdef' and an end token."""
+    chain = [*token_chain(tokenizer, "Abcdef"), tokenizer.eos_token_id]
+    save_scripted(tmp_path / "saying", tokenizer, chain)
+    return tmp_path / "saying"
+
+
+def test_every_end_token_of_the_generation_config_ends(ok, saying, tokenizer):
+    edit_json(saying / "generation_config.json", eos_token_id=[1, token_chain(tokenizer, "d")[0]])
+    said = ok("generate", "A", "--overlay", saying, "--json").json
+    assert (said["text"], said["stopped_by"]) == ("bc", "end token")
+    edit_json(saying / "generation_config.json", eos_token_id=None)
+    assert ok("generate", "A", "--overlay", saying, "--json").json["text"] == "bcdef"
+
+
+def test_a_wrong_end_token(refused, saying):
+    edit_json(saying / "generation_config.json", eos_token_id="x")
+    refused("generate", "A", "--overlay", saying, says="eos_token_id is 'x'")
+
+
+def test_stop_tokens(ok, refused, saying):
+    arguments = ("generate", "A", "--overlay", saying, "--json")
+    said = ok(*arguments, "--stop-token", "e").json
+    assert (said["text"], said["stopped_by"]) == ("bcd", "stop token")
+    for option in ("--stop-token", "--stop"):  # a special token is not part of the text, and yet ends it
+        edit_json(saying / "generation_config.json", eos_token_id=0)
+        said = ok(*arguments, option, "</s>").json
+        assert (said["text"], said["stopped_by"]) == ("bcdef", "stop token")
+    refused(*arguments, "--stop-token", "q w z", says="'q w z' is not one token")
+
+
+def test_suggested_options_are_said_and_not_forced(ok, saying):
+    edit_json(saying / "generation_config.json", temperature=0.6, top_p=0.9, do_sample=True)
+    result = ok("generate", "A", "--overlay", saying)
+    assert result.out == "bcdef\n" and result.err.count("suggests: --temperature 0.6 --top-p 0.9") == 1
+    assert "suggests" not in ok("generate", "A", "--overlay", saying, "--temperature", 0.1).err
+    facts = ok("inspect", saying, "--json").json
+    assert facts["suggested_sampling"] == {"temperature": 0.6, "top_p": 0.9} and facts["end_tokens"] == [1]
+
+
+def test_a_doubled_start_and_used_up_positions_are_noted(ok, saying):
+    assert "begins with <s>" in ok("generate", "<s>A", "--overlay", saying).err
+    edit_json(saying / "config.json", max_position_embeddings=4)
+    result = ok("generate", "A", "--overlay", saying)
+    assert "4 positions are used up" in result.err and "begins with" not in result.err
+
+
+def test_code_of_a_model_is_neither_run_nor_asked_about(refused, saying, tmp_path):
+    edit_json(saying / "tokenizer_config.json", tokenizer_class="FooTokenizer",
+              auto_map={"AutoTokenizer": ["foo.FooTokenizer", None]})  # fmt: skip
+    (saying / "foo.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(9)\n")
+    for command in (("generate", "A", "--overlay", saying), ("quantize", saying, tmp_path / "out")):
+        refused(*command, stdin="y\ny\n", says="never runs")
+    assert not (tmp_path / "ran").exists()
