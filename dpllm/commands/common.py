@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dpllm.base.errors import InputError
+from dpllm.base.json_text import strict_json
 from dpllm.base.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def tell(message: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on one line of stdout, the last."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Prints one JSON object on one line of stdout, the last. A number that is not finite becomes null."""
+    sys.stdout.write(strict_json(value) + "\n")
     sys.stdout.flush()
 
 

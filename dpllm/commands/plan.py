@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dpllm.base.quantities import figure
 from dpllm.commands.app import (
     EXPERT,
     TARGETS,
@@ -115,9 +116,10 @@ def _table(planned: Planned) -> Table:
         title="plans on the frontier",
     )  # fmt: skip
     for p in planned.alternatives:
+        loss = f"+{figure(p.quality_loss, '.2%')}"
         table.add_row(
             "→" if p == planned.plan else "", f"{p.target_bits:.2f}", str(p.resident_bits), f"{p.keep_ratio:.0%}",
-            f"{p.tpot_ms:.3g}", f"+{p.quality_loss:.2%}", f"{p.memory / 1e6:.1f} MB", f"{p.read_bytes / 1e6:.2f} MB",
+            f"{p.tpot_ms:.3g}", loss, f"{p.memory / 1e6:.1f} MB", f"{p.read_bytes / 1e6:.2f} MB",
         )  # fmt: skip
     return table
 

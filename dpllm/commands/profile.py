@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dpllm.base.quantities import figure, rise
 from dpllm.commands.app import (
     COMMON,
     Accuracy,
@@ -110,5 +110,5 @@ def _quality_table(q: QualityModel) -> Table:
     columns = [f"{k:.0%} of the cache" for k in q.keep]
     table = Table("bits", *columns, title=f"rise of perplexity, {q.tokens:,} tokens")
     for bits, row in zip(q.bits, q.nats, strict=True):
-        table.add_row(f"{bits:.2f}", *(f"{math.expm1(x):.2%}" for x in row))
+        table.add_row(f"{bits:.2f}", *(figure(rise(x), ".2%") for x in row))
     return table
