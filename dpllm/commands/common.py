@@ -18,7 +18,7 @@ from dpllm.base.json_text import strict_json
 from dpllm.base.progress import Progress
 
 if TYPE_CHECKING:
-    from dpllm.kernels.backend import Backend
+    from dpllm.model.decoder import Decoder
     from dpllm.model.loading import LoadOptions
 
 stderr = Console(stderr=True, highlight=False)
@@ -106,10 +106,13 @@ class Hardware:
             for word in (name, str(value))
         ]  # fmt: skip
 
-    def note_if_slow(self, backend: Backend) -> None:
-        """Says what would make it faster, where the fast kernels are missing."""
+    def note_about(self, decoder: Decoder) -> None:
+        """Says what is unusual about a loaded model, and what would make it faster where fast kernels are missing."""
+        backend = decoder.backend
         if self.backend is None and backend.name == "reference":
             note(f"backend {backend.name}: {backend.reason}")
+        for line in decoder.notes:
+            note(line)
 
 
 def parse_numbers(text: str, option: str) -> list[float]:

@@ -164,7 +164,7 @@ def build(
     text = read_text(text_file)
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     began = time.perf_counter()
     with stage_bars() as bars:
         context = engine.read(

@@ -35,7 +35,7 @@ def demo(*, tokens: Tokens = 40, json: Json = False) -> None:
     from dpllm.opening import open_engine as load
 
     engine = load()
-    Hardware().note_if_slow(engine.decoder.backend)
+    Hardware().note_about(engine.decoder)
     documents = token_documents(engine, reference.heldout_text(), context=512, max_tokens=HELDOUT_TOKENS)
     rows = run_targets(engine, documents, tokens=tokens)
     if json:

@@ -100,7 +100,7 @@ def evaluate(
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     if not engine.quantized:
         raise InputError(
             f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."

@@ -83,7 +83,7 @@ def plan(
     )
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     with stage_bars() as progress:
         planned = make_plan(
             engine, tpot_ms=targets.tpot_ms, max_memory=targets.max_memory,

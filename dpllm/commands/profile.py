@@ -68,7 +68,7 @@ def profile(
 
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     with stage_bars() as progress:
         cost = measure_cost(engine, progress)
         where = cost_path(engine)

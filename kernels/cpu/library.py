@@ -20,7 +20,7 @@ from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
-INTERFACE = 2  # api.h: dpllm_interface; another number for every change of a function or a structure
+INTERFACE = 3  # api.h: dpllm_interface; another number for every change of a function or a structure
 WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
 
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: Storage

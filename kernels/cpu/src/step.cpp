@@ -276,7 +276,13 @@ void Step::greedy() {
     const float* y = request_->logits + int64_t(r) * m_.vocab;
     int best = 0;
     for (int i = 1; i < m_.vocab; i++) best = y[i] > y[best] ? i : best;
-    request_->greedy[r] = best;
+    int32_t exponent = 0;  // the largest one; integers, because comparisons of floats pass NaN over
+    for (int i = 0; i < m_.vocab; i++) {
+      int32_t bits;
+      std::memcpy(&bits, y + i, 4);
+      exponent = std::max(exponent, bits & 0x7f800000);
+    }
+    request_->greedy[r] = exponent == 0x7f800000 ? -1 : best;
   }
 }
 
