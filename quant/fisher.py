@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
+from dpllm.quant.int8_cost import Int8Cost
 from dpllm.quant.layerwise import LayerwiseModel, call_layer
+
+INT8_SHARE = 4  # the cost of int8 activations is measured on one sequence in so many, the first ones
 
 
 class FisherPass:
@@ -35,6 +38,9 @@ class FisherPass:
         self.hessians: dict[
             str, Tensor
         ] = {}  # float32 [K, K] on the CPU, of the last layer that `backward` handled
+        self.int8_nats: dict[
+            str, float
+        ] = {}  # cost of int8 activations at that layer's matrices, nats per token
         work.mkdir(parents=True, exist_ok=True)
 
     def _hidden(self, index: int) -> Path:
@@ -81,6 +87,7 @@ class FisherPass:
             module.weight.requires_grad_()
             module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
         guides = {n: _Guide(m) for m, n in names.items()} if self.guided else {}
+        costs = {n: Int8Cost(m) for m, n in names.items()}
         kwargs, below = self._layer_arguments[index], []
         pairs = zip(_load(self._hidden(index)), _load(self._gradient(index + 1)), strict=True)
         for state, gradient in pairs:
@@ -88,10 +95,14 @@ class FisherPass:
             call_layer(layer, hidden, kwargs).backward(gradient[None].to(self.model.device))
             assert hidden.grad is not None
             below.append(hidden.grad.cpu())
+            if len(below) * INT8_SHARE >= len(self.sequences):
+                for cost in costs.values():
+                    cost.stop()
         self._below = self._finite(torch.cat(below), f"gradient below layer {index}")
         prefix = self.model.layer_prefix(index)
         for name, squares in fisher.items():
             self._finite(squares, f"squared gradient of '{prefix}.{name}'")
+        self.int8_nats = {f"{prefix}.{n}": cost.nats for n, cost in costs.items()}
         self.hessians = {f"{prefix}.{n}": g.hessian.cpu() for n, g in guides.items()}
         return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
 

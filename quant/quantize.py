@@ -91,6 +91,7 @@ class Quantizer:
                 write_tensors(self._shard(index), tensors)
                 if fisher:
                     fisher.keep_gradient(index)
+                    self._costs(index).write_text(json.dumps(fisher.int8_nats))
                     self._mark(index).touch()
                     fisher.drop_gradient(index + 1)
             progress("quantize", depth - index, depth + 1)
@@ -161,6 +162,17 @@ class Quantizer:
     def _mark(self, index: int) -> Path:
         """The file that exists when a layer's shard and the gradient below the layer are both on disk."""
         return self.scratch / f"done-{index:04d}"
+
+    def _costs(self, index: int) -> Path:
+        """The file with the cost of int8 activations at each of a layer's matrices."""
+        return self.scratch / f"int8-{index:04d}.json"
+
+    def _int8_nats(self) -> dict[str, float] | None:
+        """Nats per token that int8 activations cost at each matrix; None where there was no text to measure on."""
+        if self.documents is None:
+            return None
+        files = [self._costs(i) for i in range(len(self.model))]
+        return {name: nats for file in files for name, nats in json.loads(file.read_text()).items()}
 
     def _fisher_forward(self, progress: Progress) -> FisherPass | None:
         if self.documents is None or all(self._mark(i).exists() for i in range(len(self.model))):
@@ -345,6 +357,7 @@ class Quantizer:
             "plain_tensors": plain,
             "unquantized": {n: _why_plain(n, model) for n in plain if ".int8" not in n and n != "lm_head.scale"},
             "refine": "none" if self.documents is None else o.refine,
+            "int8_nats": self._int8_nats(),
             "fisher": None if self.documents is None else {
                 "documents_sha256": documents_sha256(self.documents),
                 "samples": o.samples, "sequence_length": o.sequence_length, "seed": o.seed,

@@ -19,6 +19,7 @@ from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer
 from dpllm.model.memory import check_memory, resident_bytes
 from dpllm.model.pair_range import PairRange
+from dpllm.quant.int8_cost import wide_matrices
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -123,6 +124,8 @@ class _Builder:
         self.config, self.source, self.backend, self.options = config, source, backend, options
         self.overlay = source if isinstance(source, Overlay) else None
         self.ranges = None if self.overlay is None else PairRange(self.overlay, config)
+        choose = self.overlay is not None and options.cpu.accuracy == "balanced"
+        self.wide = wide_matrices(source.int8_nats) if choose else set()
         self.names = {name for name, _ in source.entries()} if self.overlay else set(source.names())
 
     def build(self) -> Decoder:
@@ -217,7 +220,10 @@ class _Builder:
         weight = self.overlay.stacked(parts, held[name] if isinstance(held, Mapping) else held)
         if self.ranges is not None:
             self.ranges.add(parts, rows, weight)
-        return make_group(name, weight, bias, self.backend, self.options.device)
+        group = make_group(name, weight, bias, self.backend, self.options.device)
+        if self.backend.cpu is not None and self.wide.intersection(parts):
+            group.weight.matrix.x_digits = 2
+        return group
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         assert self.overlay is not None

@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("planes", Pointer), ("plane_bytes", Long), ("row_bytes", Long), ("tables", Pointer * WIDTHS),
         ("scales", Pointer * WIDTHS), ("row_scale", Pointer), ("bias", Pointer),
-        ("rows", Int), ("columns", Int), ("rows_per_table", Int),
+        ("rows", Int), ("columns", Int), ("rows_per_table", Int), ("x_digits", Int),
     )  # fmt: skip
 
 

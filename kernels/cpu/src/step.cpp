@@ -111,7 +111,7 @@ bool Step::decide(const Group* g, int count, const float* x, int columns) {
       if (bits < 1) return false;
       widest = std::max(widest, bits);
       request_->read_bits[r] += g[i].weights * bits;
-      const int digits = c_.accuracy.x_digits[bits], at = reads.count[bits]++;
+      const int digits = c_.accuracy.digits_for(g[i].weight, bits), at = reads.count[bits]++;
       wanted[digits][r] = true;
       reads.row[bits][at] = r;
       reads.x[bits][at] = buffer_[digits][r].reserve(columns);
