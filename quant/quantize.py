@@ -168,10 +168,13 @@ class Quantizer:
         return self.scratch / f"int8-{index:04d}.json"
 
     def _int8_nats(self) -> dict[str, float] | None:
-        """Nats per token that int8 activations cost at each matrix; None where there was no text to measure on."""
-        if self.documents is None:
-            return None
+        """Nats per token that int8 activations cost at each matrix; None where not all were measured.
+
+        That is so without a text, and where an older dpllm has begun the job.
+        """
         files = [self._costs(i) for i in range(len(self.model))]
+        if not all(file.exists() for file in files):
+            return None
         return {name: nats for file in files for name, nats in json.loads(file.read_text()).items()}
 
     def _fisher_forward(self, progress: Progress) -> FisherPass | None:
