@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
 from dpllm.calib.decoder_protocol import CalibrationDecoder, CalibrationGroup, Observe, Select
 from dpllm.calib.runtime.token_sensitivity import FEATURES, sequence_context
@@ -88,6 +89,12 @@ def output_saliency(
     for i, ids in enumerate(sequences):
         backward_from_samples(decoder, ids, seed * LABEL_STREAM + i, observe=observe)
         progress("saliency", i + 1, len(sequences))
+    for group, squares in zip(decoder.groups, total, strict=True):
+        if not torch.isfinite(squares).all():
+            raise InputError(
+                f"the gradients at the output of '{group.name}' are not finite on the calibration text. "
+                "Quantise an intact checkpoint, or give other --data."
+            )
     return [t / sequences.numel() for t in total]
 
 

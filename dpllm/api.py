@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpllm import reference
 from dpllm.base.errors import InputError
-from dpllm.base.quantities import parse_share, parse_size
+from dpllm.base.quantities import parse_share, parse_size, rise
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine
 from dpllm.model.hardware import check_device, cpu_options
@@ -93,7 +92,7 @@ def bits_for_quality(engine: Engine, max_quality_loss: float | str | None) -> fl
     if max_quality_loss is None:
         return 0.0
     share, quality = parse_share(max_quality_loss), quality_of(engine)
-    return next((b for b in quality.bits if math.expm1(quality.loss(b)) <= share), quality.bits[-1])
+    return next((b for b in quality.bits if rise(quality.loss(b)) <= share), quality.bits[-1])
 
 
 def _directory(path_or_hub_id: str | Path | None, progress: Callable[[str], None]) -> Path:

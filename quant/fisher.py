@@ -20,8 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
+from dpllm.quant.int8_cost import Int8Cost
 from dpllm.quant.layerwise import LayerwiseModel, call_layer
+
+INT8_SHARE = 4  # the cost of int8 activations is measured on one sequence in so many, the first ones
 
 
 class FisherPass:
@@ -34,6 +38,9 @@ class FisherPass:
         self.hessians: dict[
             str, Tensor
         ] = {}  # float32 [K, K] on the CPU, of the last layer that `backward` handled
+        self.int8_nats: dict[
+            str, float
+        ] = {}  # cost of int8 activations at that layer's matrices, nats per token
         work.mkdir(parents=True, exist_ok=True)
 
     def _hidden(self, index: int) -> Path:
@@ -59,11 +66,13 @@ class FisherPass:
             states = _load(self._hidden(index))
             with torch.no_grad():
                 rows = [call_layer(layer, s[None].to(self.model.device), kwargs).cpu() for s in states]
-            write_tensors(self._hidden(index + 1), {"x": torch.cat(rows)})
+            write_tensors(
+                self._hidden(index + 1), {"x": self._finite(torch.cat(rows), f"output of layer {index}")}
+            )
             progress()
         if not self._gradient(depth).exists() and not any(self.work.glob("gradient-*")):
             gradients = self.model.head_gradients(_load(self._hidden(depth)), self.sequences)
-            write_tensors(self._gradient(depth), {"x": gradients})
+            write_tensors(self._gradient(depth), {"x": self._finite(gradients, "gradient at the head")})
 
     def backward(self, index: int) -> dict[str, Tensor]:
         """The Fisher float32 [N, K], on the CPU, of each linear layer in decoder layer `index`.
@@ -78,6 +87,7 @@ class FisherPass:
             module.weight.requires_grad_()
             module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
         guides = {n: _Guide(m) for m, n in names.items()} if self.guided else {}
+        costs = {n: Int8Cost(m) for m, n in names.items()}
         kwargs, below = self._layer_arguments[index], []
         pairs = zip(_load(self._hidden(index)), _load(self._gradient(index + 1)), strict=True)
         for state, gradient in pairs:
@@ -85,10 +95,25 @@ class FisherPass:
             call_layer(layer, hidden, kwargs).backward(gradient[None].to(self.model.device))
             assert hidden.grad is not None
             below.append(hidden.grad.cpu())
-        self._below = torch.cat(below)
+            if len(below) * INT8_SHARE >= len(self.sequences):
+                for cost in costs.values():
+                    cost.stop()
+        self._below = self._finite(torch.cat(below), f"gradient below layer {index}")
         prefix = self.model.layer_prefix(index)
+        for name, squares in fisher.items():
+            self._finite(squares, f"squared gradient of '{prefix}.{name}'")
+        self.int8_nats = {f"{prefix}.{n}": cost.nats for n, cost in costs.items()}
         self.hessians = {f"{prefix}.{n}": g.hessian.cpu() for n, g in guides.items()}
         return {f"{prefix}.{n}": f.cpu() for n, f in fisher.items()}
+
+    def _finite(self, x: Tensor, what: str) -> Tensor:
+        """Returns x. Raises InputError where it holds NaN or infinity."""
+        if not torch.isfinite(x).all():
+            raise InputError(
+                f"{self.model.source.path}: the {what} is not finite on the calibration text, so there is no Fisher "
+                "information. Get an intact checkpoint, give other --data, or use --fisher none."
+            )
+        return x
 
     def keep_gradient(self, index: int) -> None:
         """Stores the gradient below layer `index`, from which the layer below starts."""

@@ -101,6 +101,13 @@ class Overlay:
         self.linears = {n: LinearLayout.of(n, e) for n, e in quantization["linears"].items()}
         self.quantization = quantization
 
+    @property
+    def int8_nats(self) -> dict[str, float]:
+        """Nats per token that int8 activations cost at each matrix; empty where this was not measured."""
+        stored = self.quantization.get("int8_nats")
+        known = stored.items() if isinstance(stored, dict) else ()
+        return {n: float(x) for n, x in known if isinstance(x, (int, float)) and x >= 0}
+
     @classmethod
     def open(cls, path: Path) -> Overlay:
         """Opens an overlay. Checks manifest, config and the list of tensors, but reads no weights.

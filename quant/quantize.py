@@ -116,6 +116,7 @@ class Quantizer:
                 write_tensors(self._shard(index), tensors)
                 if fisher:
                     fisher.keep_gradient(index)
+                    self._costs(index).write_text(json.dumps(fisher.int8_nats))
                     self._mark(index).touch()
                     fisher.drop_gradient(index + 1)
             progress("quantize", depth - index, depth + 1)
@@ -169,6 +170,20 @@ class Quantizer:
     def _mark(self, index: int) -> Path:
         """The file that exists when a layer's shard and the gradient below the layer are both on disk."""
         return self.scratch / f"done-{index:04d}"
+
+    def _costs(self, index: int) -> Path:
+        """The file with the cost of int8 activations at each of a layer's matrices."""
+        return self.scratch / f"int8-{index:04d}.json"
+
+    def _int8_nats(self) -> dict[str, float] | None:
+        """Nats per token that int8 activations cost at each matrix; None where not all were measured.
+
+        That is so without a text, and where an older dpllm has begun the job.
+        """
+        files = [self._costs(i) for i in range(len(self.model))]
+        if not all(file.exists() for file in files):
+            return None
+        return {name: nats for file in files for name, nats in json.loads(file.read_text()).items()}
 
     def _sample(self) -> torch.Tensor:
         """The calibration text as tokens int64 [S, T] that the model knows."""
@@ -368,6 +383,7 @@ class Quantizer:
             "plain_tensors": plain,
             "unquantized": {n: _why_plain(n, model) for n in plain if ".int8" not in n and n != "lm_head.scale"},
             "refine": "none" if self.documents is None else o.refine,
+            "int8_nats": self._int8_nats(),
             "fisher": None if self.documents is None else {
                 "documents_sha256": documents_sha256(self.documents),
                 "samples": o.samples, "sequence_length": o.sequence_length, "seed": o.seed,

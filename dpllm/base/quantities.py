@@ -1,11 +1,14 @@
-"""Sizes, shares and counts as people write them: '4GB', '2%', '16k'."""
+"""Sizes, shares and counts as people write them ('4GB', '2%', '16k'), and perplexities of any size."""
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 
 from dpllm.base.errors import InputError
+
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def parse_size(size: str | float) -> int:
@@ -49,3 +52,23 @@ def parse_count(count: str | int) -> int:
             f"a context of '{count}' is not a number of tokens. Write, for example, 4096 or 16k."
         )
     return int(found[1]) * (1024 if found[2] else 1)
+
+
+def perplexity(nats: float) -> float:
+    """exp of a mean negative log probability in nats; infinite beyond the largest float."""
+    return math.inf if nats > LARGEST_EXPONENT else math.exp(nats)
+
+
+def rise(nats: float) -> float:
+    """The rise of perplexity, as a fraction, that a rise of `nats` per token is; infinite beyond the largest float."""
+    return math.inf if nats > LARGEST_EXPONENT else math.expm1(nats)
+
+
+def figure(value: float, form: str = ".3f") -> str:
+    """A number for people. form: its format; a number beyond the largest float is 'inf', with a word that says so."""
+    return f"{value:{form}}" if math.isfinite(value) else f"{value} (beyond floats)"
+
+
+def field(name: str, value: float) -> dict[str, float | str]:
+    """A number as a field of a JSON object. An infinite one, which JSON writes as null, is said in a field NAME_is."""
+    return {name: value} | ({f"{name}_is": "infinite: beyond floats"} if math.isinf(value) else {})

@@ -111,7 +111,7 @@ def chat(
     )  # fmt: skip
     about = None if context is None else KVContext.load(context, engine)
     conversation = Conversation(engine, options, system=system, plain=plain, context=about)
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     if guarantee:
         assert target_bits is not None
         engine.hold_budget(target_bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dpllm.base.errors import InputError
+from dpllm.base.json_text import strict_json
 from dpllm.base.progress import Progress
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine
-    from dpllm.kernels.backend import Backend
+    from dpllm.model.decoder import Decoder
     from dpllm.model.loading import LoadOptions
 
 # Without emoji: a path that holds :b: is not an emoji's code.
@@ -44,8 +44,8 @@ def tell(message: str) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object on one line of stdout, the last."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Prints one JSON object on one line of stdout, the last. A number that is not finite becomes null."""
+    sys.stdout.write(strict_json(value) + "\n")
     sys.stdout.flush()
 
 
@@ -114,10 +114,13 @@ class Hardware:
             for word in (name, str(value))
         ]  # fmt: skip
 
-    def note_if_slow(self, backend: Backend) -> None:
-        """Says what would make it faster, where the fast kernels are missing."""
+    def note_about(self, decoder: Decoder) -> None:
+        """Says what is unusual about a loaded model, and what would make it faster where fast kernels are missing."""
+        backend = decoder.backend
         if self.backend is None and backend.name == "reference":
             note(f"backend {backend.name}: {backend.reason}")
+        for line in decoder.notes:
+            note(line)
 
 
 def parse_numbers(text: str, option: str) -> list[float]:

@@ -175,7 +175,7 @@ def build(
         text = read_text(text_file)
         hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
         engine = load(overlay, options=hardware.load_options())
-        hardware.note_if_slow(engine.decoder.backend)
+        hardware.note_about(engine.decoder)
         if not chat:
             note_doubled_start(engine, text)
         began = time.perf_counter()

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dpllm.base.quantities import figure
 from dpllm.commands.app import COMMON, Command, Json, app
 from dpllm.commands.common import Hardware, command_line, print_json, stage_bars, stdout, tell
 from dpllm.commands.evaluate import token_documents
@@ -34,7 +35,7 @@ def demo(*, tokens: Tokens = 40, json: Json = False) -> None:
     from dpllm.opening import open_engine as load
 
     engine = load()
-    Hardware().note_if_slow(engine.decoder.backend)
+    Hardware().note_about(engine.decoder)
     documents = token_documents(engine, reference.heldout_text(), context=512, max_tokens=HELDOUT_TOKENS)
     rows = run_targets(engine, documents, tokens=tokens)
     if json:
@@ -86,6 +87,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         g, h = row["generated"], row["heldout"]
         table.add_row(
             f"{row['target_bits']:g}", f"{g['effective_bits']:.3f}", f"{g['tpot_ms']['p50']:.2f}",
-            f"{h['effective_bits']:.3f}", f"{h['perplexity']:.3f}", f"{h['weight_bytes_per_token'] / 1e6:.2f}",
+            f"{h['effective_bits']:.3f}", figure(h["perplexity"]), f"{h['weight_bytes_per_token'] / 1e6:.2f}",
         )  # fmt: skip
     return table

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from dpllm.base.errors import InputError
+from dpllm.base.quantities import figure
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -99,7 +100,7 @@ def evaluate(
     path = reference.heldout_text() if text_file is None else Path(text_file).expanduser()
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     if not engine.quantized:
         raise InputError(
             f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
@@ -176,7 +177,7 @@ def _table(results: list[EvalResult]) -> Table:
     table = Table("policy", "target bits", "effective bits", "perplexity", "MB of weights / token", "tokens")
     for r in results:
         table.add_row(
-            r.policy, f"{r.target_bits:g}", f"{r.effective_bits:.3f}", f"{r.perplexity:.3f}",
+            r.policy, f"{r.target_bits:g}", f"{r.effective_bits:.3f}", figure(r.perplexity),
             f"{r.weight_bytes_per_token / 1e6:.2f}", f"{r.tokens:,}",
         )  # fmt: skip
     return table

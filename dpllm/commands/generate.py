@@ -206,7 +206,7 @@ def generate(
         resident=planes_to_hold(overlay, resident_bits=resident_bits, max_memory=max_memory),
     )  # fmt: skip
     about = None if context is None else KVContext.load(context, engine)
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     if guarantee:
         assert target_bits is not None
         engine.hold_budget(target_bits)

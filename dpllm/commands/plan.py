@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from dpllm.base.quantities import figure
 from dpllm.commands.app import (
     EXPERT,
     TARGETS,
@@ -82,7 +83,7 @@ def plan(
     )
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     with stage_bars() as progress:
         planned = make_plan(
             engine, tpot_ms=targets.tpot_ms, max_memory=targets.max_memory,
@@ -115,9 +116,10 @@ def _table(planned: Planned) -> Table:
         title="plans on the frontier",
     )  # fmt: skip
     for p in planned.alternatives:
+        loss = f"+{figure(p.quality_loss, '.2%')}"
         table.add_row(
             "→" if p == planned.plan else "", f"{p.target_bits:.2f}", str(p.resident_bits), f"{p.keep_ratio:.0%}",
-            f"{p.tpot_ms:.3g}", f"+{p.quality_loss:.2%}", f"{p.memory / 1e6:.1f} MB", f"{p.read_bytes / 1e6:.2f} MB",
+            f"{p.tpot_ms:.3g}", loss, f"{p.memory / 1e6:.1f} MB", f"{p.read_bytes / 1e6:.2f} MB",
         )  # fmt: skip
     return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.table import Table
 
 from dpllm.base.places import file_to_write
+from dpllm.base.quantities import figure, rise
 from dpllm.commands.app import (
     COMMON,
     Accuracy,
@@ -69,7 +69,7 @@ def profile(
 
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = load(overlay, options=hardware.load_options())
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     wants_quality, where = quality or data is not None, cost_path(engine)
     where.parent.mkdir(parents=True, exist_ok=True)
     file_to_write(where)
@@ -115,5 +115,5 @@ def _quality_table(q: QualityModel) -> Table:
     columns = [f"{k:.0%} of the cache" for k in q.keep]
     table = Table("bits", *columns, title=f"rise of perplexity, {q.tokens:,} tokens")
     for bits, row in zip(q.bits, q.nats, strict=True):
-        table.add_row(f"{bits:.2f}", *(f"{math.expm1(x):.2%}" for x in row))
+        table.add_row(f"{bits:.2f}", *(figure(rise(x), ".2%") for x in row))
     return table

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpllm.base.quantities import figure, rise
 from dpllm.commands.app import (
     EXPERT,
     MACHINE,
@@ -22,6 +23,7 @@ from dpllm.commands.app import (
 from dpllm.commands.common import command_line, note, parse_bits, print_json, stage_bars
 
 if TYPE_CHECKING:
+    from dpllm.quant.overlay import Overlay
     from dpllm.quant.quantize import Quantizer
 
 Model = Annotated[
@@ -190,6 +192,7 @@ def _report(job: Quantizer, *, seconds: float, json: bool) -> None:
     )
     if job.weights_done:
         note(llama_3_8b(job.options, job.seconds, job.weights_done, job.documents is not None))
+    note(_about_int8(overlay))
     note(f"next: {command_line('calibrate', job.out)}")
     if json:
         print_json(
@@ -198,6 +201,21 @@ def _report(job: Quantizer, *, seconds: float, json: bool) -> None:
                 "stored_bytes": stored, "seconds": round(seconds, 2), "weights_per_s_per_thread": round(speed),
             }
         )  # fmt: skip
+
+
+def _about_int8(overlay: Overlay) -> str:
+    """Says what int8 activations cost, and where 16-bit activations take their place."""
+    from dpllm.quant.int8_cost import wide_matrices
+
+    nats = overlay.int8_nats
+    if not nats:
+        return "int8 activations were not checked without a text: compare dpllm eval with --accuracy exact"
+    wide = wide_matrices(nats)
+    left = sum(cost for name, cost in nats.items() if name not in wide)
+    return (
+        f"int8 activations would cost {figure(rise(sum(nats.values())), '.2%')} of perplexity; with 16-bit ones at "
+        f"{len(wide)} of {len(nats)} matrices {left:.2%}"
+    )
 
 
 def _weights(job: Quantizer) -> int:

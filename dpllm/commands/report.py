@@ -171,7 +171,7 @@ def report(
     hardware = Hardware(device=device, backend=backend, threads=threads, accuracy=accuracy)
     engine = open_engine(overlay, hardware, profile=profile)
     about = None if context is None else KVContext.load(context, engine)
-    hardware.note_if_slow(engine.decoder.backend)
+    hardware.note_about(engine.decoder)
     scored = reference.heldout_text() if text is None else Path(text).expanduser()
     documents = token_documents(engine, scored, engine.decoder.config.max_positions)
     if given is None:

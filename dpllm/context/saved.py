@@ -171,6 +171,8 @@ def load_context(path: Path, *, decoder: Decoder, model: Path) -> dict[str, Any]
         [tensors[f"v.{i}"] for i in range(len(tensors["lengths"]))],
         tensors["lengths"], _by_head(tensors), int(manifest["base"]), int(manifest["tokens"]),
     )  # fmt: skip
+    if not all(torch.isfinite(t).all() for t in (*cache.k, *cache.v)):
+        raise InputError(f"{path} holds keys or values that are not finite. Build the context again.")
     cache = cache.to(decoder.kv_dtype, decoder.device)
     frame = manifest["chat"]
     return {

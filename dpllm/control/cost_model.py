@@ -11,6 +11,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
+from dpllm.base.json_text import strict_json
 from dpllm.base.places import check_readable
 
 VERSION = 3
@@ -69,7 +70,7 @@ class CostModel:
     def save(self, path: Path) -> None:
         """Writes the model as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"cost_version": VERSION, **asdict(self)}, indent=1) + "\n")
+        write_text(path, strict_json({"cost_version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> CostModel:

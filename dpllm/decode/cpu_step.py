@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.calib.runtime.threshold_rule import ThresholdRule
 from dpllm.calib.runtime.token_sensitivity import LIMIT
 from dpllm.decode.step import Stepped, TokenStep
@@ -24,6 +25,7 @@ from dpllm.kernels.weight import MAX_BITS, Int8Weight
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
+from dpllm.model.nonfinite import fault
 from dpllm.policies.base import TextPolicy
 
 Callback = Callable[[int, int], int]  # (group, address of its input) -> planes
@@ -199,8 +201,16 @@ class NativeStep(TokenStep):
             error, self._error = self._error, None
             assert error is not None
             raise error
+        if min(self._greedy[:rows]) < 0:
+            raise self._fault(rows, cache)
         cache.advance(rows)
         return request
+
+    def _fault(self, rows: int, cache: KVCache) -> InputError:
+        """The error of logits that are not finite; the decoder finds its cause at the same widths."""
+        d, chosen = self.decoder, self._bits[:rows]
+        ids, start = torch.tensor(self._tokens[:rows]), cache.length
+        return fault(d, d.embed(ids), d.rope(start, rows), cache, lambda group, x: chosen[:, group.index])
 
     @property
     def decides_natively(self) -> bool:

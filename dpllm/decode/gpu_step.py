@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpllm.base.errors import InputError
 from dpllm.calib.runtime.token_sensitivity import DECAY, LIMIT
 from dpllm.decode.gpu_policy_table import DevicePolicy, LayerSites, Structure
 from dpllm.decode.step import DecoderStep, Stepped, TokenStep, accounted
@@ -27,6 +28,7 @@ from dpllm.kernels.gpu_step.tables import CacheTable, Heads, Site
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder, Group
 from dpllm.model.decoder import Layer as DecoderLayer
+from dpllm.model.nonfinite import check_logits, fault
 from dpllm.policies.base import TextPolicy, WidthSums
 
 log = logging.getLogger("dpllm")
@@ -131,8 +133,18 @@ class GpuStep(TokenStep):
             self._answer.copy_(self._result)
         else:
             self._done.synchronize()
+        check_logits(self.logits, self._fault)
         bits = None if text is None else self._answer[:-1][None].clone()
         return accounted(self.decoder, self._sums, text, self.logits, bits, int(self._answer[-1]))
+
+    def _fault(self) -> InputError:
+        """The error of logits that are not finite; the decoder finds its cause at the same widths."""
+        assert self._placed is not None
+        d, cache = self.decoder, self._placed[0]()
+        assert cache is not None
+        cache.rewind(cache.length - 1)
+        x = d.embed(self._request[tables.TOKEN : tables.TOKEN + 1].to(d.device))
+        return fault(d, x, d.rope(cache.length, 1), cache, lambda group, x: self.widths[:, group.index])
 
     def learn(self, text: TextPolicy | None, stepped: Stepped, token: int) -> None:
         """See TokenStep. On the device, learning is the beginning of the next step."""

@@ -9,12 +9,12 @@ else many documents side by side (dpllm/evaluation/side_by_side.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from dpllm.base.quantities import field, perplexity
 from dpllm.calib.dequantised import dequantised_view
 from dpllm.decode.cpu_step import NativeModel, NativeStep
 from dpllm.decode.step import TokenStep
@@ -27,7 +27,7 @@ from dpllm.policies.base import PrecisionPolicy, Recorder
 @dataclass(frozen=True)
 class EvalResult:
     """One policy at one target. `weight_bytes_per_token` counts planes, tables, scales, the selector's
-    tables and the head."""
+    tables and the head. `perplexity` is infinite where it exceeds the largest float; `nll_mean` is finite then."""
 
     policy: str
     target_bits: float
@@ -39,7 +39,7 @@ class EvalResult:
 
     def as_json(self) -> dict[str, object]:
         """The object of `dpllm eval --json`."""
-        return asdict(self)
+        return asdict(self) | field("perplexity", self.perplexity)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def _score_batch(
 ) -> DocumentScore:
     recorder = Recorder(policy.begin_text(), decoder.groups)
     logits = decoder.forward(ids[:-1], select=recorder)
-    nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double().sum().item()
     bits, nbytes = recorder.effective_bits().sum().item(), recorder.weight_bytes().sum().item()
     progress(len(ids) - 1)
     return DocumentScore(nll, len(ids) - 1, bits, nbytes)
@@ -133,7 +133,7 @@ def summarize(name: str, target_bits: float, scores: Sequence[DocumentScore], he
         policy=name,
         target_bits=target_bits,
         effective_bits=round(sum(s.bits for s in scores) / tokens, 4),
-        perplexity=round(math.exp(nll), 4),
+        perplexity=round(perplexity(nll), 4),
         nll_mean=round(nll, 5),
         tokens=tokens,
         weight_bytes_per_token=round(sum(s.weight_bytes for s in scores) / tokens) + head_bytes,

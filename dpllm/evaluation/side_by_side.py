@@ -15,6 +15,7 @@ from torch import Tensor
 from dpllm.decode.step import Stepped, TokenStep
 from dpllm.evaluation.forced_steps import forced_steps
 from dpllm.model.decoder import Decoder
+from dpllm.model.nonfinite import check_logits, fault
 from dpllm.policies.base import PrecisionPolicy, Recorder, TextPolicy
 
 
@@ -65,12 +66,13 @@ class RowsStep(TokenStep):
         if self.recorder is None or self.recorder.policy is not text:
             self.recorder = Recorder(text, self.decoder.groups)
         d, ids = self.decoder, token.to(self.decoder.device)
-        x = d.embed(ids)
+        first = x = d.embed(ids)
         rope = d.rope(cache.length, 1)
         for layer in d.layers:
             x = d.block(layer, x, rope, cache, self.recorder)
-        cache.length += 1
         logits = d.apply_head(d.rms_norm(x, d.norm)).float()
+        check_logits(logits, lambda: fault(d, first, rope, cache, self.recorder))
+        cache.length += 1
         bits = None if d.groups[0].dense else self.recorder.bits()
         return Stepped(logits, bits, -1, 0.0, 0)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpllm.base.quantities import perplexity
 from dpllm.decode.step import TokenStep
 from dpllm.evaluation.forced_steps import forced_nats
 from dpllm.kvzip_bridge.cache import KVCache
@@ -24,7 +24,7 @@ class TextScore:
     def perplexity(self) -> float:
         """exp of the mean negative log probability; infinite beyond what a float holds."""
         mean = -sum(self.log_probs) / max(1, len(self.log_probs))
-        return math.exp(mean) if mean < 700 else math.inf
+        return perplexity(mean)
 
 
 def score_text(

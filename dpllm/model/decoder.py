@@ -25,6 +25,7 @@ from dpllm.kvzip_bridge.attention import rotate
 from dpllm.kvzip_bridge.cache import DenseKVCache, KVCache
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.config import ModelConfig
+from dpllm.model.nonfinite import check_logits, fault
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,6 +90,7 @@ class Decoder:
             group.index = index
         self.inv_freq = config.inv_freq.to(self.device)
         self.bytes_read = 0  # from disk, to load it
+        self.notes: tuple[str, ...] = ()  # sentences for people about how it was loaded
         self.recompute = True
 
     def with_backend(self, backend: Backend, *, recompute: bool | None = None) -> Self:
@@ -121,8 +123,9 @@ class Decoder:
         Returns [T, vocab] in fp32, or [1, vocab] with last_only; without select, the last layer is then computed
         for one row after its attention, the only one that observe sees there. Differentiable when gradients are
         on and no cache is given (blocks are then computed again in the backward pass, unless `recompute` is off).
+        Raises InputError, and leaves the cache as it was, where a logit is NaN or infinite.
         """
-        x = self.embed(ids) if embedded is None else embedded
+        first = x = self.embed(ids) if embedded is None else embedded
         rope = self.rope(cache.length if cache else 0, len(ids))
         alone = last_only and select is None  # a policy may keep account of every token in every group
         for layer in self.layers:
@@ -131,9 +134,11 @@ class Decoder:
                 x = checkpoint(self.block, layer, x, rope, cache, select, observe, rows, use_reentrant=False)
             else:
                 x = self.block(layer, x, rope, cache, select, observe, rows)
+        logits = self.apply_head(self.rms_norm(x[-1:] if last_only else x, self.norm)).float()
+        check_logits(logits, lambda: fault(self, first, rope, cache, select))
         if cache:
             cache.advance(len(ids))
-        return self.apply_head(self.rms_norm(x[-1:] if last_only else x, self.norm)).float()
+        return logits
 
     def block(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,9 @@ from dpllm.kernels.weight import Int8Weight, QuantizedWeight
 from dpllm.model.config import ModelConfig
 from dpllm.model.decoder import Decoder, Group, Layer
 from dpllm.model.memory import check_memory, resident_bytes
+from dpllm.model.pair_range import PairRange
 from dpllm.quant.checkpoint import Checkpoint, quantization_method
+from dpllm.quant.int8_cost import wide_matrices
 from dpllm.quant.overlay import QUANT_METHOD, Overlay
 from dpllm.quant.source import ModelSource, read_json
 
@@ -36,7 +38,7 @@ class LoadOptions:
     resident_bits: the number of planes to read and hold, for every matrix or by group name; None: all. granularity:
     'fused' decides once for q/k/v and once for gate/up, 'linear' decides once per matrix. backend, cpu: see
     kernels/backend.py. device, dtype: where and in which type the model computes. kv_dtype: the storage type of keys
-    and values; None: see `cache_dtype`.
+    and values; None: see `cache_dtype`, or float32 where some text could exceed float16.
     """
 
     resident_bits: int | Mapping[str, int] | None = None
@@ -102,6 +104,9 @@ class _Builder:
     def __init__(self, config: ModelConfig, source: Any, backend: Backend, options: LoadOptions):
         self.config, self.source, self.backend, self.options = config, source, backend, options
         self.overlay = source if isinstance(source, Overlay) else None
+        self.ranges = None if self.overlay is None else PairRange(self.overlay, config)
+        choose = self.overlay is not None and options.cpu.accuracy == "balanced"
+        self.wide = wide_matrices(source.int8_nats) if choose else set()
         self.names = {name for name, _ in source.entries()} if self.overlay else set(source.names())
 
     def build(self) -> Decoder:
@@ -110,13 +115,35 @@ class _Builder:
             layers = list(pool.map(self.layer, range(self.config.num_layers)))
         embedding, head = self.embedding_and_head()
         norm = self.tensor("model.norm.weight", (self.config.hidden_size,))
-        options = self.options
+        kv_dtype, notes = self.cache_type(layers)
         decoder = Decoder(
-            self.config, self.backend, layers, embedding, norm, head,
-            dtype=options.dtype, kv_dtype=options.cache_dtype(self.backend, self.overlay is not None),
-        )  # fmt: skip
+            self.config,
+            self.backend,
+            layers,
+            embedding,
+            norm,
+            head,
+            dtype=self.options.dtype,
+            kv_dtype=kv_dtype,
+        )
+        decoder.notes = notes
         decoder.bytes_read = self.source.bytes_read
         return decoder
+
+    def cache_type(self, layers: Sequence[Layer]) -> tuple[torch.dtype, tuple[str, ...]]:
+        """The storage type of keys and values, and a note where it is not the usual one."""
+        options = self.options
+        usual = options.cache_dtype(self.backend, self.overlay is not None)
+        if self.ranges is None or options.kv_dtype is not None or usual != torch.float16:
+            return usual, ()
+        held = options.resident_bits
+        for layer in layers:
+            planes = held[layer.qkv[0].name] if isinstance(held, Mapping) else held
+            if self.ranges.exceeds(layer, planes):
+                return torch.float32, (
+                    f"the cache is float32, twice as large: keys or values of layer {layer.index} can exceed float16",
+                )
+        return usual, ()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         t = self.source.read(name)
@@ -172,7 +199,12 @@ class _Builder:
             self.check_shape(part, (r, columns))
         held = self.options.resident_bits
         weight = self.overlay.stacked(parts, held[name] if isinstance(held, Mapping) else held)
-        return make_group(name, weight, bias, self.backend, self.options.device)
+        if self.ranges is not None:
+            self.ranges.add(parts, rows, weight)
+        group = make_group(name, weight, bias, self.backend, self.options.device)
+        if self.backend.cpu is not None and self.wide.intersection(parts):
+            group.weight.matrix.x_digits = 2
+        return group
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         assert self.overlay is not None

@@ -18,6 +18,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.machine import available_bytes
+from dpllm.base.quantities import field, rise
 from dpllm.control.cost_model import CostModel
 from dpllm.model.memory import resident_bytes
 from dpllm.planning.quality_model import QualityModel, expected_loss
@@ -103,7 +104,7 @@ class Plan:
         return {
             "resident_bits": self.resident_bits, "target_bits": round(self.target_bits, 3), "lambda": lam,
             "keep_ratio": round(self.keep_ratio, 3), "predicted_tpot_ms": round(self.tpot_ms, 4),
-            "predicted_quality_loss": round(self.quality_loss, 5),
+            **field("predicted_quality_loss", round(self.quality_loss, 5)),
             "bytes": {"weights": self.weight_bytes, "kv": self.kv_bytes, "read_per_token": self.read_bytes},
         }  # fmt: skip
 
@@ -184,7 +185,7 @@ class Planner:
         for keep in keeps:
             pairs = keep * context * m.pairs
             ms, kv = weights_ms + self.cost.kv_ms(pairs), round(pairs * m.pair_bytes)
-            loss = math.expm1(self.quality.loss(bits, keep))
+            loss = rise(self.quality.loss(bits, keep))
             found.append(Plan(planes, bits, keep, ms, loss, m.held[planes], kv, read + kv))
         return found
 
@@ -192,7 +193,7 @@ class Planner:
         """Returns the same plan with only `planes` planes held."""
         penalty, loss = self.inputs.penalty(planes, plan.target_bits), plan.quality_loss
         if penalty:
-            loss = math.expm1(math.log1p(loss) + penalty)
+            loss = rise(math.log1p(loss) + penalty)
         return Plan(
             planes, plan.target_bits, plan.keep_ratio, plan.tpot_ms, loss, self.inputs.held[planes], plan.kv_bytes,
             plan.read_bytes,

@@ -17,6 +17,7 @@ import numpy as np
 
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
+from dpllm.base.json_text import strict_json
 from dpllm.base.places import check_readable
 from dpllm.calib.runtime.profile import CalibrationProfile, Resident
 
@@ -55,7 +56,7 @@ class QualityModel:
 
     def save(self, path: Path) -> None:
         """Writes the model as JSON, atomically."""
-        write_text(path, json.dumps({"quality_version": VERSION, **asdict(self)}, indent=1) + "\n")
+        write_text(path, strict_json({"quality_version": VERSION, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path, overlay_hash: str) -> QualityModel:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.special import stdtrit
 
+from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
 from dpllm.engine import Engine
 from dpllm.evaluation.evaluate import DocumentScore, score, summarize
@@ -108,6 +110,11 @@ def _point(
     name, target = cell
     scores = score(engine.decoder, policy, documents, tick)
     whole = summarize(name, target, scores, engine.decoder.head_bytes())
+    if math.isinf(whole.perplexity):
+        raise InputError(
+            f"no chart can show the perplexity of policy '{name}' at {target:g} bits: it is beyond floats "
+            f"({whole.nll_mean:g} nats per token). Report on a text of the model's own kind, or repair the model."
+        )
     less_static = None
     if name not in ("static", WIDEST) and len(scores) > 1:
         seed, high = engine.decoder.groups[0].seed_bits, resident_mean(engine.decoder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
+from dpllm.base.json_text import strict_json
 from dpllm.report import bars, curves, timeline
 from dpllm.report.colours import LEVELS, style
 from dpllm.report.data import Generation, Report
@@ -36,8 +36,8 @@ def render(report: Report) -> str:
 
 
 def as_script_data(value: Any) -> str:
-    """Returns JSON that cannot end a script element."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    """Returns JSON that cannot end a script element. A number that is not finite becomes null."""
+    text = strict_json(value, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

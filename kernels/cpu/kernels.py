@@ -122,7 +122,7 @@ class CpuKernels:
         _check_input(x, w.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
-        exact = self.handle.options.accuracy == "exact"
+        exact = self.handle.options.accuracy == "exact" or w.matrix.x_digits == 2
         if not exact and _has("_is_amx_tile_supported"):
             if len(x) <= FEW_ROWS:
                 return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))

@@ -20,7 +20,7 @@ from dpllm.base.machine import usable_cores
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
-INTERFACE = 2  # api.h: dpllm_interface; another number for every change of a function or a structure
+INTERFACE = 3  # api.h: dpllm_interface; another number for every change of a function or a structure
 WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
 
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: Storage
@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("planes", Pointer), ("plane_bytes", Long), ("row_bytes", Long), ("tables", Pointer * WIDTHS),
         ("scales", Pointer * WIDTHS), ("row_scale", Pointer), ("bias", Pointer),
-        ("rows", Int), ("columns", Int), ("rows_per_table", Int),
+        ("rows", Int), ("columns", Int), ("rows_per_table", Int), ("x_digits", Int),
     )  # fmt: skip
 
 

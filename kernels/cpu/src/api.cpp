@@ -39,7 +39,7 @@ static void gemm_rows(Context& c, const Matrix& w, int bits, const std::vector<A
 
 using namespace dpllm;
 
-int dpllm_interface() { return 2; }
+int dpllm_interface() { return 3; }
 const char* dpllm_isa_name(int i) { return i < kIsaCount ? kIsas[i]->name : nullptr; }
 const char* dpllm_isa_needs(int i) { return i < kIsaCount ? kIsas[i]->needs : nullptr; }
 int dpllm_isa_supported(int i) { return kIsas[i]->supported(); }
@@ -85,7 +85,7 @@ void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits
     widest = std::max(widest, bits[i]);
   }
   c->pool.run(m, [&](int i) {
-    c->isa.quantize(x + int64_t(i) * w->columns, w->columns, c->accuracy.x_digits[bits[i]], all[size_t(i)]);
+    c->isa.quantize(x + int64_t(i) * w->columns, w->columns, c->accuracy.digits_for(*w, bits[i]), all[size_t(i)]);
   });
   parallel_rows(*c, w->rows, w->row_bytes * widest, [&](int n0, int n1) {
     for (int b = 0; b <= kMaxBits; b++)

@@ -13,6 +13,8 @@ namespace dpllm {
 struct Accuracy {
   int32_t table_digits[kMaxBits + 1];
   int32_t x_digits[kMaxBits + 1];
+
+  int digits_for(const Matrix& w, int bits) const { return std::max(x_digits[bits], w.x_digits); }
 };
 
 struct Context {

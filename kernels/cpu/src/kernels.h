@@ -27,6 +27,7 @@ struct Matrix {
   const float* row_scale;              // [rows], or null
   const float* bias;                   // [rows], or null
   int32_t rows, columns, rows_per_table;
+  int32_t x_digits;  // 2: activations have both digits, whatever the accuracy; 0: as the accuracy says
 };
 
 // A row of activations, quantised in groups of 32 and laid out as the kernel needs it (by Isa::quantize).

@@ -111,7 +111,7 @@ bool Step::decide(const Group* g, int count, const float* x, int columns) {
       if (bits < 1) return false;
       widest = std::max(widest, bits);
       request_->read_bits[r] += g[i].weights * bits;
-      const int digits = c_.accuracy.x_digits[bits], at = reads.count[bits]++;
+      const int digits = c_.accuracy.digits_for(g[i].weight, bits), at = reads.count[bits]++;
       wanted[digits][r] = true;
       reads.row[bits][at] = r;
       reads.x[bits][at] = buffer_[digits][r].reserve(columns);
@@ -276,7 +276,13 @@ void Step::greedy() {
     const float* y = request_->logits + int64_t(r) * m_.vocab;
     int best = 0;
     for (int i = 1; i < m_.vocab; i++) best = y[i] > y[best] ? i : best;
-    request_->greedy[r] = best;
+    int32_t exponent = 0;  // the largest one; integers, because comparisons of floats pass NaN over
+    for (int i = 0; i < m_.vocab; i++) {
+      int32_t bits;
+      std::memcpy(&bits, y + i, 4);
+      exponent = std::max(exponent, bits & 0x7f800000);
+    }
+    request_->greedy[r] = exponent == 0x7f800000 ? -1 : best;
   }
 }
 

@@ -86,7 +86,7 @@ struct Request {
   const int32_t* tokens;  // [rows]
   float* logits;          // [rows, vocab]
   int32_t* bits;          // [rows, groups], out: the chosen widths
-  int32_t* greedy;        // [rows], out: the token of the largest logit
+  int32_t* greedy;        // [rows], out: the token of the largest logit; -1 where a logit is not finite
   int64_t* read_bits;     // [rows], out: sum over all groups of weights times chosen bits
   int64_t read_bytes;     // out: bytes of the groups' matrices that all rows together read, each group once
 };
