@@ -303,7 +303,7 @@ class Engine:
 
     def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
         """The loop of a text, with drafts where they were asked for or pay."""
-        sampler = Sampler(text.options.sampling())
+        sampler = Sampler(text.options.sampling(), self.decoder.backend.cpu)
         sampler.read(before)
         sampler.read(text.ids)
         drafts = self._drafts(text.options, [*before, *text.ids])

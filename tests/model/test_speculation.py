@@ -126,8 +126,8 @@ def delayed(engine, n=80, temperature=0.0, seed=0):
     decoder, policy = engine.decoder, engine.policy.begin_text()
     policy.delay(LAG)
     ids, cache = engine.prompts.prompt_ids(PROMPT), decoder.new_cache(200)
-    generator, tokens, widths = torch.Generator().manual_seed(seed), [], [()]
-    draw = Sampler(SamplingOptions(temperature=temperature), generator)
+    tokens, widths = [], [()]
+    draw = Sampler(SamplingOptions(temperature=temperature, seed=seed), decoder.backend.cpu)
     step, stepped = NativeStep.of(decoder), read_prompt(decoder, ids, cache)
     while True:
         tokens.append(draw(stepped.logits[-1]))

@@ -48,7 +48,7 @@ def test_lookup_goes_on_with_a_growing_text():
 
 
 def drawing(seed: int) -> Sampler:
-    return Sampler(SamplingOptions(temperature=1.0), torch.Generator().manual_seed(seed))
+    return Sampler(SamplingOptions(temperature=1.0, seed=seed))
 
 
 # -- sampling -----------------------------------------------------------------------------------------------
@@ -103,9 +103,7 @@ def test_sampling_is_unbiased(tiny, monkeypatch, source, temperature, top_p):
     # The first token, drawn from the prompt, is always 0.
     first = Stepped(torch.full((1, VOCABULARY), -1e9).index_fill(1, torch.tensor([0]), 0.0), None, 0, 0.0, 0)
     expected, draws = exact(tiny, temperature, top_p), 2500
-    sampler = Sampler(
-        SamplingOptions(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(11)
-    )
+    sampler = Sampler(SamplingOptions(temperature=temperature, top_p=top_p, seed=11), decoder.backend.cpu)
     counts = torch.zeros_like(expected)
     cache, own = decoder.new_cache(8), SelfDraft(decoder, 2, NativeStep.of(decoder))
     accepted = rejected = 0
@@ -156,4 +154,3 @@ def test_a_sampler_goes_back():
     assert [twin(logits) for _ in range(5)] == first
     sampler.go_back(state)
     assert [sampler(logits) for _ in range(5)] == first
-    assert Sampler().twin().state().random is None
