@@ -372,7 +372,7 @@ class Engine:
                 yield step
                 if pilot.controller is not None:
                     missed = pilot.record(ms, step.bits, Rest(step.sampling_ms, step.text_ms, step.other_ms))
-                    generation.shortfall = missed or generation.shortfall
+                    generation.missed = missed or generation.missed
                 if last or stream.stopped:
                     return
                 began = clock()

@@ -85,7 +85,7 @@ class Generation:
         self.steps: list[Step] = []
         self.tally = tally
         self.stopped_by: str | None = None
-        self.shortfall: Shortfall | None = None
+        self.missed: Shortfall | None = None  # the last time that a target was out of reach
         self._running: Generator[Step, None, None] = _no_steps()
         self._quantized = quantized
 
@@ -114,6 +114,13 @@ class Generation:
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def shortfall(self) -> Shortfall | None:
+        """Why the time per token to hold was out of reach at any width; None where most tokens were in time."""
+        if self.missed is None or np.median([s.ms for s in self.steps[1:]]) <= self.missed.target_ms:
+            return None
+        return self.missed
 
     @property
     def stats(self) -> GenerationStats:

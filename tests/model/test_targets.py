@@ -221,18 +221,33 @@ def test_sampling_text_and_the_consumer_are_not_taken_for_weights(engine, simula
     assert stats.shortfall is None
 
 
-@pytest.mark.parametrize("speculate", ["off", "lookup"])
-def test_a_time_that_no_width_can_meet_is_said(engine, simulated, speculate):
+def test_tokens_of_one_pass_share_its_parts(engine, simulated):
+    """Drawing takes 5 ms for each token that is drawn, also where a draft is checked."""
+    cost, clock = simulated
+    engine.hold_latency(30.0, cost)
+    options = GenerateOptions(60, speculate="lookup", ignore_eos=True)
+    generation = engine.generate_with("x = [1, 2, 1, 2, 1, 2, 1, 2,", options, clock=clock)
+    steps = list(generation)[1:]
+    assert generation.tally.accepted > 5
+    assert [s.sampling_ms for s in steps] == pytest.approx([5.0] * len(steps))
+    assert sum(s.ms for s in steps) == pytest.approx(
+        sum(s.step_ms + s.sampling_ms + s.text_ms + s.other_ms for s in steps)
+    )
+    assert min(s.step_ms for s in steps) > -1e-6
+
+
+def test_a_time_that_no_width_can_meet_is_said(engine, simulated):
     cost, clock = simulated
     engine.hold_latency(11.0, cost)  # 10 at the fewest bits, but 6 are needed besides
-    generation = engine.generate_with(PROMPT, replace(SAMPLED, speculate=speculate), clock=clock)
+    generation = engine.generate_with(PROMPT, SAMPLED, clock=clock)
     for _ in generation:
         pass
     found = generation.stats.shortfall
     assert (found.target_ms, found.bits) == (11.0, engine.controller.cost.bits[0])
     assert (found.sampling_ms, found.text_ms) == (pytest.approx(5.0), pytest.approx(1.0))
-    if speculate == "off":
-        assert found.step_ms == pytest.approx(10.0, rel=0.1)
+    assert found.step_ms == pytest.approx(10.0, rel=0.1)
+    generation.steps[1:] = [replace(s, tpot_ms=9.0) for s in generation.steps[1:]]
+    assert generation.shortfall is None, "a target that was missed for a while, but not by most tokens"
     engine.hold_latency(40.0, cost)
     later = engine.generate_with(PROMPT, replace(SAMPLED, max_new_tokens=30), clock=clock)
     assert later.text and later.stats.shortfall is None
