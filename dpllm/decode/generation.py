@@ -25,7 +25,7 @@ class Step:
     of the check.
 
     sampling_ms, text_ms, other_ms: parts of `ms` that no width changes: drawing the token, turning it into text, and
-    other work around the step. What the consumer of the steps does between two of them is no part of `ms`.
+    other work around the step. `ms` does not contain what the consumer of the steps does between two of them.
     """
 
     token: int

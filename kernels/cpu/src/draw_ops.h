@@ -8,7 +8,7 @@ namespace {
 
 typedef uint32_t Words __attribute__((vector_size(sizeof(Floats))));
 
-// The last values of an array that is no whole number of vectors, filled up.
+// The last values of an array whose length is not a whole number of vectors, filled up.
 inline Floats load_rest(const float* x, int n, float fill) {
   float lanes[kLanes];
   for (int i = 0; i < kLanes; i++) lanes[i] = i < n ? x[i] : fill;
