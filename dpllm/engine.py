@@ -47,6 +47,7 @@ from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.make import make_policy, resident_mean
 from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_time import Rest
 
 
 class Engine:
@@ -309,12 +310,12 @@ class Engine:
 
     def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
         """The loop of a text, with drafts where they were asked for or pay."""
-        sampler = Sampler(text.options.sampling())
+        sampler = Sampler(text.options.sampling(), self.decoder.backend.cpu)
         sampler.read(before)
         sampler.read(text.ids)
         drafts = self._drafts(text.options, [*before, *text.ids])
         if not drafts:
-            return Continuation(self.decoder, self.new_step(), cache, sampler)
+            return Continuation(self.decoder, self.new_step(), cache, sampler, text.clock)
         lengths = self._draft_choice.lengths(text.options, self.policy, self.target_bits, drafts)
         return SpeculativeContinuation(
             self.decoder, self.new_step(), cache, sampler,
@@ -354,11 +355,15 @@ class Engine:
             context.begin_turn()
         try:
             began, left = clock(), limit
-            for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
+            for token, stepped, shared_ms, step_ms, sampling_ms in continuation.tokens(
+                text.ids, pilot.choose, limit
+            ):
                 left -= 1
                 ended = token in ends or token in stops
                 last = ended or left == 0
+                decoding = clock()
                 final = stream.push(None if ended else token, last)
+                text_ms = (clock() - decoding) * 1e3
                 weight_bytes: float = stepped.weight_bytes
                 if last or stream.stopped:
                     generation.stopped_by = end_reason(
@@ -368,18 +373,21 @@ class Engine:
                         cut=limit < options.max_new_tokens,
                     )
                     unused_ms, unused_bytes = continuation.unused()
-                    shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes
+                    shared_ms, step_ms = shared_ms + unused_ms, step_ms + unused_ms
+                    weight_bytes += unused_bytes
                 ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
                 first = left == limit - 1
                 step = Step(
                     token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
                     round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(),
-                    ms if first else None,
+                    ms if first else None, sampling_ms, text_ms,
+                    0.0 if first else max(0.0, ms - step_ms - sampling_ms - text_ms),
                 )  # fmt: skip
                 generation.steps.append(step)
                 yield step
                 if pilot.controller is not None:
-                    pilot.record(ms, step.bits)
+                    missed = pilot.record(ms, step.bits, Rest(step.sampling_ms, step.text_ms, step.other_ms))
+                    generation.missed = missed or generation.missed
                 if last or stream.stopped:
                     return
                 began = clock()

@@ -59,6 +59,7 @@ EVIDENCE = {
     "cpu_decode": Evidence("bench.cpu.cpu_decode", (*ENGINE, *REFERENCE_MODEL, "bench/cpu/cpu_vs_llama_cpp.py")),
     "cpu_load": Evidence("bench.cpu.cpu_load", ("dpllm/model", "quant", "dpllm/base", *CPU_KERNELS)),
     "cpu_prompt": Evidence("bench.cpu.cpu_prompt", ("dpllm/model", *CPU_KERNELS, "bench/cpu/cpu_attention.py")),
+    "cpu_sampling": Evidence("bench.cpu.cpu_sampling", ("dpllm/decode/sampling.py", *CPU_KERNELS)),
     "cpu_vs_llama_cpp": Evidence("bench.cpu.cpu_vs_llama_cpp", LLAMA_CPP, (*OTHER_PYTHON, "--rounds", "4")),
     "cpu_vs_llama_cpp_8b": Evidence(
         "bench.cpu.cpu_vs_llama_cpp", LLAMA_CPP,

@@ -107,7 +107,7 @@ class Pair:
     def aim(self, target: float) -> None:
         """The next tokens are to take so long; the fixed width is the one nearest to that."""
         self.held.hold_latency(target, self.cost)
-        ms = self.cost.weights_ms[0] + np.cumsum([0.0, *self.cost.plane_ms])
+        ms = self.cost.token_ms(self.cost.bits[0]) + np.cumsum([0.0, *self.cost.plane_ms])
         seed = self.held.decoder.groups[0].seed_bits
         self.fixed.set_policy("uniform", seed + int(np.abs(ms - target).argmin()))
 
@@ -152,7 +152,7 @@ def row(name: str, phase: str, target: float, both: list[tuple[float, float]]) -
 
 def growing(pair: Pair, rounds: int) -> list[dict]:
     """(a): a text from a short prompt."""
-    target = pair.cost.step_ms(4.0, pairs(pair.held, GROWING))
+    target = pair.cost.token_ms(4.0, pairs(pair.held, GROWING))
     pair.aim(target)
     texts = [list(pair.decode(GROWING)) for _ in range(rounds)]
     middle = GROWING // 2
@@ -164,7 +164,7 @@ def growing(pair: Pair, rounds: int) -> list[dict]:
 
 def loaded(pair: Pair, rounds: int, processes: int) -> list[dict]:
     """(b): alone, beside other programs, alone, one controller all the while."""
-    target = pair.cost.step_ms(5.0, pairs(pair.held, LOADED))
+    target = pair.cost.token_ms(5.0, pairs(pair.held, LOADED))
     pair.aim(target)
     found: dict[str, list] = {"before": [], "during": [], "after": []}
     for _ in range(rounds):
@@ -176,7 +176,7 @@ def loaded(pair: Pair, rounds: int, processes: int) -> list[dict]:
 
 def changing(pair: Pair, rounds: int) -> list[dict]:
     """(c): three targets within one text."""
-    targets = [pair.cost.step_ms(b, pairs(pair.held, 2 * CHANGING)) for b in (5.0, 3.5, 4.25)]
+    targets = [pair.cost.token_ms(b, pairs(pair.held, 2 * CHANGING)) for b in (5.0, 3.5, 4.25)]
     found: list[list] = [[], [], []]
     for _ in range(rounds):
         pair.aim(targets[0])

@@ -151,7 +151,7 @@ def timing(
     engine: Engine, cost: CostModel, prompt: str, bits: float, headrooms: Sequence[float], tokens: int, rounds: int
 ) -> list[dict]:  # fmt: skip
     """Decodes a text for each headroom and one at a fixed width, in turns; the target is what these bits take."""
-    target = cost.step_ms(bits, pairs(engine, tokens))
+    target = cost.token_ms(bits, pairs(engine, tokens))
     engines = [fixed(engine, bits), *(held(engine, cost, target, h) for h in headrooms)]
     found = []
     for _ in track(range(rounds), f"time at {bits:g} bits"):

@@ -73,7 +73,7 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
         cost = fit_cost_model(engine, fitted)
         for cell, steps in checked.items():
             read = statistics.mean(s.effective_bits for s in steps)  # few tokens are not on their target yet
-            told = cost.step_ms(read, steps[-1].kv_bytes / pair)
+            told = cost.token_ms(read, steps[-1].kv_bytes / pair)
             found[cell].append((told, statistics.median(s.ms for s in steps)))
     return [compared(name, *cell, pairs) for cell, pairs in found.items()]
 

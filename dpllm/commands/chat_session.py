@@ -45,6 +45,7 @@ class Session:
         self.conversation, self.engine, self.json = conversation, conversation.engine, json
         self.max_quality_loss, self.headroom = max_quality_loss, headroom
         self._open = True
+        self._said_of: float | None = None  # the time per token that was said to be out of reach
         self._saved: set[Path] = set()
         self.commands = {
             "/bits": SlashCommand(self._bits, "/bits 3", "Read exactly this width from the next token on."),
@@ -117,6 +118,9 @@ class Session:
             self._show("\n")
             stderr.print(answer_line(answer, stopped), style="dim", markup=False, soft_wrap=True)
         note_positions(self.engine, answer)
+        if (shortfall := answer.shortfall) is not None and shortfall.target_ms != self._said_of:
+            self._said_of = shortfall.target_ms  # once for each target
+            note(str(shortfall))
         if stats.positions_left < SPARE:
             note(
                 f"{max(0, stats.positions_left)} of the model's {stats.positions} positions are left. "
@@ -165,6 +169,7 @@ class Session:
     def _tpot(self, argument: str) -> None:
         tpot_ms = parsed_number("/tpot", argument, 30)
         self.hold(tpot_ms)
+        self._said_of = None
         note(f"{tpot_ms:g} ms per token, from the next token on.")
 
     def _stats(self, argument: str) -> None:

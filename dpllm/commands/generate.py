@@ -222,10 +222,13 @@ def generate(
     generation = engine.generate_with(text, options, context=about)
     stream(generation, show=not json)
     summary = summarize(engine, generation)
+    if not json:
+        sys.stdout.write("\n")
+    if generation.shortfall is not None:
+        note(str(generation.shortfall))
     if json:
         print_json(summary)
     else:
-        sys.stdout.write("\n")
         note(closing_line(summary, about))
     note_positions(engine, generation)
 

@@ -97,7 +97,7 @@ def profile(
 def _cost_table(cost: CostModel) -> Table:
     table = Table("effective bits", "ms/token")
     for bits, ms in zip(cost.bits, cost.weights_ms, strict=True):
-        table.add_row(f"{bits:.2f}", f"{ms:.3g}")
+        table.add_row(f"{bits:.2f}", f"{ms + cost.other_ms:.3g}")
     return table
 
 

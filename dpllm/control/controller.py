@@ -9,6 +9,12 @@
 2. Integral control on the logarithm of the time. It removes the error that remains because tokens read different
    numbers of bits.
 
+The target is the whole time of a token, as a user sees it. Bits change the decode step only. The rest (drawing the
+token, text, Python) is measured apart, and the step is given what the rest leaves of the target. Where that is less
+than the step takes at the fewest bits, the target is out of reach. Then `LatencyController.shortfall` says what takes
+the time, and the step may take the time of the fewest bits and SPARED of the rest: where the rest is long, bits are not
+given up for the little that they would save.
+
 `QueryBudget` is a token bucket that no query can overdraw.
 """
 
@@ -23,6 +29,10 @@ from dataclasses import dataclass
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
 from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_time import NO_REST, Rest, Shortfall
+
+SPARED = 0.05  # share of the rest that a step may take longer where the target is out of reach
+PATIENCE = 8  # tokens in a row for which a target is out of reach before that is said
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,16 @@ class LatencyController:
         """
         self.cost, self.options, self.prices = cost, options, prices
         self.target_ms = 0.0
-        self._ratios: deque[float] = deque(maxlen=options.window)  # log of measured over predicted time
+        self._ratios: deque[float] = deque(
+            maxlen=options.window
+        )  # log of measured over predicted time of the step
+        self._rests: deque[Rest] = deque(maxlen=options.window)
+        self.rest = Rest(other=cost.other_ms)  # medians
         self.slowdown = 0.0  # log of the factor by which the machine is slower than the cost model
         self.trim = 0.0  # log of the factor on the target that makes the median right
         self._bits: float | None = None
+        self._missed = 0  # tokens in a row for which the target was out of reach
+        self._pairs = 0.0  # of the last token
         self._saturated = 0  # -1 at the fewest bits, +1 at the most
         self._lock = threading.Lock()  # texts in several threads share what is known of the machine
         self.retarget(target_ms, least_bits)
@@ -95,7 +111,7 @@ class LatencyController:
         """
         if not (math.isfinite(target_ms) and target_ms > 0):
             raise InputError(f"a target of {target_ms:g} ms per token is impossible. Give a time above 0.")
-        self.target_ms, self._bits = target_ms, None
+        self.target_ms, self._bits, self._missed = target_ms, None, 0
         self._low = max(least_bits, self.cost.bits[0])
 
     def begin_text(self) -> LatencyController:
@@ -108,31 +124,53 @@ class LatencyController:
             return self._order(pairs)
 
     def _order(self, pairs: float) -> Order:
-        budget = self.target_ms * math.exp(self.trim - self.slowdown)  # in milliseconds of the cost model
+        rest, scale = (
+            self.rest.ms,
+            math.exp(self.trim - self.slowdown),
+        )  # scale: to milliseconds of the cost model
+        budget, out_of_reach = (self.target_ms - rest) * scale, self._out_of_reach(pairs)
+        if out_of_reach:
+            budget = self.cost.step_ms(self._low, pairs) + SPARED * rest * math.exp(-self.slowdown)
         bits, high = max(self.cost.bits_for(budget, pairs), self._low), self.cost.bits[-1]
-        self._saturated = -1 if bits <= self._low else 1 if bits >= high else 0
+        self._saturated = -1 if out_of_reach or bits <= self._low else 1 if bits >= high else 0
         if self._bits is None or self._saturated or abs(bits - self._bits) >= self.options.hysteresis:
             self._bits = bits
-        most = max(budget * self.options.headroom, self.cost.step_ms(self._bits, pairs)) - self.cost.kv_ms(
-            pairs
-        )
+        longest = (self.target_ms * self.options.headroom - rest) * scale
+        most = max(longest, self.cost.step_ms(self._bits, pairs)) - self.cost.kv_ms(pairs)
         return Order(self._bits, Allowance(round(most * 1e6), self.prices))
 
-    def record(self, ms: float, spent: int, pairs: float) -> None:
+    def _out_of_reach(self, pairs: float) -> bool:
+        return self.target_ms - self.rest.ms < self._shortest_step(pairs)
+
+    def _shortest_step(self, pairs: float) -> float:
+        return self.cost.step_ms(self._low, pairs) * math.exp(self.slowdown)
+
+    @property
+    def shortfall(self) -> Shortfall | None:
+        """Why the target is out of reach at any width; None where it is not, or has not been for PATIENCE tokens."""
+        if self._missed < PATIENCE:
+            return None
+        return Shortfall(self.target_ms, self._shortest_step(self._pairs), self._low, *self.rest)
+
+    def record(self, ms: float, spent: int, pairs: float, rest: Rest = NO_REST) -> None:
         """Learns from one token.
 
-        ms: the time it took. spent: the price of the widths it read, in ns. pairs: pairs that were in the cache. A time
-        that is not above 0 is ignored.
+        ms: the time it took. spent: the price of the widths it read, in ns. pairs: pairs that were in the cache. rest:
+        the part of `ms` that is not the decode step. A time that is not above 0 is ignored.
         """
         if not (math.isfinite(ms) and ms > 0):
             return  # the clock did not advance, so nothing was measured
         with self._lock:
-            self._record(ms, spent, pairs)
+            self._record(ms, spent, pairs, rest)
 
-    def _record(self, ms: float, spent: int, pairs: float) -> None:
-        self._ratios.append(math.log(ms / (spent * 1e-6 + self.cost.kv_ms(pairs))))
-        gain = max(self.options.gain, 1 / len(self._ratios))  # the first tokens count fully
-        self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
+    def _record(self, ms: float, spent: int, pairs: float, rest: Rest) -> None:
+        self._rests.append(rest)
+        self.rest, self._pairs = Rest(*map(statistics.median, zip(*self._rests, strict=True))), pairs
+        if (step_ms := ms - rest.ms) > 0:
+            self._ratios.append(math.log(step_ms / (spent * 1e-6 + self.cost.kv_ms(pairs))))
+            gain = max(self.options.gain, 1 / len(self._ratios))  # the first tokens count fully
+            self.slowdown += gain * (statistics.median(self._ratios) - self.slowdown)
+        self._missed = self._missed + 1 if self._out_of_reach(pairs) else 0
         over = math.log(ms / self.target_ms)
         # At an end of the range the bits cannot follow. An error summed up there would have to be removed later.
         if (self._saturated > 0 and over < 0) or (self._saturated < 0 and over > 0):
@@ -167,6 +205,10 @@ class QueryBudget:
         self.bits, self.rate, self.burst, self.prices = bits, rate, burst, prices
         self.level = burst
 
+    @property
+    def shortfall(self) -> None:
+        """There is none: the seed width is always within the rate."""
+
     def begin_text(self) -> QueryBudget:
         """The budget of a new query: every query has its own."""
         return QueryBudget(self.bits, self.rate, self.burst, self.prices)
@@ -175,6 +217,6 @@ class QueryBudget:
         """Returns the order for the next token. pairs: ignored, because the cache is not counted."""
         return Order(self.bits, Allowance(self.level + self.rate, self.prices))
 
-    def record(self, ms: float, spent: float, pairs: float = 0.0) -> None:
+    def record(self, ms: float, spent: float, pairs: float = 0.0, rest: Rest = NO_REST) -> None:
         """Takes in the bytes of planes, tables and scales that a token has read; time and cache make no difference."""
         self.level = min(self.burst, self.level + self.rate - math.ceil(spent))

@@ -24,7 +24,8 @@ class CostModel:
     device, overlay_hash, resident_bits: the device, overlay and mean resident width it was measured with. bits,
     weights_ms: the time of a step at these effective bits with an empty cache. pairs, attention_ms: the time that this
     number of pairs in the cache adds, over all layers and heads; both begin with 0. plane_ms: the time that each plane
-    beyond the seed width adds if every matrix reads it.
+    beyond the seed width adds if every matrix reads it. other_ms: the time of a token beside its step: drawing the
+    likeliest token, text, and Python.
     """
 
     device: str
@@ -35,10 +36,15 @@ class CostModel:
     pairs: tuple[float, ...]
     attention_ms: tuple[float, ...]
     plane_ms: tuple[float, ...]
+    other_ms: float = 0.0
 
     def step_ms(self, bits: float, pairs: float = 0.0) -> float:
-        """Returns the time of a token, in ms, at these effective bits with `pairs` pairs in the cache."""
+        """Returns the time of a step, in ms, at these effective bits with `pairs` pairs in the cache."""
         return float(np.interp(bits, self.bits, self.weights_ms)) + self.kv_ms(pairs)
+
+    def token_ms(self, bits: float, pairs: float = 0.0) -> float:
+        """Returns the time of a token, in ms: of its step, and of all that happens beside it."""
+        return self.step_ms(bits, pairs) + self.other_ms
 
     def kv_ms(self, pairs: float) -> float:
         """Returns the time, in ms, that attention to `pairs` pairs adds.
@@ -57,9 +63,9 @@ class CostModel:
         return float(np.interp(left, self.weights_ms, self.bits))
 
     def check(self, ms: float, pairs: float = 0.0, least_bits: float = 0.0) -> None:
-        """Raises InputError if a step takes longer than `ms` even at the fewest bits, or at `least_bits`."""
+        """Raises InputError if a token takes longer than `ms` even at the fewest bits, or at `least_bits`."""
         low = max(self.bits[0], least_bits)
-        fastest = self.step_ms(low, pairs)
+        fastest = self.token_ms(low, pairs)
         if not ms >= fastest:
             bound = " at this quality" if least_bits else ""
             raise InputError(
@@ -96,3 +102,5 @@ class CostModel:
                 raise ValueError("its tables do not ascend")
         if not self.plane_ms or not all(np.isfinite(ms) and ms >= 0 for ms in self.plane_ms):
             raise ValueError("the times of its planes are missing or negative")
+        if not (np.isfinite(self.other_ms) and self.other_ms >= 0):
+            raise ValueError("the time beside the step is negative or not a number")

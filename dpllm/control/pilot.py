@@ -7,6 +7,7 @@ from typing import Protocol
 
 from dpllm.control.controller import LatencyController, QueryBudget
 from dpllm.policies.base import PrecisionPolicy, TextPolicy
+from dpllm.policies.token_time import Rest, Shortfall
 
 
 class Piloted(Protocol):
@@ -44,10 +45,13 @@ class Pilot:
             text.steer(order.bits, order.allowance)
         return text
 
-    def record(self, ms: float, bits: Sequence[int]) -> None:
-        """Tells the controller how long a token took and what it read. The prompt, without bits, says nothing."""
-        if self.controller is not None and bits:
-            self.controller.record(ms, self.controller.prices.of(bits), self.pairs())
+    def record(self, ms: float, bits: Sequence[int], rest: Rest) -> Shortfall | None:
+        """Tells the controller how long a token took, how much of that was not the step, and what the token read. The
+        prompt, without bits, says nothing. Returns why the target is out of reach, where it is."""
+        if self.controller is None or not bits:
+            return None
+        self.controller.record(ms, self.controller.prices.of(bits), self.pairs(), rest)
+        return self.controller.shortfall
 
     def _follow(self) -> None:
         self._followed = None if self._own is not None else self.source.controller

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dpllm.decode.speculation.tally import Tally
+from dpllm.policies.token_time import Shortfall
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class Step:
 
     Tokens that one pass has checked share its time and its `weight_bytes`, those of drafting included; `bits` are those
     of the check.
+
+    sampling_ms, text_ms, other_ms: parts of `ms` that no width changes: drawing the token, turning it into text, and
+    other work around the step. `ms` does not contain what the consumer of the steps does between two of them.
     """
 
     token: int
@@ -32,6 +36,14 @@ class Step:
     kv_bytes: int
     bits: Sequence[int] = field(default=(), repr=False)
     ttft_ms: float | None = None
+    sampling_ms: float = 0.0
+    text_ms: float = 0.0
+    other_ms: float = 0.0
+
+    @property
+    def step_ms(self) -> float:
+        """The time of the decode step: reading weights and cache, and computing with them."""
+        return self.ms - self.sampling_ms - self.text_ms - self.other_ms
 
     @property
     def ms(self) -> float:
@@ -43,21 +55,23 @@ class Step:
 class GenerationStats:
     """Figures of a generation so far. The first token counts only as `ttft_ms`: it comes from reading the prompt.
 
-    tpot_ms: {"p50": ..., "p95": ...} over the other tokens, or None without any. effective_bits and
-    weight_bytes_per_token: means over the same tokens; None for a model that is not quantised. stopped_by: "end token",
-    "stop token", "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes
-    on. speculation:
-    what became of drafts.
+    tpot_ms: {"p50": ..., "p95": ...} over the other tokens, or None without any. time_ms: medians of the parts of that
+    time, "step", "sampling", "text" and "other" (see Step), or None. effective_bits and weight_bytes_per_token: means
+    over the same tokens; None for a model that is not quantised. stopped_by: "end token", "stop token",
+    "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes on. speculation:
+    what became of drafts. shortfall: why the time per token to hold was out of reach at any width; None where it was not.
     """
 
     new_tokens: int
     ttft_ms: float | None
     tpot_ms: dict[str, float] | None
+    time_ms: dict[str, float] | None
     effective_bits: float | None
     weight_bytes_per_token: int | None
     kv_bytes: int
     stopped_by: str | None
     speculation: dict[str, float | int | None]
+    shortfall: Shortfall | None
 
 
 class Generation:
@@ -71,6 +85,7 @@ class Generation:
         self.steps: list[Step] = []
         self.tally = tally
         self.stopped_by: str | None = None
+        self.missed: Shortfall | None = None  # the last time that a target was out of reach
         self._running: Generator[Step, None, None] = _no_steps()
         self._quantized = quantized
 
@@ -101,6 +116,13 @@ class Generation:
         return self.text
 
     @property
+    def shortfall(self) -> Shortfall | None:
+        """Why the time per token to hold was out of reach at any width; None where most tokens were in time."""
+        if self.missed is None or np.median([s.ms for s in self.steps[1:]]) <= self.missed.target_ms:
+            return None
+        return self.missed
+
+    @property
     def stats(self) -> GenerationStats:
         """Figures of the steps so far."""
         decoded = self.steps[1:]
@@ -113,6 +135,7 @@ class Generation:
             new_tokens=len(self.steps),
             ttft_ms=round(self.steps[0].ms, 3) if self.steps else None,
             tpot_ms={f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
+            time_ms=_parts(decoded) if decoded else None,
             effective_bits=round(float(np.mean([s.effective_bits for s in decoded])), 4) if dynamic else None,
             weight_bytes_per_token=round(float(np.mean([s.weight_bytes for s in decoded])))
             if dynamic
@@ -120,7 +143,13 @@ class Generation:
             kv_bytes=self.steps[-1].kv_bytes if self.steps else 0,
             stopped_by=self.stopped_by,
             speculation=tally.summary(),
+            shortfall=self.shortfall,
         )
+
+
+def _parts(steps: Sequence[Step]) -> dict[str, float]:
+    names = ("step", "sampling", "text", "other")
+    return {n: round(float(np.median([getattr(s, f"{n}_ms") for s in steps])), 3) for n in names}
 
 
 def _no_steps() -> Generator[Step, None, None]:

@@ -2,18 +2,27 @@
 
 The order is penalty, temperature, top-k, top-p, min-p, each with the numbers of transformers' LogitsProcessor of the
 same name (tests/unit/test_sampling.py compares them).
+
+A token is the winner of a race. Each token has a clock that rings after an exponential time of mean 1 / probability,
+and the first to ring is drawn. Clocks depend on the seed, the number of the draw and the token alone. So two similar
+distributions that share the clocks mostly agree, which drafts rely on (dpllm/decode/speculation/continuation.py).
+The functions of this file define what the native library computes (kernels/cpu/src/draw.h).
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
+from dpllm.kernels.cpu.kernels import CpuKernels
+from dpllm.kernels.cpu.library import Draw
 
 
 @dataclass(frozen=True)
@@ -54,67 +63,107 @@ class SamplingOptions:
 
 
 class SamplerState(NamedTuple):
-    """What the next draw depends on: state of the random numbers (None: none are used), count of penalised tokens."""
+    """What the next draw depends on: the number of draws so far, the count of penalised tokens."""
 
-    random: Tensor | None
+    draws: int
     seen: int
 
 
 class Sampler:
     """Draws the tokens of one text. On a GPU nothing but the token leaves the device."""
 
-    def __init__(
-        self, options: SamplingOptions = SamplingOptions(), generator: torch.Generator | None = None
-    ):
-        self.options = options
-        if generator is None:
-            generator = torch.Generator()
-            # Without a seed, torch.manual_seed still decides what is drawn.
-            seed = int(torch.randint(2**62, ())) if options.seed is None else options.seed
-            generator.manual_seed(seed)
-        self.generator = generator
-        self._penalised: dict[
-            int, None
-        ] = {}  # tokens of the text, in their order; a set that can be cut back
+    def __init__(self, options: SamplingOptions = SamplingOptions(), kernels: CpuKernels | None = None):
+        """kernels: draw from logits on a CPU. Without them, torch does."""
+        self.options, self.kernels = options, kernels
+        # Without a seed, torch.manual_seed still decides what is drawn.
+        seed = int(torch.randint(2**62, ())) if options.seed is None else options.seed
+        self._draw = Draw(
+            temperature=options.temperature, top_p=options.top_p, min_p=options.min_p,
+            penalty=options.repetition_penalty, seed=seed % 2**64, top_k=min(options.top_k, 2**31 - 1),
+        )  # fmt: skip
+        self._known: set[int] = set()
+        self._seen = array("q")  # the same tokens in their order: penalised, and cut back by `go_back`
 
     def read(self, tokens: Iterable[int]) -> None:
         """Takes in tokens of the text that were not drawn here: the prompt."""
-        if self.options.repetition_penalty != 1:
-            self._penalised.update(dict.fromkeys(tokens))
+        if self.options.repetition_penalty == 1:
+            return
+        for token in tokens:
+            if token not in self._known:
+                self._known.add(token)
+                self._seen.append(token)
 
     def __call__(self, logits: Tensor) -> int:
         """One token id from logits [vocab]."""
-        options = self.options
-        if options.repetition_penalty != 1 and self._penalised:
-            logits = penalised(logits, list(self._penalised), options.repetition_penalty)
-        if options.temperature == 0:
-            token = int(logits.argmax())
-        elif logits.device.type != "cpu":
-            token = int(drawn(logits, options, float(torch.rand((), generator=self.generator))))
+        options, how = self.options, self._draw
+        if self.kernels is not None and logits.device.type == "cpu":
+            how.seen, how.seen_count = self._seen.buffer_info()
+            token = self.kernels.draw(logits, how)
         else:
-            token = int(torch.multinomial(probabilities(logits, options), 1, generator=self.generator))
-        self.read((token,))
+            if self._seen:
+                logits = penalised(logits, self._seen.tolist(), options.repetition_penalty)
+            if options.temperature == 0:
+                token = int(logits.argmax())
+            elif logits.device.type == "cpu":
+                token = first_to_ring(probabilities(logits, options), how.seed, how.number)
+            else:
+                u = uniform(np.asarray([NO_TOKEN], np.uint32), how.seed, how.number)
+                token = int(drawn(logits, options, float(u[0])))
+        how.number += 1
+        if options.repetition_penalty != 1 and token not in self._known:
+            self._known.add(token)
+            self._seen.append(token)
         return token
 
     def state(self) -> SamplerState:
         """What the next draw depends on."""
-        random = None if self.options.temperature == 0 else self.generator.get_state()
-        return SamplerState(random, len(self._penalised))
+        return SamplerState(self._draw.number, len(self._seen))
 
     def go_back(self, state: SamplerState) -> None:
         """Makes the next draws those that followed `state`."""
-        if state.random is not None:
-            self.generator.set_state(state.random)
-        while len(self._penalised) > state.seen:
-            self._penalised.popitem()
+        self._draw.number = state.draws
+        while len(self._seen) > state.seen:
+            self._known.remove(self._seen.pop())
 
     def twin(self) -> Sampler:
-        """Another sampler that will draw with the same random numbers, without using this one's up."""
-        generator = torch.Generator()
-        generator.set_state(self.generator.get_state())
-        twin = Sampler(self.options, generator)
-        twin._penalised = dict(self._penalised)
+        """Another sampler that will draw with the same clocks, without using this one's up."""
+        twin = Sampler(self.options, self.kernels)
+        twin._draw = Draw.from_buffer_copy(self._draw)
+        twin._known, twin._seen = set(self._known), array("q", self._seen)
         return twin
+
+
+NO_TOKEN = 2**32 - 1  # the clock that drives a draw with a single random number
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+
+
+def uniform(tokens: np.ndarray, seed: int, number: int) -> np.ndarray:
+    """float64 [n]: random numbers in (0, 1) of tokens uint32 [n] in the draw of this number.
+
+    Threefry-2x32 with 13 rounds (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+    keys = [np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)]
+    keys.append(np.uint32(0x1BD11BDA) ^ keys[0] ^ keys[1])
+    a, b = tokens + keys[0], np.full_like(tokens, number % 2**32) + keys[1]
+    for i in range(13):
+        left, right = np.uint32(ROTATIONS[i % 8]), np.uint32(32 - ROTATIONS[i % 8])
+        a = a + b
+        b = (b << left | b >> right) ^ a
+        if i % 4 == 3:
+            turn = i // 4 + 1
+            a, b = a + keys[turn % 3], b + keys[(turn + 1) % 3] + np.uint32(turn)
+    words = a.astype(np.uint64) << np.uint64(32) | b.astype(np.uint64)
+    return (words.astype(np.float64) + 0.5) * 2.0**-64
+
+
+def first_to_ring(p: Tensor, seed: int, number: int) -> int:
+    """The token of the first clock to ring. p: float64 [vocab], probabilities up to a factor."""
+    kept = p.nonzero()[:, 0]
+    if not len(kept):
+        return 0
+    with np.errstate(divide="ignore"):  # a clock may never ring
+        clocks = -np.log1p(-uniform(kept.numpy().astype(np.uint32), seed, number))
+    return int(kept[(p[kept] / torch.from_numpy(clocks)).argmax()])
 
 
 def penalised(logits: Tensor, tokens: list[int], penalty: float) -> Tensor:
@@ -133,7 +182,9 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
         scores = scores.masked_fill(scores < least, -torch.inf)
     p = scores.softmax(-1)
     if options.top_p < 1:
-        ranked, order = p.sort(descending=True)
+        # Of equally likely tokens the later one counts as likelier, as with transformers.
+        order = scores.argsort(stable=True).flip(0)
+        ranked = p[order]
         ranked[ranked.cumsum(-1) - ranked >= options.top_p] = 0
         p = torch.zeros_like(p).scatter_(0, order, ranked)
     if options.min_p > 0:
@@ -144,7 +195,7 @@ def probabilities(logits: Tensor, options: SamplingOptions) -> Tensor:
 def drawn(logits: Tensor, options: SamplingOptions, u: float) -> Tensor:
     """int64 [1]: the token at u in [0, 1) of the distribution function, likeliest tokens first. logits: [vocab].
 
-    `torch.multinomial` draws other tokens from the same distribution.
+    `first_to_ring` draws other tokens from the same distribution.
     """
     p, order = ((logits.float() - logits.max()) / options.temperature).softmax(-1).sort(descending=True)
     up_to = p.double().cumsum(-1)

@@ -2,8 +2,8 @@
 
 The measurement takes a few seconds. It is stored once for each overlay and device. A step's time is the time to read
 the weights at some effective bits plus the time to attend to the pairs in the cache. Both are tables of measured points
-with linear interpolation between them. A timed step includes everything that a user waits for: the native call, the
-policy's decisions, sampling and the Python code around them.
+with linear interpolation between them. What a user waits for besides is one number: drawing a token, text, and the
+Python code around them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def steps_at(engine: Engine, cell: Cell, cache: KVCache | None = None) -> list[S
 
 def fit_cost_model(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
     """Fits the cost model to the steps of every cell of `cells_of`."""
-    ms = {cell: statistics.median(s.ms for s in steps) for cell, steps in taken.items()}
+    ms = {cell: statistics.median(s.step_ms for s in steps) for cell, steps in taken.items()}
+    beside = [s.ms - s.step_ms for steps in taken.values() for s in steps]
     read = {cell: statistics.mean(s.effective_bits for s in steps) for cell, steps in taken.items()}
     empty = [cell for cell in taken if not cell.context]
     filled = [cell for cell in taken if cell.context]
@@ -164,6 +165,7 @@ def fit_cost_model(engine: Engine, taken: dict[Cell, list[Step]]) -> CostModel:
         pairs=(0.0, *(float(cell.context * heads) for cell in filled)),
         attention_ms=_rising([0.0, *(max(0.0, a) for a in added)]),
         plane_ms=plane_times(engine, [Timed(taken[cell], ms[cell], not cell.uniform) for cell in empty]),
+        other_ms=statistics.median(beside),
     )  # fmt: skip
 
 

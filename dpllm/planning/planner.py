@@ -181,7 +181,7 @@ class Planner:
         """Returns one plan for each share of the cache, with every plane held."""
         m, found = self.inputs, []
         planes = max(m.held)
-        weights_ms, read = self.cost.step_ms(bits), m.read_bytes(bits)
+        weights_ms, read = self.cost.token_ms(bits), m.read_bytes(bits)
         for keep in keeps:
             pairs = keep * context * m.pairs
             ms, kv = weights_ms + self.cost.kv_ms(pairs), round(pairs * m.pair_bytes)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels.cpu.library import STORAGE, Handle, Matrix, load_library
+from dpllm.kernels.cpu.library import STORAGE, Draw, Handle, Matrix, load_library
 from dpllm.kernels.weight import BitplaneWeight, Int8Weight, QuantizedWeight
 
 BLOCK_BYTES = 16 << 20  # bytes of weights dequantised at a time, where torch multiplies in bfloat16
@@ -236,6 +236,17 @@ class CpuKernels:
             None if offsets is None else offsets.data_ptr(), best.data_ptr(),
         )  # fmt: skip
         return best.unflatten(0, (len(k), -1))
+
+    def draw(self, logits: Tensor, how: Draw) -> int:
+        """Draws a token from logits [V], as dpllm/decode/sampling.py defines it.
+
+        It uses no thread of the pool, so that texts need not take turns.
+        """
+        if logits.ndim != 1 or not len(logits):
+            raise ValueError(f"logits {list(logits.shape)} are not one row of a vocabulary.")
+        plain = logits.dtype == torch.float32 and logits.is_contiguous()
+        values, handle = logits if plain else _floats(logits), self.handle
+        return handle.lib.dpllm_draw(handle.context, values.data_ptr(), len(values), ctypes.byref(how))
 
     def read_bandwidth(self, memory: Tensor) -> float:
         """Bytes per second of one plain parallel read of all of `memory`, which should be larger than any cache."""

@@ -28,6 +28,7 @@ STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int32
 Long = ctypes.c_int64
+Double = ctypes.c_double
 
 
 class Matrix(ctypes.Structure):
@@ -46,6 +47,16 @@ class Accuracy(ctypes.Structure):
 
     __slots__ = ()
     _fields_ = (("table_digits", Int * WIDTHS), ("x_digits", Int * WIDTHS))
+
+
+class Draw(ctypes.Structure):
+    """`Draw` of draw.h."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("temperature", Double), ("top_p", Double), ("min_p", Double), ("penalty", Double), ("seen", Pointer),
+        ("seen_count", Long), ("seed", ctypes.c_uint64), ("number", ctypes.c_uint32), ("top_k", Int),
+    )  # fmt: skip
 
 
 # Digits (1: int8, 2: 16 bits) of tables and of activations at widths 2..8. `balanced` uses two digits where that takes
@@ -113,6 +124,7 @@ def load_library() -> ctypes.CDLL:
             None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Int, Int, Int, ctypes.c_float,
             Pointer, Pointer,
         ),
+        "dpllm_draw": (Int, Pointer, Pointer, Int, Pointer),
         "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
         "dpllm_step_open": (Pointer, Pointer, Pointer),
         "dpllm_step_close": (None, Pointer),

@@ -48,7 +48,7 @@ def test_lookup_goes_on_with_a_growing_text():
 
 
 def drawing(seed: int) -> Sampler:
-    return Sampler(SamplingOptions(temperature=1.0), torch.Generator().manual_seed(seed))
+    return Sampler(SamplingOptions(temperature=1.0, seed=seed))
 
 
 # -- sampling -----------------------------------------------------------------------------------------------
@@ -103,9 +103,7 @@ def test_sampling_is_unbiased(tiny, monkeypatch, source, temperature, top_p):
     # The first token, drawn from the prompt, is always 0.
     first = Stepped(torch.full((1, VOCABULARY), -1e9).index_fill(1, torch.tensor([0]), 0.0), None, 0, 0.0, 0)
     expected, draws = exact(tiny, temperature, top_p), 2500
-    sampler = Sampler(
-        SamplingOptions(temperature=temperature, top_p=top_p), torch.Generator().manual_seed(11)
-    )
+    sampler = Sampler(SamplingOptions(temperature=temperature, top_p=top_p, seed=11), decoder.backend.cpu)
     counts = torch.zeros_like(expected)
     cache, own = decoder.new_cache(8), SelfDraft(decoder, 2, NativeStep.of(decoder))
     accepted = rejected = 0
@@ -140,7 +138,8 @@ def test_shared_clocks_accept_about_what_two_distributions_have_in_common(tiny):
     )
     d = 0.5 * float((draft - wide).abs().sum())
     assert 0.05 < d < 0.9
-    sampler, agreed, draws = drawing(1), 0, 20_000
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=1), decoder.backend.cpu)
+    agreed, draws = 0, 20_000
     for _ in range(draws):
         guess = sampler.twin()(draft.log())
         agreed += sampler(wide.log()) == guess
@@ -156,4 +155,3 @@ def test_a_sampler_goes_back():
     assert [twin(logits) for _ in range(5)] == first
     sampler.go_back(state)
     assert [sampler(logits) for _ in range(5)] == first
-    assert Sampler().twin().state().random is None

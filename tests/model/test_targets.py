@@ -14,7 +14,9 @@ from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.options import GenerateOptions
+from dpllm.decode.sampling import Sampler
 from dpllm.decode.step import DecoderStep
+from dpllm.decode.text_stream import TextStream
 from dpllm.model.loading import LoadOptions
 from dpllm.opening import open_engine
 from dpllm.planning import quality_model as quality
@@ -172,6 +174,85 @@ def test_generation_holds_a_time_per_token(engine, monkeypatch):
         assert np.percentile(part, 95) / target < 1.13
 
 
+COST = {
+    "bits": (2.0, 4.0, 6.0), "weights_ms": (10.0, 18.0, 26.0), "pairs": (0.0, 1e5), "attention_ms": (0.0, 1.0),
+    "plane_ms": (4.0,) * 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def simulated(engine, monkeypatch):
+    """(cost model, clock) of a machine on which drawing a token takes 5 ms, and turning it into text 1 ms."""
+    native_step(engine)
+    cost = CostModel(device_name(engine), engine.profile.overlay_hash, 6.0, **COST)
+    clock = Clock(cost, monkeypatch)
+
+    def takes(ms, function):
+        def slower(*arguments):
+            clock.now += ms / 1e3
+            return function(*arguments)
+
+        return slower
+
+    monkeypatch.setattr(Sampler, "__call__", takes(5.0, Sampler.__call__))
+    monkeypatch.setattr(TextStream, "push", takes(1.0, TextStream.push))
+    return cost, clock
+
+
+SAMPLED = GenerateOptions(120, temperature=1.0, seed=0, ignore_eos=True)
+
+
+def test_sampling_text_and_the_consumer_are_not_taken_for_weights(engine, simulated):
+    cost, clock = simulated
+    engine.hold_latency(21.0, cost)
+    steps = []
+    generation = engine.generate_with(PROMPT, SAMPLED, clock=clock)
+    for step in generation:
+        steps.append(step)
+        clock.now += 0.5  # of the consumer
+    settled = steps[20:]
+    assert np.median([s.ms for s in settled]) == pytest.approx(21.0, rel=0.03)
+    beside = np.asarray([(s.sampling_ms, s.text_ms, s.other_ms) for s in settled])
+    assert beside == pytest.approx(np.tile([5.0, 1.0, 0.0], (len(settled), 1)), abs=1e-6)
+    assert abs(engine.controller.slowdown) < 0.05, "the step is as fast as predicted"
+    stats = generation.stats
+    assert (stats.time_ms["sampling"], stats.time_ms["text"], stats.time_ms["other"]) == (5.0, 1.0, 0.0)
+    assert stats.time_ms["step"] == pytest.approx(15.0, rel=0.05)
+    assert stats.shortfall is None
+
+
+def test_tokens_of_one_pass_share_its_parts(engine, simulated):
+    """Drawing takes 5 ms for each token that is drawn, also where a draft is checked."""
+    cost, clock = simulated
+    engine.hold_latency(30.0, cost)
+    options = GenerateOptions(60, speculate="lookup", ignore_eos=True)
+    generation = engine.generate_with("x = [1, 2, 1, 2, 1, 2, 1, 2,", options, clock=clock)
+    steps = list(generation)[1:]
+    assert generation.tally.accepted > 5
+    assert [s.sampling_ms for s in steps] == pytest.approx([5.0] * len(steps))
+    assert sum(s.ms for s in steps) == pytest.approx(
+        sum(s.step_ms + s.sampling_ms + s.text_ms + s.other_ms for s in steps)
+    )
+    assert min(s.step_ms for s in steps) > -1e-6
+
+
+def test_a_time_that_no_width_can_meet_is_said(engine, simulated):
+    cost, clock = simulated
+    engine.hold_latency(11.0, cost)  # 10 at the fewest bits, but 6 are needed besides
+    generation = engine.generate_with(PROMPT, SAMPLED, clock=clock)
+    for _ in generation:
+        pass
+    found = generation.stats.shortfall
+    assert (found.target_ms, found.bits) == (11.0, engine.controller.cost.bits[0])
+    assert (found.sampling_ms, found.text_ms) == (pytest.approx(5.0), pytest.approx(1.0))
+    assert found.step_ms == pytest.approx(10.0, rel=0.1)
+    generation.steps[1:] = [replace(s, tpot_ms=9.0) for s in generation.steps[1:]]
+    assert generation.shortfall is None, "a target that was missed for a while, but not by most tokens"
+    engine.hold_latency(40.0, cost)
+    later = engine.generate_with(PROMPT, replace(SAMPLED, max_new_tokens=30), clock=clock)
+    assert later.text and later.stats.shortfall is None
+
+
 # -- measured models -----------------------------------------------------------------------------------------
 
 
@@ -182,6 +263,7 @@ def test_cost_is_measured_once_and_kept(engine):
     assert cost_of(engine, progress=lambda *_: pytest.fail("measured again")) == cost
     assert cost.bits[0] < 2.2 and cost.bits[-1] > 5.8
     assert cost.step_ms(4, 1e5) > cost.step_ms(4) > 0
+    assert 0 < cost.other_ms < cost.step_ms(4) and cost.token_ms(4) == cost.step_ms(4) + cost.other_ms
     cost_path(engine).write_text("{}")
     assert cost_of(engine) != cost, "a damaged cache is measured again"
 

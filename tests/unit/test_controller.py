@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
-from dpllm.control.controller import ControlOptions, LatencyController, QueryBudget
+from dpllm.control.controller import PATIENCE, SPARED, ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.cost_measurement import Timed, plane_times
 from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_time import NO_REST, Rest
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
@@ -45,10 +47,15 @@ class Machine:
         self.factor: Callable[[int], float] = lambda t: 1.0
 
     def run(
-        self, controller: LatencyController | None, tokens: int, pairs=lambda t: 0.0, at=lambda t, c: None
+        self,
+        controller: LatencyController | None,
+        tokens: int,
+        pairs=lambda t: 0.0,
+        at=lambda t, c: None,
+        rest=lambda t: NO_REST,
     ):
-        """ms of each token; at(t, controller) may change the target."""
-        taken = []
+        """ms of each token; at(t, controller) may change the target. rest(t): time beside the step."""
+        taken, self.bits = [], []
         for t in range(tokens):
             bits = 3.5
             if controller is not None:
@@ -58,10 +65,11 @@ class Machine:
                 bits = min(max(wanted, 2.0), COST.bits_for(order.allowance.most / 1e6))
             slow = 1.6 if self.rng.random() < 0.01 else 1.0
             noise = math.exp(self.rng.normal() * self.noise)
-            ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow
+            ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow + rest(t).ms
             if controller is not None:
-                controller.record(ms, spent(bits), pairs(t))
+                controller.record(ms, spent(bits), pairs(t), rest(t))
             taken.append(ms)
+            self.bits.append(bits)
         return np.asarray(taken)
 
 
@@ -178,6 +186,89 @@ def test_headroom_bounds_a_single_token():
 def test_a_headroom_below_one_is_refused(headroom):
     with pytest.raises(InputError, match=r"headroom is .*; it must be 1 or more"):
         ControlOptions(headroom=headroom)
+
+
+# -- time that is not the step's ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("speed", [0.6, 1.5])
+def test_the_whole_time_of_a_token_is_held(seed, speed):
+    """A rest of 6 ms: the step gets what is left, and the tail is that of a fixed width."""
+    machine, rest = Machine(seed), Rest(sampling=5.0, text=0.4, other=0.6)
+    machine.factor = lambda t: speed
+    target = 17.0 * speed + rest.ms
+    ms = machine.run(controller_for(target), 200, rest=lambda t: rest)
+    holds(ms[SETTLED:], target, Machine(seed + 100).run(None, 2000))
+    assert np.mean(machine.bits[SETTLED:]) == pytest.approx(COST.bits_for(17.0), abs=0.2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rest_that_comes_and_goes(seed):
+    def rest(t):
+        return Rest(sampling=7.0 if 100 <= t < 200 else 0.1)
+
+    ms = Machine(seed).run(controller_for(22.0), 300, rest=rest)
+    fixed = Machine(seed + 100).run(None, 2000)
+    for first in (0, 100, 200):
+        holds(ms[first + SETTLED : first + 100], 22.0, fixed, bar=1.14)
+
+
+def test_a_rest_is_not_a_slow_machine():
+    """What is known of the machine's speed concerns the step alone."""
+    controller = controller_for(30.0)
+    Machine(0).run(controller, 100, rest=lambda t: Rest(sampling=10.0))
+    assert abs(controller.slowdown) < 0.03
+
+
+def test_a_single_token_may_take_the_headroom_with_its_rest():
+    controller = LatencyController(COST, 30.0, PRICES, ControlOptions(headroom=1.2))
+    for _ in range(10):
+        controller.record(24.0, spent(3.0), 0, Rest(sampling=10.0))
+    assert controller.order(0).allowance.most == pytest.approx((30 * 1.2 - 10) * 1e6, rel=0.15)
+    assert controller.order(0).allowance.most < 29e6, "not 1.2 times the target besides the rest"
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.5])
+@pytest.mark.parametrize(("target", "rest"), [
+    (12.0, Rest(sampling=5.0, text=0.5, other=0.25)),  # no bits are few enough for what the rest leaves
+    (5.0, Rest(sampling=17.0)),  # the rest alone takes longer
+    (5.0, NO_REST),  # the fewest bits alone take longer
+])  # fmt: skip
+def test_a_target_out_of_reach_is_said_with_what_takes_the_time(target, rest, speed):
+    controller, machine = controller_for(target), Machine(1, noise=0.0)
+    machine.factor = lambda t: speed
+    machine.run(controller, PATIENCE - 1, rest=lambda t: rest)
+    assert controller.shortfall is None, "a few tokens are no evidence"
+    ms = machine.run(controller, 60, rest=lambda t: rest)
+    found = controller.shortfall
+    assert (found.target_ms, found.bits) == (target, 2.0)
+    assert (found.sampling_ms, found.text_ms, found.other_ms) == rest
+    assert found.step_ms == pytest.approx(10.0 * speed, rel=0.1)
+    assert found.shortest_ms == pytest.approx(10.0 * speed + rest.ms, rel=0.1)
+    assert f"sampling {rest.sampling:.2g}," in str(found) and "Ask for" in str(found)
+    assert np.median(ms) < 1.06 * (10.0 * speed + rest.ms), "it is nearly as short as it can be"
+    controller.retarget(40.0 * speed + rest.ms)
+    assert controller.shortfall is None
+    machine.run(controller, 60, rest=lambda t: rest)
+    assert controller.shortfall is None, "the new one is within reach"
+
+
+def test_bits_are_not_given_up_for_what_they_cannot_change():
+    """A rest of 200 ms and a target of 20: with most bits the token is longer by a twentieth, and they are read."""
+    controller = controller_for(20.0)
+    Machine(0).run(controller, 60, rest=lambda t: Rest(sampling=200.0))
+    assert controller.order(0).bits == pytest.approx(COST.bits_for(10.0 + SPARED * 200.0), abs=0.1)
+    close = controller_for(12.0)
+    Machine(0).run(close, 60, rest=lambda t: Rest(sampling=4.0))
+    assert close.order(0).bits < 2.1, "but where they matter, the time comes first"
+
+
+def test_the_cost_model_knows_of_the_rest_before_the_first_token():
+    controller = LatencyController(replace(COST, other_ms=3.0), 20.0, PRICES)
+    assert controller.order(0).bits == pytest.approx(COST.bits_for(17.0))
+    with pytest.raises(InputError, match="the fastest here is 13 ms"):
+        replace(COST, other_ms=3.0).check(12.5)
 
 
 # -- budgets -------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ draft are overwritten by those of the pass.
 What is accepted is decided by drawing: from each row of the pass the next token is drawn as ever, with the numbers that
 plain decoding would draw with, and the round goes on while that is the token that was drafted. So a text is what plain
 decoding makes of it, greedy or sampled, whatever the draft and however long. A draft at a temperature draws with the
-same numbers from its own logits: torch's `multinomial` is a race of exponential clocks, one a token, and two similar
-distributions that share the clocks mostly agree (Daliri, Musco and Suresh 2024, arXiv:2408.07978). The rule of
-Leviathan et al. 2023 (arXiv:2211.17192) accepts slightly more, 1 - d at a total variation d where this is at least
+same numbers from its own logits: a draw is a race of exponential clocks, one a token (dpllm/decode/sampling.py), and
+two similar distributions that share the clocks mostly agree (Daliri, Musco and Suresh 2024, arXiv:2408.07978). The rule
+of Leviathan et al. 2023 (arXiv:2211.17192) accepts slightly more, 1 - d at a total variation d where this is at least
 (1 - d) / (1 + d); but there the text depends on how much was drafted, here on how long things took.
 
 Exact means: with the native step, whose rows are bit for bit those of single steps. Elsewhere a pass over several
@@ -19,12 +19,12 @@ tokens may round otherwise than single ones; tokens then differ where two are le
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dpllm.decode.continuation import Choose, Continuation, Decoded, read_prompt
+from dpllm.decode.continuation import Choose, Clock, Continuation, Decoded, read_prompt
 from dpllm.decode.cpu_step import NativeStep
 from dpllm.decode.sampling import Sampler, SamplerState
 from dpllm.decode.speculation.draft_length import DraftLengths
@@ -34,8 +34,6 @@ from dpllm.decode.step import DecoderStep, Stepped, TokenStep
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import TextPolicy, WidthSums
-
-Clock = Callable[[], float]
 
 
 class SpeculativeContinuation(Continuation):
@@ -51,8 +49,8 @@ class SpeculativeContinuation(Continuation):
         drafts: Sequence[Draft], lengths: DraftLengths, clock: Clock, before: Sequence[int] = (),
     ):  # fmt: skip
         """before: the tokens that the cache holds. lengths: may be shared with texts that have taught it."""
-        super().__init__(decoder, step, cache, sampler)
-        self.drafts, self.lengths, self.clock = drafts, lengths, clock
+        super().__init__(decoder, step, cache, sampler, clock)
+        self.drafts, self.lengths = drafts, lengths
         self.tally = Tally()
         self.ids = list(before)  # all that the cache has read, and the last token
         self._by_torch = DecoderStep(decoder)
@@ -114,13 +112,15 @@ class SpeculativeContinuation(Continuation):
         self.cache.rewind(start)
         checking = self.clock()
         logits, bits, read = self._check([self.ids[-1], *drafted], text)
+        checked = self.clock()
         draws = self._accept(logits, drafted)
+        sampled = self.clock() - checked
         ended, accepted = self.clock(), len(draws) - 1
         self.cache.rewind(start + len(draws))
         draft_ms, check_ms = (checking - began) * 1e3, (ended - checking) * 1e3
         self.lengths.record(source, len(drafted), accepted, draft_ms, check_ms)
         self.tally.add(len(drafted), accepted)
-        share = (draft_ms + check_ms) / len(draws)
+        share, sampling_ms = (draft_ms + check_ms) / len(draws), sampled * 1e3 / len(draws)
         drafts = len(drafted) * self.drafts[source].nbytes if drafted else 0
         weight_bytes = round((read + drafts) / len(draws))
         effective = None if bits is None else self._sums.effective_bits(bits).tolist()
@@ -132,7 +132,8 @@ class SpeculativeContinuation(Continuation):
                 0.0 if effective is None else effective[i],
                 weight_bytes,
             )
-            self._ready.append((Decoded(token, stepped, share if i else share - draft_ms - check_ms), state))
+            extra = share if i else share - draft_ms - check_ms
+            self._ready.append((Decoded(token, stepped, extra, share - sampling_ms, sampling_ms), state))
 
     def _draft(self, room: int, text: TextPolicy | None) -> tuple[int, list[int]]:
         """(number of the source, tokens drafted); no tokens where no draft is worth its time, or none is found."""

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "context.h"
+#include "draw.h"
 
 #define DPLLM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -60,6 +61,9 @@ DPLLM_EXPORT void dpllm_prompt_attention(Context* c, const float* q, const void*
 DPLLM_EXPORT void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads,
                                         int kv_heads, int dim, int length, int column, int columns, float scale,
                                         const float* offset, float* best);
+
+// The token that is drawn from logits [n]. Any number of threads may call this with one handle at a time.
+DPLLM_EXPORT int dpllm_draw(const Context* c, const float* logits, int n, const dpllm::Draw* how);
 
 // Bytes per second of a plain parallel read of `bytes` from memory.
 DPLLM_EXPORT double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes);

@@ -152,6 +152,15 @@ struct Isa {
   void (*attention_peaks)(const PromptQueries& p, const float* offset, int column, int columns, float* scratch,
                           float* best);
 
+  // For drawing a token, see draw.h. NaN counts as the smallest value there is.
+  void (*block_largest)(const float* x, int n, float* out);  // of each kDrawBlock values
+  // Weights exp((x - top) * inverse), 0 below kLeastScore, to out. Returns their sum.
+  double (*exponentials)(const float* x, int n, float top, float inverse, float* out);
+  double (*sum_above)(const float* x, const float* weights, int n, float least);  // of weights[i] where x[i] >= least
+  // The index of the largest weights[i] / -log(1 - u), with a random u for each token ids[i] (null: i); -1 where all
+  // weights are 0.
+  int (*race)(const int32_t* ids, const float* weights, int n, uint64_t seed, uint32_t number);
+
   void (*store)(const float* x, Storage storage, void* y, int n);  // n values to a cache
   float (*from_half)(uint16_t h);
 

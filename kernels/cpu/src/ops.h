@@ -328,6 +328,7 @@ void attend(const Run& run, float* scratch, float* out, float* top, float* sums)
 }  // namespace
 }  // namespace dpllm
 
+#include "draw_ops.h"
 #include "prompt_attention.h"
 
 namespace dpllm {
@@ -408,8 +409,8 @@ template <class Layout, template <int, int, int> class Rows>
 constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)()) {
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, nullptr,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
-             weighted_square, attend, attend_prompt, attention_peaks, store_pair, Simd::from_half,
-             transpose_tokens, nullptr, nullptr, nullptr};
+             weighted_square, attend, attend_prompt, attention_peaks, block_largest, exponentials, sum_above, race,
+             store_pair, Simd::from_half, transpose_tokens, nullptr, nullptr, nullptr};
 }
 
 }  // namespace
