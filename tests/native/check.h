@@ -156,5 +156,6 @@ void test_dense(const Options& o);
 void test_attention(const Options& o);
 void test_step(const Options& o);
 void test_pool(const Options& o);
+void test_threads(const Options& o);
 
 }  // namespace test
