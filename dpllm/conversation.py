@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_text
+from dpllm.base.processes import StaysInProcess
 from dpllm.base.text import check_text
 from dpllm.context.kv_context import KVContext
 from dpllm.decode.generation import Generation
@@ -53,11 +55,12 @@ class ConversationStats:
     positions: int
 
 
-class Conversation:
+class Conversation(StaysInProcess):
     """Messages and answers, by the model's chat template or as one plain text that goes on.
 
     An answer may be closed before its end: what was generated until then is part of the conversation. A message whose
-    answer has no token is forgotten.
+    answer has no token is forgotten. Threads may share a conversation; a message ends an answer that still goes on,
+    whichever thread reads it.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Conversation:
         """
         self.engine, self.options, self.plain = engine, replace(options, chat=False), plain
         self.system = system
+        self._lock = forking.lock()  # one message at a time
         self._turns: list[Turn] = []
         self._before = ""  # the text in front of the first message
         if system is not None and (plain or context is not None):
@@ -109,6 +113,10 @@ class Conversation:
         if not message:
             raise InputError("the message is empty. Give some text.")
         check_text(message, "the message")
+        with self._lock:
+            return self._say(message)
+
+    def _say(self, message: str) -> Generation:
         self._end_answer()
         if self.plain:
             self._set_pending(message)
@@ -144,12 +152,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all messages and answers; the context that the conversation began with stays."""
-        self._end_answer()
-        self._turns.clear()
-        length, ids, pending = self._begin
-        self.context.cache.rewind(length)
-        self.context.cache.trim()
-        self.context.ids, self.context.pending = list(ids), list(pending)
+        with self._lock:
+            self._end_answer()
+            self._turns.clear()
+            length, ids, pending = self._begin
+            with self.context.at_rest():
+                self.context.cache.rewind(length)
+                self.context.cache.trim()
+                self.context.ids, self.context.pending = list(ids), list(pending)
 
     @property
     def messages(self) -> list[dict[str, str]]:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
+from dpllm.base.processes import StaysInProcess
 from dpllm.base.progress import Progress, no_progress
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.context.build import build_context, prune_tail
@@ -50,7 +52,7 @@ from dpllm.policies.token_limit import Prices
 from dpllm.policies.token_time import Rest
 
 
-class Engine:
+class Engine(StaysInProcess):
     """A loaded model, its tokenizer, and the policy that answers to the target.
 
     Several texts may be generated at once, in one thread or in several: what belongs to a text is not shared. Made by
@@ -69,6 +71,7 @@ class Engine:
         self.target_bits: float | None = None
         self.controller: LatencyController | QueryBudget | None = None
         self._measure_cost = measure_cost
+        self._aiming = forking.lock()  # policy, target and controller change together
         self._steps = StepMaker(decoder)
         self._draft_choice = DraftChoice(decoder, self._steps.new, fast=self._steps.native is not None)
         self._weights = sum(g.weights for g in decoder.groups)
@@ -110,8 +113,9 @@ class Engine:
 
     def set_policy(self, name: str, target_bits: float, seed: int = 0) -> None:
         """Changes policy or target; takes effect with the next token. Raises InputError for what cannot be met."""
-        self.policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
-        self.target_bits, self.controller = target_bits, None
+        policy = make_policy(name, target_bits, self.decoder, self.profile, seed)
+        with self._aiming:
+            self.policy, self.target_bits, self.controller = policy, target_bits, None
 
     def set_target(
         self,
@@ -153,22 +157,25 @@ class Engine:
         Called again with the same cost model, it moves the target and keeps what it knows of the machine. cost: of this
         engine. least_bits: to read at least, whatever time they take. headroom: see ControlOptions.
         """
-        if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
-            self.controller.retarget(target_ms, least_bits)
+        current = self.controller
+        if isinstance(current, LatencyController) and current.cost is cost:
+            current.retarget(target_ms, least_bits)
             return
         prices = Prices.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
         options = ControlOptions() if headroom is None else ControlOptions(headroom=headroom)
         controller = LatencyController(cost, target_ms, prices, options, least_bits)
-        self.set_policy("rate-distortion", controller.order(0).bits)
-        self.controller, self.target_bits = controller, None
+        with self._aiming:
+            self.set_policy("rate-distortion", controller.order(0).bits)
+            self.controller, self.target_bits = controller, None
 
     def hold_budget(self, target_bits: float, burst: float = 1.0) -> None:
         """Bounds what each text reads: no more than target_bits per weight on average, beyond a start worth `burst`
         tokens."""
-        self.set_policy("rate-distortion", target_bits)
         rate = self.bytes_for(target_bits)
         prices = Prices.in_bytes(self.decoder.groups)
-        self.controller = QueryBudget(target_bits, rate, round(burst * rate), prices)
+        with self._aiming:
+            self.set_policy("rate-distortion", target_bits)
+            self.controller = QueryBudget(target_bits, rate, round(burst * rate), prices)
 
     def bytes_for(self, bits: float) -> int:
         """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""
@@ -235,10 +242,11 @@ class Engine:
     ) -> Generation:
         """`generate` with its options as one object. clock: gives the time in seconds."""
         if context is None:
-            ids = self.prompts.prompt_ids(prompt, options.chat)
+            read, ids = 0, self.prompts.prompt_ids(prompt, options.chat)
         else:
+            read = len(context.ids)  # before the question: another thread's turn may end in between
             ids = context.question(self.prompts, prompt, options.chat)
-        return self._generation(_Text(ids, options, context, keep, clock))
+        return self._generation(_Text(ids, options, context, keep, clock, read=read))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answers a conversation. messages: dicts with "role" and "content", as transformers' chat templates take.
@@ -277,9 +285,10 @@ class Engine:
         """Prunes what a conversation has added to a context since it was last pruned.
 
         The budget is that of both together. Interrupted, the context is as before. Raises InputError where the budget
-        leaves nothing to the conversation.
+        leaves nothing to the conversation, and while a question is being answered.
         """
-        prune_tail(context, options, decoder=self.decoder, prompts=self.prompts, profile=self.profile)
+        with context.at_rest():
+            prune_tail(context, options, decoder=self.decoder, prompts=self.prompts, profile=self.profile)
 
     def score(self, text: str) -> TextScore:
         """Log probabilities of a text's tokens, every token decoded as `generate` would: at its own widths.
@@ -295,13 +304,12 @@ class Engine:
 
     def _generation(self, text: _Text) -> Generation:
         """Checks the rest of what can be checked, and prepares the loop."""
-        context, ids = text.context, text.ids
-        read = 0 if context is None else context.cache.length
+        context, ids, read = text.context, text.ids, text.read
         self.prompts.check_prompt(ids, read)
         stops = self.prompts.stop_ids(text.options.stop_token_names, text.options.stop_strings)
         limit = min(text.options.max_new_tokens, self.decoder.config.max_positions - read - len(ids))
         cache: KVCache = self.decoder.new_cache(len(ids) + limit) if context is None else context.cache
-        before = [] if context is None else context.ids
+        before = [] if context is None else context.ids[:read]
         continuation = self._continuation(text, cache, before)
         tally = continuation.tally if isinstance(continuation, SpeculativeContinuation) else Tally()
         generation = Generation(quantized=self.quantized, tally=tally)
@@ -346,14 +354,13 @@ class Engine:
         """
         options, clock, cache, context = text.options, text.clock, continuation.cache, text.context
         ends = () if options.ignore_eos else self.decoder.config.eos_ids
-        before = [] if context is None else context.ids
+        before = [] if context is None else context.ids[: text.read]
         stream = TextStream(self.tokenizer, options.stop_strings, [*before, *text.ids])
-        pilot = Pilot(self, partial(self.pairs, cache), text.policy)
         widest = resident_mean(self.decoder) if self.quantized else 0.0
-        read = cache.length
         if context is not None:
-            context.begin_turn()
+            cache = continuation.cache = context.begin_turn(text.read, len(text.ids) + limit, text.keep)
         try:
+            pilot = Pilot(self, partial(self.pairs, cache), text.policy)
             began, left = clock(), limit
             for token, stepped, shared_ms, step_ms, sampling_ms in continuation.tokens(
                 text.ids, pilot.choose, limit
@@ -394,7 +401,7 @@ class Engine:
         finally:
             continuation.drop()
             if context is not None:
-                context.end_turn(text.ids, [s.token for s in generation.steps], read, text.keep)
+                context.end_turn(cache, text.ids, [s.token for s in generation.steps], text.keep)
 
     # -- measuring ---------------------------------------------------------------------------------------
 
@@ -430,7 +437,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Text:
-    """A text to generate. policy: instead of the engine's policy and controller, for measurements."""
+    """A text to generate.
+
+    policy: instead of the engine's policy and controller, for measurements. read: tokens that the context had read when
+    the question was put.
+    """
 
     ids: list[int]
     options: GenerateOptions
@@ -438,3 +449,4 @@ class _Text:
     keep: bool = False
     clock: Callable[[], float] = time.perf_counter
     policy: PrecisionPolicy | None = None
+    read: int = 0

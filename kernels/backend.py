@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.kernels import reference
 from dpllm.kernels.cpu.kernels import CpuKernels, prepare
@@ -139,6 +140,7 @@ def choose_backend(
     Raises InputError for a name that does not exist or cannot run here.
     """
     options, where = options or CpuOptions(), torch.device(device)
+    forking.keep_children_on_one_thread()
     if name is not None:
         kind, _, isa = name.partition(":")
         if kind not in NAMES or (isa and kind != "cpu"):

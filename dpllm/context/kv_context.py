@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
+from dpllm.base.processes import StaysInProcess
 from dpllm.base.text import check_text
 from dpllm.context.saved import load_context, save_context
 from dpllm.decode.prompting import Prompts
+from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 
@@ -24,8 +27,11 @@ class LoadedModel(Protocol):
 
 
 @dataclass
-class KVContext:
+class KVContext(StaysInProcess):
     """A text that was read into a cache and pruned.
+
+    Several threads may ask it. The first question uses the cache itself. Another one that comes while that question is
+    being answered uses a copy of what was read before, which needs as much memory until it is answered.
 
     ids: the tokens that the cache has read. protected: the number of leading tokens that are never evicted. behind,
     between: the text that the chat template puts after a question, and between an answer and the next question.
@@ -42,15 +48,17 @@ class KVContext:
     facts: dict[str, Any] = field(default_factory=dict)
     model: Path | None = None
     _busy: bool = field(default=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: Any = field(default_factory=forking.lock, repr=False, compare=False)
 
     def save(self, path: str | Path) -> dict[str, Any]:
         """Writes the context to a new directory and returns its manifest.
 
-        Raises InputError where the directory exists or cannot be written; no file is left then.
+        Raises InputError where the directory exists or cannot be written, or while a question is being answered; no
+        file is left then.
         """
         assert self.model is not None, "a context that is saved was made by Engine.read or KVContext.load"
-        return save_context(self, Path(path).expanduser(), model=self.model)
+        with self.at_rest():
+            return save_context(self, Path(path).expanduser(), model=self.model)
 
     @classmethod
     def load(cls, path: str | Path, engine: LoadedModel) -> KVContext:
@@ -72,30 +80,67 @@ class KVContext:
             raise InputError(
                 "the context was not built as a chat. Leave out --chat, or build it with --chat."
             )
-        ids = prompts.plain_ids((self.between if self.pending else "") + prompt + self.behind)
+        with self._lock:
+            pending = list(self.pending)
+        ids = prompts.plain_ids((self.between if pending else "") + prompt + self.behind)
         # After an answer that ended by itself, the template's own end token takes the place of the one generated.
         ends = {*prompts.config.eos_ids, *(i for i in ids[:1] if i in prompts.tokenizer.added_tokens_decoder)}
-        ended = self.between and self.pending and self.pending[-1] in ends
-        return [*(self.pending[:-1] if ended else self.pending), *ids]
+        ended = self.between and pending and pending[-1] in ends
+        return [*(pending[:-1] if ended else pending), *ids]
 
-    def begin_turn(self) -> None:
-        """Claims the cache for one question. Raises InputError while another is being answered."""
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Keeps questions of other threads waiting until the block ends.
+
+        Raises InputError while a question is being answered.
+        """
         with self._lock:
+            self._check_free()
+            yield
+
+    def begin_turn(self, read: int, room: int, keep: bool) -> RaggedKVCache:
+        """Begins one question and returns the cache to answer it with, which has room for `room` more tokens.
+
+        read: the number of tokens that the cache had read when the question was put. keep: the turn is to stay in the
+        context. Where another question is being answered, the result is a copy of the cache as it was before. Raises
+        InputError where such a turn is to be kept, and where the context has changed since the question was put.
+        """
+        with self._lock:
+            if keep:
+                self._check_free()
+            if read != len(self.ids):
+                raise InputError("the context has changed since this question was put. Ask again.")
             if self._busy:
-                raise InputError(
-                    "another question to this context is still being answered. Exhaust or close that generator first."
-                )
+                copy = self.cache.fork(room)
+                copy.rewind(read)
+                return copy
             if len(self.ids) != self.cache.length:
                 raise InputError("this context was interrupted while it was being pruned. Build it again.")
+            self.cache.reserve(room)  # runs move now or never: a copy may be taken while tokens are appended
             self._busy = True
+            return self.cache
 
-    def end_turn(self, question: Sequence[int], answer: Sequence[int], read: int, keep: bool) -> None:
-        """Ends the turn that `begin_turn` began.
+    def _check_free(self) -> None:
+        if self._busy:
+            raise InputError(
+                "another question to this context is still being answered. Exhaust or close that generator first."
+            )
 
-        question, answer: token ids of the question and of the answer. read: tokens that the cache had read before.
-        keep: the question and the answer stay in the context. Without an answer or without `keep`, the cache is
-        rewound."""
-        self._busy = False
+    def end_turn(self, cache: KVCache, question: Sequence[int], answer: Sequence[int], keep: bool) -> None:
+        """Ends the turn that `begin_turn` began with this cache.
+
+        question, answer: token ids of the question and of the answer. keep: the question and the answer stay in the
+        context. Without an answer or without `keep`, the cache is rewound. A copy is dropped."""
+        with self._lock:
+            if cache is not self.cache:
+                return
+            try:
+                self._take_in(question, answer, keep)
+            finally:
+                self._busy = False
+
+    def _take_in(self, question: Sequence[int], answer: Sequence[int], keep: bool) -> None:
+        read = len(self.ids)
         if not keep or not answer:
             self.cache.rewind(read)
             self.cache.trim()

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
 from collections import deque
 from dataclasses import dataclass
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
 from dpllm.policies.token_limit import Allowance, Prices
@@ -101,7 +101,7 @@ class LatencyController:
         self._missed = 0  # tokens in a row for which the target was out of reach
         self._pairs = 0.0  # of the last token
         self._saturated = 0  # -1 at the fewest bits, +1 at the most
-        self._lock = threading.Lock()  # texts in several threads share what is known of the machine
+        self._lock = forking.lock()  # texts in several threads share what is known of the machine
         self.retarget(target_ms, least_bits)
 
     def retarget(self, target_ms: float, least_bits: float = 0.0) -> None:
@@ -111,8 +111,9 @@ class LatencyController:
         """
         if not (math.isfinite(target_ms) and target_ms > 0):
             raise InputError(f"a target of {target_ms:g} ms per token is impossible. Give a time above 0.")
-        self.target_ms, self._bits, self._missed = target_ms, None, 0
-        self._low = max(least_bits, self.cost.bits[0])
+        with self._lock:  # not between the two halves of another thread's order
+            self.target_ms, self._bits, self._missed = target_ms, None, 0
+            self._low = max(least_bits, self.cost.bits[0])
 
     def begin_text(self) -> LatencyController:
         """The controller of a new text: all texts of an engine share one."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from dpllm.base import forking
+from dpllm.base.processes import StaysInProcess
 from dpllm.decode.speculation.tally import Tally
 from dpllm.policies.token_time import Shortfall
 
@@ -59,7 +61,8 @@ class GenerationStats:
     time, "step", "sampling", "text" and "other" (see Step), or None. effective_bits and weight_bytes_per_token: means
     over the same tokens; None for a model that is not quantised. stopped_by: "end token", "stop token",
     "stop string", "max_new_tokens", "positions" (the model has no more), or None while the text goes on. speculation:
-    what became of drafts. shortfall: why the time per token to hold was out of reach at any width; None where it was not.
+    what became of drafts. shortfall: why the time per token to hold was out of reach at any width; None where it was
+    not.
     """
 
     new_tokens: int
@@ -74,10 +77,11 @@ class GenerationStats:
     shortfall: Shortfall | None
 
 
-class Generation:
+class Generation(StaysInProcess):
     """A text that is generated while it is iterated over: each iteration gives the Step of one token.
 
-    `text` and `str()` generate what is left first. `steps` and `stats` hold what has been generated so far.
+    `text` and `str()` generate what is left first. `steps` and `stats` hold what has been generated so far. Threads may
+    share a generation: each token goes to one of them.
     """
 
     def __init__(self, *, quantized: bool, tally: Tally):
@@ -88,6 +92,7 @@ class Generation:
         self.missed: Shortfall | None = None  # the last time that a target was out of reach
         self._running: Generator[Step, None, None] = _no_steps()
         self._quantized = quantized
+        self._lock = forking.lock()  # held while a token is generated
 
     def begin(self, steps: Generator[Step, None, None]) -> None:
         """Hands over the generator of the steps, which adds each one to `steps`. Called once, by the engine."""
@@ -95,15 +100,19 @@ class Generation:
 
     def __iter__(self) -> Iterator[Step]:
         """The steps that have not been generated yet."""
-        return self._running
+        return self
 
     def __next__(self) -> Step:
         """Generates the next token."""
-        return next(self._running)
+        with self._lock:
+            return next(self._running)
 
     def close(self) -> None:
-        """Ends the generation here. A context becomes free for the next question."""
-        self._running.close()
+        """Ends the generation here, after a token that another thread may be generating.
+
+        A context becomes free for the next question."""
+        with self._lock:
+            self._running.close()
 
     @property
     def text(self) -> str:
@@ -125,22 +134,23 @@ class Generation:
     @property
     def stats(self) -> GenerationStats:
         """Figures of the steps so far."""
-        decoded = self.steps[1:]
+        every = list(self.steps)  # another thread may add to them
+        decoded = every[1:]
         times = [s.ms for s in decoded]
         dynamic = self._quantized and bool(decoded)
         tally = self.tally
         if not tally.checks and not tally.plain:  # plain decoding does not count its steps
             tally = replace(tally, plain=len(decoded))
         return GenerationStats(
-            new_tokens=len(self.steps),
-            ttft_ms=round(self.steps[0].ms, 3) if self.steps else None,
+            new_tokens=len(every),
+            ttft_ms=round(every[0].ms, 3) if every else None,
             tpot_ms={f"p{p}": round(float(np.percentile(times, p)), 3) for p in (50, 95)} if times else None,
             time_ms=_parts(decoded) if decoded else None,
             effective_bits=round(float(np.mean([s.effective_bits for s in decoded])), 4) if dynamic else None,
             weight_bytes_per_token=round(float(np.mean([s.weight_bytes for s in decoded])))
             if dynamic
             else None,
-            kv_bytes=self.steps[-1].kv_bytes if self.steps else 0,
+            kv_bytes=every[-1].kv_bytes if every else 0,
             stopped_by=self.stopped_by,
             speculation=tally.summary(),
             shortfall=self.shortfall,

@@ -6,7 +6,6 @@ Structures have empty `__slots__`. Without them, a misspelt field would become a
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.base.machine import usable_cores
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
@@ -106,6 +106,9 @@ def load_library() -> ctypes.CDLL:
         "dpllm_isa_supported": (Int, Int),
         "dpllm_open": (Pointer, Int, Int, Int, Pointer),
         "dpllm_close": (None, Pointer),
+        "dpllm_hold": (None, Pointer),
+        "dpllm_release": (None, Pointer),
+        "dpllm_forked": (None, Pointer),
         "dpllm_digits": (None, Pointer, Long, Int, Pointer, Pointer),
         "dpllm_gemm": (None, Pointer, Pointer, Pointer, Pointer, Int, Pointer),
         "dpllm_matmul": (None, Pointer, Pointer, Pointer, Int, Int, Int, Pointer),
@@ -189,8 +192,8 @@ def choose_isa(name: str | None) -> InstructionSet:
 class Handle:
     """An opened library: instruction set, threads, accuracy. Closed with the last reference to it.
 
-    Its thread pool serves one call at a time. lock: held during every call that uses the pool, so that several Python
-    threads may share a handle; a decode step's callback may call kernels from within, hence reentrant.
+    Several Python threads may share a handle. Its thread pool serves one call at a time; the library itself makes the
+    calls take turns. A process that was forked from this one has a pool of its own (dpllm/base/forking.py).
     """
 
     def __init__(self, options: CpuOptions = CpuOptions()):
@@ -198,7 +201,6 @@ class Handle:
         self.isa = choose_isa(options.isa)
         self.threads = options.threads or usable_cores()
         self.options = options
-        self.lock = threading.RLock()
         accuracy = Accuracy()
         for digits, chosen in zip(
             (accuracy.table_digits, accuracy.x_digits), ACCURACIES[options.accuracy], strict=True
@@ -208,12 +210,24 @@ class Handle:
         self.context = self.lib.dpllm_open(
             self.isa.index, self.threads, int(options.pin), ctypes.byref(accuracy)
         )
+        forking.watch(self)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Calls a function of the library on this handle's context, in turn with other threads."""
         function: Callable[..., Any] = getattr(self.lib, name)
-        with self.lock:
-            return function(self.context, *arguments)
+        return function(self.context, *arguments)
+
+    def hold(self) -> None:
+        """Waits until no call is under way, and lets none begin in other threads before `release`."""
+        self.lib.dpllm_hold(self.context)
+
+    def release(self) -> None:
+        """Ends `hold`."""
+        self.lib.dpllm_release(self.context)
+
+    def renew(self) -> None:
+        """Gives the handle, which was held when this process was forked, threads of this process."""
+        self.lib.dpllm_forked(self.context)
 
     def __del__(self) -> None:
         if getattr(self, "context", None):

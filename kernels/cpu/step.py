@@ -89,7 +89,7 @@ class Request(ctypes.Structure):
 
 
 class StepRunner:
-    """A model handed to the library, whose steps several threads may run: they take turns.
+    """A model handed to the library, whose steps several threads may run: the library serves them in turn.
 
     The caller keeps every tensor that `model` points to alive.
     """
@@ -101,8 +101,7 @@ class StepRunner:
     def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
         """Runs one step. Returns False where a callback stopped it."""
         run = self.handle.lib.dpllm_step_rows
-        with self.handle.lock:
-            return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
+        return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
 
     def __del__(self) -> None:
         if getattr(self, "step", None):

@@ -279,14 +279,14 @@ def test_a_question_that_failed_was_not_asked(plain, text, monkeypatch):
     assert (context.pending, context.cache.length) == ([], len(context.ids))
 
 
-def test_one_question_at_a_time(engine, text):
+def test_one_kept_question_at_a_time(engine, text):
     context = build_context(engine, text, options())
     first = engine.generate_with("import os", GenerateOptions(LENGTH), context=context)
     next(first)
     with pytest.raises(InputError, match="still being answered"):
-        answer(engine, context)
+        answer(engine, context, keep=True)
     first.close()
-    answer(engine, context)
+    answer(engine, context, keep=True)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------

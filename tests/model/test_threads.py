@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import dpllm
-from dpllm import InputError
 from dpllm.opening import open_engine
 
 PROMPTS = ["import os\n", "def main():\n", "class Stack:\n", "for i in range(", "try:\n", "x = ["]
@@ -97,15 +96,12 @@ def test_targets_change_while_others_decode(engine):
         other.join()
 
 
-def test_a_context_answers_one_question_at_a_time(tiny_overlay):
+def test_a_context_answers_two_questions_in_turns(tiny_overlay):
     engine = dpllm.load(tiny_overlay)
     context = engine.read("import os\nimport sys\n" * 10, keep=0.5)
-    first = engine.generate("def", context=context, max_new_tokens=4)
-    next(first)
-    second = engine.generate("class", context=context, max_new_tokens=4)
-    with pytest.raises(InputError, match="still being answered"):
-        next(second)
-    length = context.cache.length
-    first.close()
-    assert context.cache.length <= length
-    assert len(list(engine.generate("class", context=context, max_new_tokens=4))) == 4
+    alone = [tokens(engine, p, context=context) for p in PROMPTS[:2]]
+    first, second = (engine.generate(p, context=context, max_new_tokens=NEW) for p in PROMPTS[:2])
+    length, nbytes = context.cache.length, context.cache.nbytes
+    found = [[step.token for step in pair] for pair in zip(*zip(first, second, strict=True), strict=True)]
+    assert found == alone
+    assert (context.cache.length, context.cache.nbytes) == (length, nbytes)

@@ -157,5 +157,6 @@ void test_draw(const Options& o);
 void test_attention(const Options& o);
 void test_step(const Options& o);
 void test_pool(const Options& o);
+void test_threads(const Options& o);
 
 }  // namespace test

@@ -1,6 +1,6 @@
 // Every compiled-in instruction set that this processor runs, against sums in double precision.
 //
-// kernels_test [--quick] [products dense draw attention step pool]: exit code 1 if anything is wrong.
+// kernels_test [--quick] [products dense draw attention step pool threads]: exit code 1 if anything is wrong.
 #include "check.h"
 
 int main(int count, char** arguments) {
@@ -9,7 +9,8 @@ int main(int count, char** arguments) {
     void (*run)(const test::Options&);
   };
   const Part parts[] = {{"products", test::test_products}, {"dense", test::test_dense}, {"draw", test::test_draw},
-                        {"attention", test::test_attention}, {"step", test::test_step}, {"pool", test::test_pool}};
+                        {"attention", test::test_attention}, {"step", test::test_step}, {"pool", test::test_pool},
+                        {"threads", test::test_threads}};
   test::Options options;
   std::vector<std::string> chosen;
   for (int i = 1; i < count; i++) {
@@ -28,7 +29,7 @@ int main(int count, char** arguments) {
     std::printf("%s: %s\n", part.name, test::failures == before ? "ok" : "FAILED");
     std::fflush(stdout);
   }
-  if (known != chosen.size()) std::printf("unknown part; there are products dense draw attention step pool\n");
+  if (known != chosen.size()) std::printf("unknown part; there are products dense draw attention step pool threads\n");
   if (test::failures) std::printf("%d checks failed\n", test::failures);
   return test::failures || known != chosen.size() ? 1 : 0;
 }

@@ -9,12 +9,13 @@ k + 1 of them.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+
+from dpllm.base import forking
 
 REMEMBERED = 5  # times of a kind; their median shrugs off a pause of the machine
 FORGETTING = 0.98  # of acceptance, per drafted token looked at: about the last 50 count
@@ -84,7 +85,7 @@ class DraftLengths:
         self.sources = [Source(n) for n in longest]
         self._checks: dict[int, Times] = {}  # by rows
         self._since_plain = 0
-        self._lock = threading.RLock()
+        self._lock = forking.lock()
 
     def plans(self, room: int) -> list[tuple[int, int]]:
         """(source, tokens to draft), trials first and then the most promising. A source that has nothing to offer

@@ -45,10 +45,20 @@ const char* dpllm_isa_needs(int i) { return i < kIsaCount ? kIsas[i]->needs : nu
 int dpllm_isa_supported(int i) { return kIsas[i]->supported(); }
 
 Context* dpllm_open(int isa, int threads, int pin, const Accuracy* accuracy) {
-  return new Context{*kIsas[isa], {threads, pin != 0}, *accuracy};
+  return new Context{*kIsas[isa], std::make_unique<Pool>(threads, pin != 0), *accuracy};
 }
 
 void dpllm_close(Context* c) { delete c; }
+
+void dpllm_hold(Context* c) { c->pool->turn.lock(); }
+void dpllm_release(Context* c) { c->pool->turn.unlock(); }
+
+// The threads of the old pool are not in this process, and its mutex belongs to a thread of the parent. So the old pool
+// is left as it is: it can neither be joined nor destroyed.
+void dpllm_forked(Context* c) {
+  Pool* old = c->pool.release();
+  c->pool = std::make_unique<Pool>(old->threads(), old->pinned());
+}
 
 void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digits, float* scales) {
   constexpr float kLargest = 127.f * kBase + 127.f, kRound = 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
@@ -72,6 +82,7 @@ void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digi
 }
 
 void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits, int m, float* y) {
+  const Turn turn(c->pool->turn);
   static thread_local std::vector<ActivationBuffer> buffers;
   if (buffers.size() < size_t(m)) buffers.resize(size_t(m));
   std::vector<Activation*> rows[kMaxBits + 1];
@@ -84,7 +95,7 @@ void dpllm_gemm(Context* c, const Matrix* w, const float* x, const int32_t* bits
     outs[bits[i]].push_back(y + int64_t(i) * w->rows);
     widest = std::max(widest, bits[i]);
   }
-  c->pool.run(m, [&](int i) {
+  c->pool->run(m, [&](int i) {
     c->isa.quantize(x + int64_t(i) * w->columns, w->columns, c->accuracy.digits_for(*w, bits[i]), all[size_t(i)]);
   });
   parallel_rows(*c, w->rows, w->row_bytes * widest, [&](int n0, int n1) {
@@ -99,9 +110,9 @@ static void int8_matmul(Context& c, const Matrix& w, const float* x, int bits, i
   const AlignedBytes digits(room * width), scale(room * width / kGroup * 4), correction(size_t(m) * 4);
   Prompt prompt{reinterpret_cast<int8_t*>(digits.data()), reinterpret_cast<float*>(scale.data()),
                 reinterpret_cast<float*>(correction.data()), m};
-  c.pool.run(m, [&](int i) { c.isa.quantize_prompt(x + int64_t(i) * w.columns, w.columns, i, &prompt); });
+  c.pool->run(m, [&](int i) { c.isa.quantize_prompt(x + int64_t(i) * w.columns, w.columns, i, &prompt); });
   constexpr int kRows = Prompt::kPanelRows;
-  c.pool.run((w.rows + kRows - 1) / kRows, [&](int i) {
+  c.pool->run((w.rows + kRows - 1) / kRows, [&](int i) {
     uint8_t* panel = thread_scratch(width * kRows);
     c.isa.matmul(w, bits, prompt, panel, y, i * kRows, std::min(w.rows, (i + 1) * kRows));
   });
@@ -114,11 +125,11 @@ static void float_pass(Context& c, const Matrix& w, const float* x, int bits, in
   const int64_t columns = w.columns;
   const AlignedBytes memory(size_t((m + kTokens - 1) / kTokens * kTokens * columns) * sizeof(float));
   float* blocks = reinterpret_cast<float*>(memory.data());
-  c.pool.run((m + kTokens - 1) / kTokens, [&](int i) {
+  c.pool->run((m + kTokens - 1) / kTokens, [&](int i) {
     const int64_t first = int64_t(i) * kTokens * columns;
     c.isa.transpose_tokens(x + first, w.columns, std::min(kTokens, m - i * kTokens), blocks + first);
   });
-  c.pool.run((w.rows + kRows - 1) / kRows, [&](int i) {
+  c.pool->run((w.rows + kRows - 1) / kRows, [&](int i) {
     float* scratch = reinterpret_cast<float*>(thread_scratch(kRows * size_t(columns + kTokens) * sizeof(float)));
     c.isa.float_matmul(w, bits, blocks, m, scratch, y, i * kRows, std::min(w.rows, (i + 1) * kRows));
   });
@@ -136,6 +147,7 @@ static void float_matmul(Context& c, const Matrix& w, const float* x, int bits, 
 }
 
 void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, int exact, float* y) {
+  const Turn turn(c->pool->turn);
   constexpr int kFew = 24;  // the most tokens that are multiplied one by one instead of dequantising a matrix
   if (exact) return float_matmul(*c, *w, x, bits, m, y);
   if (c->isa.matmul) return int8_matmul(*c, *w, x, bits, m, y);
@@ -145,6 +157,7 @@ void dpllm_matmul(Context* c, const Matrix* w, const float* x, int bits, int m, 
 }
 
 void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out, int n0, int n1) {
+  const Turn turn(c->pool->turn);
   const int64_t row = int64_t(w->columns) * (bf16 ? 2 : 4);
   parallel_rows(*c, n1 - n0, row, [&](int a, int b) {
     c->isa.dequantize(*w, bits, bf16 != 0, static_cast<char*>(out) + a * row, n0 + a, n0 + b);
@@ -153,6 +166,7 @@ void dpllm_dequantize(Context* c, const Matrix* w, int bits, int bf16, void* out
 
 void dpllm_int8_gemm(Context* c, const int8_t* w, const uint16_t* scale, int rows, int columns, const float* x,
                      int m, float* y) {
+  const Turn turn(c->pool->turn);
   parallel_rows(*c, rows, columns, [&](int n0, int n1) {
     for (int i = 0; i < m; i++)
       c->isa.int8_gemv(w, scale, x + int64_t(i) * columns, columns, y + int64_t(i) * rows, n0, n1);
@@ -165,6 +179,7 @@ void dpllm_weighted_square(Context* c, const float* x, const uint16_t* diagonal,
 
 void dpllm_attention(Context* c, const float* q, const void* k, const void* v, int storage, const int64_t* start,
                      const int32_t* length, int heads, int kv_heads, int dim, float scale, float* out) {
+  const Turn turn(c->pool->turn);
   static thread_local AttentionBuffer buffer;
   buffer.run(*c, Attention{q, static_cast<const char*>(k), static_cast<const char*>(v), start, length, heads,
                            kv_heads, dim, scale, Storage(storage), out});
@@ -173,10 +188,11 @@ void dpllm_attention(Context* c, const float* q, const void* k, const void* v, i
 void dpllm_prompt_attention(Context* c, const float* q, const void* k, const void* v, int storage, const int64_t* start,
                             const int32_t* length, int tokens, int heads, int kv_heads, int dim, int window, float scale,
                             float* out) {
+  const Turn turn(c->pool->turn);
   const int group = heads / kv_heads, rows = tokens * group;
   const int blocks = (rows + PromptQueries::kMost - 1) / PromptQueries::kMost;
   const int64_t bytes = storage_bytes(Storage(storage));
-  c->pool.run(kv_heads * blocks, [&](int i) {
+  c->pool->run(kv_heads * blocks, [&](int i) {
     const int h = i % kv_heads, first = (blocks - 1 - i / kv_heads) * PromptQueries::kMost;  // the longest ones begin
     const int64_t at = start[h] * dim * bytes;
     const PromptQueries p{static_cast<const char*>(k) + at, static_cast<const char*>(v) + at,
@@ -189,8 +205,9 @@ void dpllm_prompt_attention(Context* c, const float* q, const void* k, const voi
 
 void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storage, int tokens, int heads, int kv_heads,
                            int dim, int length, int column, int columns, float scale, const float* offset, float* best) {
+  const Turn turn(c->pool->turn);
   const int64_t run = int64_t(length) * dim * storage_bytes(Storage(storage));
-  c->pool.run(heads, [&](int h) {
+  c->pool->run(heads, [&](int h) {
     float* own = best + int64_t(h) * columns;
     std::fill_n(own, columns, -INFINITY);
     for (int first = 0; first < tokens; first += PromptQueries::kMost) {
@@ -204,10 +221,11 @@ void dpllm_attention_peaks(Context* c, const float* q, const void* k, int storag
 }
 
 double dpllm_read_bandwidth(Context* c, const void* memory, int64_t bytes) {
+  const Turn turn(c->pool->turn);
   constexpr int64_t kChunk = 1 << 20;
   std::atomic<uint64_t> sink{0};
   const auto began = std::chrono::steady_clock::now();
-  c->pool.run(int(bytes / kChunk), [&](int i) {
+  c->pool->run(int(bytes / kChunk), [&](int i) {
     typedef uint64_t Words __attribute__((vector_size(64)));
     const char* p = static_cast<const char*>(memory) + i * kChunk;
     Words s[4] = {};

@@ -1,7 +1,7 @@
 // The C interface of the CPU kernels. No exceptions cross it; the caller checks shapes and widths.
 //
-// Arrays are contiguous and row-major unless a comment says otherwise; float16 travels as uint16_t. A handle may be
-// used by one thread at a time.
+// Arrays are contiguous and row-major unless a comment says otherwise; float16 travels as uint16_t. Threads may share a
+// handle and the steps that are opened with it: their calls are served in turn.
 #pragma once
 
 #include "context.h"
@@ -22,6 +22,12 @@ DPLLM_EXPORT int dpllm_isa_supported(int index);
 
 DPLLM_EXPORT Context* dpllm_open(int isa, int threads, int pin, const dpllm::Accuracy* accuracy);
 DPLLM_EXPORT void dpllm_close(Context* c);
+
+// For a process that forks: hold every handle before, so that no call is under way; then release it in the parent, and
+// call dpllm_forked in the child, which gives the handle threads of the child's own.
+DPLLM_EXPORT void dpllm_hold(Context* c);
+DPLLM_EXPORT void dpllm_release(Context* c);
+DPLLM_EXPORT void dpllm_forked(Context* c);
 
 // values [tables, entries] -> digits [tables][high, low][entries] and scales [tables]: value = scale * (255 high + low).
 DPLLM_EXPORT void dpllm_digits(const float* values, int64_t tables, int entries, int8_t* digits, float* scales);

@@ -28,7 +28,7 @@ void AttentionBuffer::run(Context& c, const Attention& a) {
   out_.resize(parts_.size() * size_t(group) * a.dim);
   top_.resize(parts_.size() * size_t(group));
   sum_.resize(parts_.size() * size_t(group));
-  c.pool.run(int(parts_.size()), [&](int next) {
+  c.pool->run(int(parts_.size()), [&](int next) {
     const int i = order_[size_t(next)];
     const Part& p = parts_[size_t(i)];
     const size_t at = size_t(p.first) * a.dim * bytes, row = size_t(i) * group;

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -19,9 +21,12 @@ struct Accuracy {
 
 struct Context {
   const Isa& isa;
-  Pool pool;
+  std::unique_ptr<Pool> pool;
   Accuracy accuracy;
 };
+
+// Every entry point that uses the pool holds one of these: calls from several threads are served in turn.
+using Turn = std::lock_guard<std::recursive_mutex>;
 
 // Scratch of the calling thread, on a 64-byte boundary, overwritten by the next call. It is not defined in the instruction
 // sets' units, because templates of the standard library that they instantiate could be linked into other units.
@@ -54,7 +59,7 @@ class ActivationBuffer {
 inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
   constexpr int64_t kVector = 16;
   const int64_t bytes = std::max<int64_t>(bytes_per_row, 1);
-  const int64_t fair = rows / (4 * c.pool.threads()) + 1;
+  const int64_t fair = rows / (4 * c.pool->threads()) + 1;
   const int64_t size = std::max<int64_t>(std::min<int64_t>(fair, (48 << 10) / bytes + 1), (8 << 10) / bytes + 1);
   return int((size + kVector - 1) / kVector * kVector);
 }
@@ -63,7 +68,7 @@ inline int chunk_rows(const Context& c, int rows, int64_t bytes_per_row) {
 template <class Body>
 void parallel_rows(Context& c, int rows, int64_t bytes_per_row, const Body& body) {
   const int step = chunk_rows(c, rows, bytes_per_row);
-  c.pool.run((rows + step - 1) / step, [&](int i) { body(i * step, std::min(rows, (i + 1) * step)); });
+  c.pool->run((rows + step - 1) / step, [&](int i) { body(i * step, std::min(rows, (i + 1) * step)); });
 }
 
 }  // namespace dpllm

@@ -45,9 +45,9 @@ void stay_on(int core) {
 
 }  // namespace
 
-Pool::Pool(int threads, bool pin) : stretches_(new Stretch[size_t(threads)]) {
-  const std::vector<int> cores = pin ? usable_cores() : std::vector<int>();
-  for (int i = 1; i < threads; i++) {
+void Pool::begin() {
+  const std::vector<int> cores = pin_ ? usable_cores() : std::vector<int>();
+  for (int i = 1; i < threads_; i++) {
     const int core = cores.empty() ? -1 : cores[size_t(i) % cores.size()];
     workers_.emplace_back([this, i, core] { serve(i, core); });
   }
@@ -63,6 +63,7 @@ Pool::~Pool() {
 }
 
 void Pool::start(int chunks, Call call, const void* body) {
+  if (workers_.empty()) begin();
   call_ = call;
   body_ = body;
   for (int first = 0; first < chunks; first += kMaxChunks) round(first, std::min(chunks - first, kMaxChunks));

@@ -24,6 +24,11 @@ bool Step::run(const Selection& s, Cache& cache, Request& request) {
   return true;
 }
 
+bool Step::run_in_turn(const Selection& s, Cache& cache, Request& request) {
+  const Turn turn(c_.pool->turn);
+  return run(s, cache, request);
+}
+
 void Step::reserve(int rows) {
   if (rows <= room_) return;
   const size_t n = size_t(room_ = rows), q = size_t(m_.heads) * m_.head_dim;
@@ -118,7 +123,7 @@ bool Step::decide(const Group* g, int count, const float* x, int columns) {
     }
     request_->read_bytes += g[i].bytes_at[widest];
   }
-  c_.pool.run(rows_, [&](int r) {
+  c_.pool->run(rows_, [&](int r) {
     for (int digits = 1; digits <= 2; digits++)
       if (wanted[digits][r])
         c_.isa.quantize(x + size_t(r) * columns, columns, digits, buffer_[digits][r].reserve(columns));
@@ -291,5 +296,5 @@ void Step::greedy() {
 dpllm::Step* dpllm_step_open(Context* c, const dpllm::Model* m) { return new dpllm::Step(*c, *m); }
 void dpllm_step_close(dpllm::Step* s) { delete s; }
 int dpllm_step_rows(dpllm::Step* s, const dpllm::Selection* selection, dpllm::Cache* cache, dpllm::Request* request) {
-  return s->run(*selection, *cache, *request) ? 0 : 1;
+  return s->run_in_turn(*selection, *cache, *request) ? 0 : 1;
 }

@@ -102,9 +102,10 @@ class Step {
  public:
   Step(Context& c, const Model& m);
   // Returns false where a callback stopped the step (returned a width below 1).
-  bool run(const Selection& s, Cache& cache, Request& request);
+  bool run_in_turn(const Selection& s, Cache& cache, Request& request);
 
  private:
+  bool run(const Selection& s, Cache& cache, Request& request);
   void reserve(int rows);
   void embed();
   void rotations();
