@@ -18,7 +18,9 @@ AVX512 = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 # object -> (source, if its name differs from the object's, and flags added to COMMON)
-PLAIN: dict[str, tuple[str, list[str]]] = {name: ("", []) for name in ("api", "attention", "pool", "step")}
+PLAIN: dict[str, tuple[str, list[str]]] = {
+    name: ("", []) for name in ("api", "attention", "pool", "quantize", "step")
+}
 X86: dict[str, tuple[str, list[str]]] = {
     "isa_avx512": ("", [*AVX512, "-mavx512vbmi", "-mavx512vnni", "-mgfni"]),
     "isa_avx512bw": ("", AVX512),

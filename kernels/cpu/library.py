@@ -20,7 +20,7 @@ from dpllm.base.errors import InputError
 from dpllm.kernels.weight import MAX_BITS, MIN_BITS
 
 LIBRARY = Path(__file__).with_name("_native.so")
-INTERFACE = 2  # api.h: dpllm_interface; another number for every change of a function or a structure
+INTERFACE = 3  # api.h: dpllm_interface; another number for every change of a function or a structure
 WIDTHS = MAX_BITS + 1  # arrays in the structures are indexed by width
 
 STORAGE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels.h: Storage
@@ -89,6 +89,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def torch_reports(capability: str) -> bool:
+    """Tells whether torch reports a capability of this processor. Old versions of torch cannot tell: False."""
+    return bool(getattr(torch.cpu, capability, lambda: False)())
+
+
+def multiplies_bfloat16() -> bool:
+    """Tells whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    return any(map(torch_reports, ("_is_amx_tile_supported", "_is_avx512_bf16_supported")))
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """Loads the shared library and declares its signatures. Raises OSError where it is missing or does not load."""
@@ -119,6 +129,10 @@ def load_library() -> ctypes.CDLL:
             Pointer, Pointer,
         ),
         "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
+        "dpllm_descend": (None, Pointer, Pointer, Int),
+        "dpllm_table_values": (None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer),
+        "dpllm_table_sums": (None, Pointer, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer),
+        "dpllm_nested_codes": (None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer, Pointer),
         "dpllm_step_open": (Pointer, Pointer, Pointer),
         "dpllm_step_close": (None, Pointer),
         "dpllm_step_rows": (Int, Pointer, Pointer, Pointer, Pointer),

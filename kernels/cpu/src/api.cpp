@@ -39,7 +39,7 @@ static void gemm_rows(Context& c, const Matrix& w, int bits, const std::vector<A
 
 using namespace dpllm;
 
-int dpllm_interface() { return 2; }
+int dpllm_interface() { return 3; }
 const char* dpllm_isa_name(int i) { return i < kIsaCount ? kIsas[i]->name : nullptr; }
 const char* dpllm_isa_needs(int i) { return i < kIsaCount ? kIsas[i]->needs : nullptr; }
 int dpllm_isa_supported(int i) { return kIsas[i]->supported(); }
