@@ -31,10 +31,20 @@ INT8_SHARE = 4  # the cost of int8 activations is measured on one sequence in so
 class FisherPass:
     """The forward and the backward pass, with boundary activations and gradients in the directory `work`."""
 
-    def __init__(self, model: LayerwiseModel, sequences: Tensor, work: Path, *, guided: bool = False):
-        """sequences: int64 [S, T]. guided: `backward` also stores each linear layer's guided Hessian in `hessians`."""
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        sequences: Tensor,
+        work: Path,
+        *,
+        diagonal: bool = True,
+        guided: bool = False,
+    ):
+        """sequences: int64 [S, T]. diagonal: `backward` returns the Fisher, which takes a gradient of every weight for
+        every sequence. guided: `backward` stores each linear layer's guided Hessian in `hessians`.
+        """
         self.model, self.sequences, self.work = model, sequences, work
-        self.guided = guided
+        self.diagonal, self.guided = diagonal, guided
         self.hessians: dict[
             str, Tensor
         ] = {}  # float32 [K, K] on the CPU, of the last layer that `backward` handled
@@ -75,15 +85,16 @@ class FisherPass:
             write_tensors(self._gradient(depth), {"x": self._finite(gradients, "gradient at the head")})
 
     def backward(self, index: int) -> dict[str, Tensor]:
-        """The Fisher float32 [N, K], on the CPU, of each linear layer in decoder layer `index`.
+        """The Fisher float32 [N, K], on the CPU, of each linear layer in decoder layer `index`; {} without `diagonal`.
 
         It starts from the stored gradient above the layer. `keep_gradient` stores the gradient below, after the caller
         has used the result.
         """
         layer = self.model.load_layer(index)
         names = {m: n for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-        fisher = {n: torch.zeros_like(m.weight, device=self.model.device) for m, n in names.items()}
-        for module, name in names.items():
+        fisher = {}
+        for module, name in names.items() if self.diagonal else ():
+            fisher[name] = torch.zeros_like(module.weight, device=self.model.device)
             module.weight.requires_grad_()
             module.weight.register_post_accumulate_grad_hook(_squaring(fisher[name]))
         guides = {n: _Guide(m) for m, n in names.items()} if self.guided else {}

@@ -2,8 +2,8 @@
 
 Rows are sorted once. In sorted order a cluster is an interval, and its centroid a difference of prefix sums. The best
 split of a cluster is found exactly, by scoring every cut (Any-Precision LLM, arXiv:2402.10517). The seed is
-SqueezeLLM's sensitivity-weighted k-means (arXiv:2306.07629). All of it runs on one block of rows at a time, in flat
-float64 arrays, so numpy does the work and the block stays in cache.
+SqueezeLLM's sensitivity-weighted k-means (arXiv:2306.07629). The definition runs on one block of rows at a time, in
+flat float64 arrays, so numpy does the work and the block stays in cache. Native kernels compute the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dpllm.kernels.cpu.quantising import QuantiserKernels
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
 
 LLOYD_ITERATIONS = 50
@@ -114,14 +115,21 @@ class _Sorted:
 
 
 def nested_codes(
-    w: np.ndarray, f: np.ndarray, seed_bits: int, parent_bits: int
+    w: np.ndarray,
+    f: np.ndarray,
+    seed_bits: int,
+    parent_bits: int,
+    kernels: QuantiserKernels | None = None,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Computes nested codes and tables of each row.
 
-    w: float32 [R, n] values; f: float32 [R, n] non-negative weights (a row of zeros counts as uniform).
+    w: float32 [R, n] values; f: float32 [R, n] non-negative weights (a row of zeros counts as uniform). kernels: the
+    native ones; None: numpy.
     Returns (codes uint8 [R, n] of parent_bits, {bits: float16 [R, 2^bits]} for widths up to 6).
     Tables are ascending; code c of width b covers codes 2c and 2c+1 of width b+1.
     """
+    if kernels is not None:
+        return _native_codes(w, _usable_weights(f), seed_bits, parent_bits, kernels)
     codes = np.empty(w.shape, np.uint8)
     free = range(seed_bits, min(parent_bits, MAX_TABLE_BITS) + 1)
     tables = {b: np.empty((len(w), 2**b), np.float16) for b in free}
@@ -133,6 +141,21 @@ def nested_codes(
         )
         for b, table in block_tables.items():
             tables[b][block] = table
+    return codes, tables
+
+
+def _native_codes(
+    w: np.ndarray, f: np.ndarray, seed_bits: int, parent_bits: int, kernels: QuantiserKernels
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    free = min(parent_bits, MAX_TABLE_BITS)
+    values, weights = (torch.from_numpy(np.ascontiguousarray(a, np.float32)) for a in (w, f))
+    found, centres = kernels.nested_codes(values, weights, seed_bits, free, LLOYD_ITERATIONS)
+    tables = {
+        b: centres[:, i, : 2**b].numpy().astype(np.float16) for i, b in enumerate(range(seed_bits, free + 1))
+    }
+    codes = found.numpy()
+    for b in range(free + 1, parent_bits + 1):
+        codes = _derived_split(w.astype(np.float64), codes, tables[MAX_TABLE_BITS], b)
     return codes, tables
 
 

@@ -3,14 +3,17 @@
 k-means handles every weight separately, but the loss depends on a layer's output. So the error of row n at width b is
 e^T H e here, with e = w_n - q_n(b) and H = sum over tokens of s_t x_t x_t^T, where s_t is the mean squared loss
 gradient of the layer's outputs at token t (GuidedQuant, arXiv:2505.07004, equation 8, one group of outputs). As in
-GuidedQuant's LNQ (algorithm 2), two steps alternate, and neither can raise the error:
+GuidedQuant's LNQ (algorithm 2), two steps alternate:
 
+* codes: a sweep of coordinate descent over columns. LNQ has one width. Here all widths share a code, and each weight
+  takes the parent code with the smallest sum over widths of `balance`^b times the error of the code's b-bit prefix.
+  Codes stay nested, because every width reads a prefix of the same code. With a small balance the seed width chooses
+  freely and the other widths split its codes; this costs wide widths more than it gains at narrow ones (docs/log.md).
 * tables: with codes fixed, each width's table is a separate least-squares problem. Conjugate gradients from the current
   table need one product with H per step; forming the normal equations would scatter N K^2 terms.
-* codes: cyclic coordinate descent over columns. LNQ has one width. Here all widths share a code, and each weight takes
-  the parent code with the smallest sum over widths of `balance`^b times the error of the code's b-bit prefix. Codes
-  stay nested, because every width reads a prefix of the same code. With a small balance the seed width chooses freely
-  and the other widths split its codes; this costs wide widths more than it gains at narrow ones (docs/log.md).
+
+Products with H between these steps may be rounded to bfloat16, where the processor multiplies that faster. The error
+before and after all steps is computed in float32, and what has become worse is taken back.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import torch
 from torch import Tensor
 
 from dpllm.base.errors import InputError
+from dpllm.kernels.cpu.library import multiplies_bfloat16
 from dpllm.kernels.weight import MAX_TABLE_BITS, derived_table
+from dpllm.quant.descent import BLOCK_COLUMNS, DescentSteps, steps_for
 
-BLOCK_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # weights refined at a time; limits memory (working_bytes)
-BLOCK_COLUMNS = 64  # columns between two products with the remaining part of H
+BLOCK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # weights refined at a time; limits memory (working_bytes)
 DAMPING = 1e-4  # of H's mean diagonal, added to the diagonal: weights of inputs that never occurred keep their values
 
 
@@ -32,14 +36,13 @@ DAMPING = 1e-4  # of H's mean diagonal, added to the diagonal: weights of inputs
 class RefineOptions:
     """Options of the refinement.
 
-    codes: change codes as well as tables. rounds: of codes and tables in turn. sweeps: over all columns, per round.
-    table_steps: of conjugate gradients. balance: weight of a width's error relative to the next narrower width's.
+    codes: change codes as well as tables. rounds: of codes and tables in turn. table_steps: of conjugate gradients, per
+    round. balance: weight of a width's error relative to the next narrower width's.
     """
 
     codes: bool = True
-    rounds: int = 2
-    sweeps: int = 2
-    table_steps: int = 4
+    rounds: int = 4
+    table_steps: int = 1
     balance: float = 2.0
 
 
@@ -74,16 +77,23 @@ def output_error(matrix: NestedMatrix, hessian: Tensor, bits: int) -> Tensor:
     return (e * (e @ hessian)).sum(1)
 
 
-def refine(matrix: NestedMatrix, hessian: Tensor, options: RefineOptions = RefineOptions()) -> NestedMatrix:
+def refine(
+    matrix: NestedMatrix,
+    hessian: Tensor,
+    options: RefineOptions = RefineOptions(),
+    steps: DescentSteps | None = None,
+) -> NestedMatrix:
     """Finds better tables and codes, of the same size.
 
-    hessian: float32 [K, K], symmetric, with a non-negative diagonal; it is scaled and damped here. If only tables
-    change, no width's error rises. If codes change too, the balanced sum over widths does not rise. Raises InputError
-    for a Hessian that has the wrong shape, is not finite, or has a negative diagonal.
+    hessian: float32 [K, K], symmetric, with a non-negative diagonal; it is scaled and damped here. steps: None chooses
+    those of the Hessian's device. If only tables change, no width's error rises. If codes change too, the balanced sum
+    over widths does not rise in any table. Raises InputError for a Hessian that has the wrong shape, is not finite, or
+    has a negative diagonal.
     """
     h = _usable(hessian, matrix.weight.shape[1])
-    share = matrix.share
-    step = max(1, BLOCK_WEIGHTS.get(h.device.type, 1 << 22) // (share * matrix.weight.shape[1]))
+    products = _Products(h, h.bfloat16() if h.device.type == "cpu" and multiplies_bfloat16() else None)
+    share, steps = matrix.share, steps or steps_for(h.device)
+    step = max(1, BLOCK_WEIGHTS.get(h.device.type, 1 << 17) // (share * matrix.weight.shape[1]))
     parts = []
     for first in range(0, len(matrix.weight) // share, step):
         tables, rows = slice(first, first + step), slice(first * share, (first + step) * share)
@@ -91,7 +101,7 @@ def refine(matrix: NestedMatrix, hessian: Tensor, options: RefineOptions = Refin
             matrix.weight[rows].to(h.device), matrix.scale[rows].to(h.device), matrix.codes[rows].to(h.device),
             {b: t[tables].to(h.device) for b, t in matrix.tables.items()}, matrix.parent_bits,
         )  # fmt: skip
-        parts.append(_refine_block(block, h, options))
+        parts.append(_refine_block(block, products, options, steps))
     return replace(
         matrix,
         codes=torch.cat([p.codes.cpu() for p in parts]),
@@ -102,14 +112,13 @@ def refine(matrix: NestedMatrix, hessian: Tensor, options: RefineOptions = Refin
 def working_bytes(rows: int, columns: int, widths: int) -> int:
     """Bytes that refining an [N, K] matrix takes on the CPU, apart from Hessian, weights and codes."""
     block = min(rows * columns, max(BLOCK_WEIGHTS["cpu"], columns))
-    return 4 * columns**2 + block * (12 * widths + 16)
+    return 6 * columns**2 + block * (16 * widths + 16)
 
 
 def multiply_adds(rows: int, columns: int, widths: int, options: RefineOptions = RefineOptions()) -> int:
     """Multiply-adds of the products with H, which are most of the work if rows are long."""
-    tables = options.table_steps + 2
-    codes = 1.5 * options.sweeps + 2 if options.codes else 0
-    return int(rows * columns**2 * widths * (options.rounds if options.codes else 1) * (tables + codes))
+    codes = 1.5 if options.codes else 0
+    return int(rows * columns**2 * widths * (options.rounds * (codes + options.table_steps + 1) + 1))
 
 
 def _usable(hessian: Tensor, columns: int) -> Tensor:
@@ -128,128 +137,136 @@ def _usable(hessian: Tensor, columns: int) -> Tensor:
     return h
 
 
-def _refine_block(block: NestedMatrix, h: Tensor, options: RefineOptions) -> NestedMatrix:
-    tables_at = lambda m: {b: _refit(m, h, b, options.table_steps) for b in m.tables}  # noqa: E731
-    if not options.codes:
-        return replace(block, tables=tables_at(block))
+@dataclass(frozen=True)
+class _Products:
+    """Products with H. hessian: float32 [K, K]; rounded: the same in bfloat16, or None if it is not faster."""
+
+    hessian: Tensor
+    rounded: Tensor | None
+
+    def exact(self, x: Tensor) -> Tensor:
+        """x [..., K] times H."""
+        return (x.view(-1, x.shape[-1]) @ self.hessian).view(x.shape)
+
+    def quick(self, x: Tensor) -> Tensor:
+        """The same, perhaps rounded."""
+        if self.rounded is None:
+            return self.exact(x)
+        return (x.view(-1, x.shape[-1]).bfloat16() @ self.rounded).float().view(x.shape)
+
+
+def _refine_block(
+    block: NestedMatrix, products: _Products, options: RefineOptions, steps: DescentSteps
+) -> NestedMatrix:
     free = min(block.parent_bits, MAX_TABLE_BITS)
+    if options.codes:
+        m = replace(block, codes=block.codes >> (block.parent_bits - free), parent_bits=free)
+        found = _with_codes(m, products, options, steps)
+        return _with_derived_bits(found, block.parent_bits) if block.parent_bits > free else found
     m = replace(block, codes=block.codes >> (block.parent_bits - free), parent_bits=free)
+    state = _State(m, products, steps)
+    before, old = state.errors(), state.tables
+    state.refit(options.rounds * options.table_steps)
+    state.tables = torch.where((state.errors() <= before)[:, :, None], state.tables, old)
+    return replace(block, tables=state.stored(m.tables))
+
+
+def _with_codes(
+    m: NestedMatrix, products: _Products, options: RefineOptions, steps: DescentSteps
+) -> NestedMatrix:
+    """New codes and tables, except in tables whose balanced error would rise."""
+    state = _State(m, products, steps)
+    widths = torch.arange(len(m.tables), device=m.codes.device)
+    root = options.balance ** (widths / 2)
+    before, old = state.errors(), state.tables
     for _ in range(options.rounds):
-        m = replace(m, codes=_descend(m, h, options))
-        m = replace(m, tables=tables_at(m))
-    return _with_derived_bits(m, block.parent_bits) if block.parent_bits > free else m
+        state.sweep(root)
+        state.refit(options.table_steps)
+    better = ((state.errors() - before) * root.square()).sum(1) <= 0
+    state.tables = torch.where(better[:, None, None], state.tables, old)
+    codes = torch.where(better.repeat_interleave(m.share)[:, None], state.codes, m.codes)
+    return replace(m, codes=codes, tables=state.stored(m.tables))
 
 
-def _refit(m: NestedMatrix, h: Tensor, bits: int, steps: int) -> Tensor:
-    """The best table of one width for the present codes: float16 [T, 2^bits].
+class _State:
+    """Codes and tables of a block of rows under refinement, with their errors.
 
-    It runs preconditioned conjugate gradients on the normal equations of all tables at once. A table whose error would
-    rise by rounding to float16 stays.
+    tables: [T, B, 2^P] of float16 values. error: [N, B, K], value minus weight, in units of the row's scale.
+    pull: [N, B, K], error times H, perhaps rounded.
     """
-    old = m.tables[bits].float()
-    count, size = old.shape
-    owner = torch.arange(len(m.weight), device=h.device) // m.share
-    index = (m.codes >> (m.parent_bits - bits)).long() + (owner * size)[:, None]
-    scale = m.scale[:, None]
 
-    def gather(table: Tensor) -> Tensor:  # [T, C] -> [N, K]
-        return table.reshape(-1)[index] * scale
+    def __init__(self, m: NestedMatrix, products: _Products, steps: DescentSteps):
+        self.weight, self.codes = m.weight.contiguous(), m.codes.clone()
+        self.squares = (
+            m.scale.square().contiguous()
+        )  # errors of the rows of one table add up in units of the output
+        self.products, self.steps, self.parent_bits = products, steps, m.parent_bits
+        self.widths = sorted(m.tables)
+        count = len(m.tables[self.widths[0]])
+        self.tables = torch.zeros(count, len(self.widths), 2**m.parent_bits, device=m.codes.device)
+        for i, bits in enumerate(self.widths):
+            self.tables[:, i, : 2**bits] = m.tables[bits].float()
+        self._look_up()
 
-    def scatter(values: Tensor) -> Tensor:  # its transpose
-        flat = torch.zeros(count * size, device=h.device)
-        return flat.index_add_(0, index.reshape(-1), (values * scale).reshape(-1)).view(count, size)
+    def stored(self, tables: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The tables as they are stored: float16, of the widths in `tables`."""
+        return {bits: self.tables[:, i, : 2**bits].half() for i, bits in enumerate(sorted(tables))}
 
-    def pull(table: Tensor) -> tuple[Tensor, Tensor]:  # (half the gradient, each table's error)
-        e = gather(table) - target
-        eh = e @ h
-        return eh, (e * eh).sum(1).view(count, -1).sum(1)
+    def errors(self) -> Tensor:
+        """The error e^T H e of each table and width, [T, B], with float32 products."""
+        each = (self.error * self.products.exact(self.error)).sum(2) * self.squares[:, None]
+        return each.view(len(self.tables), -1, len(self.widths)).sum(1)
 
-    target = m.weight * scale
-    jacobi = scatter(h.diagonal() * scale)
-    jacobi = torch.where(jacobi > 0, 1 / jacobi, 0)  # a code without weights keeps its value
-    gradient, before = pull(old)
-    residual = -scatter(gradient)
-    found, z = old.clone(), jacobi * residual
-    direction, rz = z, (residual * z).sum(1)
-    for _ in range(steps):
-        image = scatter(gather(direction) @ h)
-        length = _ratio(rz, (direction * image).sum(1))[:, None]
-        found, residual = found + length * direction, residual - length * image
-        z, last = jacobi * residual, rz
-        rz = (residual * z).sum(1)
-        direction = z + _ratio(rz, last)[:, None] * direction
-    new = found.clamp(-65504, 65504).half()
-    better = pull(new.float())[1] <= before
-    return torch.where(better[:, None], new, m.tables[bits])
+    def sweep(self, root: Tensor) -> None:
+        """Updates the code of every weight once.
+
+        The effect of a changed column on later columns is added at once within a block of columns, and by one product
+        for the columns after the block.
+        """
+        h, columns = self.products.hessian, self.codes.shape[1]
+        span = [2 ** (self.parent_bits - bits) for bits in self.widths]
+        leaf = torch.stack(
+            [self.tables[:, i, : 2**b].repeat_interleave(span[i], 1) for i, b in enumerate(self.widths)], 1
+        )
+        flat = self.pull.view(-1, columns)
+        for first in range(0, columns, BLOCK_COLUMNS):
+            last = min(first + BLOCK_COLUMNS, columns)
+            change = self.steps.descend(
+                weight=self.weight, codes=self.codes, error=self.error, pull=self.pull, hessian=h, leaf=leaf,
+                root=root, first=first, last=last,
+            )  # fmt: skip
+            flat[:, last:].addmm_(change.view(-1, last - first), h[first:last, last:])
+        self.pull = self.products.quick(self.error)
+
+    def refit(self, count: int) -> None:
+        """Moves all tables towards the best ones for the present codes, by preconditioned conjugate gradients."""
+        diagonal = self.products.hessian.diagonal().expand_as(self.error).contiguous()
+        jacobi = self._sums(diagonal)
+        jacobi = torch.where(jacobi > 0, 1 / jacobi, 0)  # a code without weights keeps its value
+        residual, found = -self._sums(self.pull), self.tables
+        direction = jacobi * residual
+        rz = (residual * direction).sum(2)
+        for _ in range(count):
+            image = self._sums(self.products.quick(self.steps.values(self.codes, direction)))
+            length = _ratio(rz, (direction * image).sum(2))[:, :, None]
+            found, residual = found + length * direction, residual - length * image
+            z, last = jacobi * residual, rz
+            rz = (residual * z).sum(2)
+            direction = z + _ratio(rz, last)[:, :, None] * direction
+        self.tables = found.clamp(-65504, 65504).half().float()
+        self._look_up()
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return self.steps.sums(self.codes, values, self.squares, self.tables.shape)
+
+    def _look_up(self) -> None:
+        self.error = self.steps.values(self.codes, self.tables).sub_(self.weight[:, None])
+        self.pull = self.products.quick(self.error)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is not positive."""
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
-
-
-def _descend(m: NestedMatrix, h: Tensor, options: RefineOptions) -> Tensor:
-    """Codes uint8 [N, K] after `sweeps` of coordinate descent on the balanced error of all widths."""
-    state = _Descent(m, options.balance)
-    before = state.loss(h)
-    for _ in range(options.sweeps):
-        state.sweep(h)
-    kept = state.loss(h) <= before  # rounding in a nearly singular H must not make a row worse
-    return torch.where(kept[:, None], state.codes.T, m.codes)
-
-
-class _Descent:
-    """Coordinate descent on one block of rows, stored columns first, so that a step reads contiguous memory.
-
-    codes: uint8 [K, N]; error: float32 [B, K, N], all widths; leaf: [B, N, 2^P], each width's value per parent code.
-    """
-
-    def __init__(self, m: NestedMatrix, balance: float):
-        self.weight = m.weight.T.contiguous()
-        self.codes = m.codes.T.contiguous()
-        widths = sorted(m.tables)
-        rows = [m.tables[b].float().repeat_interleave(m.share, 0) for b in widths]
-        self.leaf = torch.stack(
-            [t.repeat_interleave(2 ** (m.parent_bits - b), 1) for b, t in zip(widths, rows, strict=True)]
-        )
-        root = [balance ** ((b - widths[0]) / 2) for b in widths]
-        self.root = torch.tensor(root, device=m.weight.device)[:, None]
-        self.scaled = [t * r for t, r in zip(rows, root, strict=True)]
-        self.error = torch.stack([m.error(b).T for b in widths])
-
-    def loss(self, h: Tensor) -> Tensor:
-        """The balanced error of each row, float32 [N]."""
-        return ((self.error * (h @ self.error)).sum(1) * self.root**2).sum(0)
-
-    def sweep(self, h: Tensor) -> None:
-        """Updates every column once.
-
-        The effect of a changed column on later columns is added at once within a block of columns, and by one product
-        for the columns after the block.
-        """
-        columns = len(self.codes)
-        pull = h @ self.error  # [B, K, N]: half the gradient
-        for first in range(0, columns, BLOCK_COLUMNS):
-            last = min(first + BLOCK_COLUMNS, columns)
-            here, change = pull[:, first:last], torch.empty_like(self.error[:, first:last])
-            for j in range(first, last):
-                i = j - first
-                best = self._best_code(j, here[:, i] / h[j, j])
-                self.codes[j] = best
-                value = self.leaf.gather(2, best.expand(len(self.leaf), -1)[:, :, None])[:, :, 0]
-                change[:, i] = value - self.weight[j] - self.error[:, j]
-                self.error[:, j] += change[:, i]
-                here[:, i + 1 :].addcmul_(h[j, j + 1 : last, None], change[:, i, None])
-            pull[:, last:] += h[last:, first:last] @ change
-
-    def _best_code(self, column: int, step: Tensor) -> Tensor:
-        """The parent codes int64 [N] whose prefixes lie nearest to each width's optimum for this column."""
-        optimum = (self.error[:, column] + self.weight[column] - step) * self.root  # [B, N]
-        cost = (self.scaled[0] - optimum[0, :, None]).square_()
-        for table, goal in zip(self.scaled[1:], optimum[1:], strict=True):
-            nearer = (table - goal[:, None]).square_().view(len(cost), cost.shape[1], -1)
-            cost = nearer.add_(cost[:, :, None]).view(len(cost), -1)
-        return cost.argmin(1)
 
 
 def _with_derived_bits(m: NestedMatrix, parent_bits: int) -> NestedMatrix:

@@ -46,7 +46,7 @@ def product_rows() -> list[dict]:
         backend = choose_backend("cpu", options=CpuOptions(accuracy=name))
         prepared = backend.prepare(w)
         for kind, values in (("normal", x), ("outliers", outliers)):
-            row = {"measured_on": "random weights", "accuracy": name, "activations": kind}
+            row: dict = {"measured_on": "random weights", "accuracy": name, "activations": kind}
             for bits in range(MIN_BITS, MAX_BITS + 1):
                 truth = values.double() @ exact.dequantize(w, bits, torch.float64).T
                 y = backend.gemv(values, prepared, torch.full((len(values),), bits, dtype=torch.int32))
@@ -60,7 +60,8 @@ def perplexity_rows(max_tokens: int) -> list[dict]:
     settings = {"reference backend": LoadOptions(backend="reference")}
     settings |= {name: LoadOptions(cpu=CpuOptions(accuracy=name)) for name in ACCURACIES}
     cells = [("rate-distortion", 3.25), *(("uniform", float(b)) for b in range(2, 7))]
-    rows, base = [], {}
+    rows: list[dict] = []
+    base: dict[tuple[str, float], float] = {}
     for name, options in settings.items():
         engine = open_engine(options=options)
         documents = token_documents(engine, reference.heldout_text(), 1024, max_tokens)

@@ -71,8 +71,8 @@ class Thresholds(PrecisionPolicy, TextPolicy):
 
     def __init__(self, decoder: Decoder, thresholds: torch.Tensor):
         diagonals = [torch.ones(g.weight.in_features, dtype=torch.float16) for g in decoder.groups]
-        self.rule = ThresholdRule(diagonals, list(range(len(diagonals))))
-        self.thresholds: torch.Tensor = thresholds
+        self.diagonals, self.limits = diagonals, thresholds
+        self.rule, self.thresholds = ThresholdRule(diagonals, list(range(len(diagonals)))), thresholds
 
     def begin_text(self) -> TextPolicy:
         return self
@@ -85,8 +85,8 @@ class Thresholds(PrecisionPolicy, TextPolicy):
         return cls(decoder, torch.tensor([limits] * len(decoder.groups)))
 
     def __call__(self, group: Group, x: torch.Tensor) -> torch.Tensor:
-        square = (x.float() ** 2) @ self.rule.diagonals[group.index].float()
-        return group.seed_bits + (square[:, None] > self.thresholds[group.index]).sum(1, dtype=torch.int32)
+        square = (x.float() ** 2) @ self.diagonals[group.index].float()
+        return group.seed_bits + (square[:, None] > self.limits[group.index]).sum(1, dtype=torch.int32)
 
 
 @dataclass
@@ -175,6 +175,7 @@ class Ours:
             began = time.perf_counter()
             stepped = step(i + 1, cache, chooser)
             choosing.append(time.perf_counter() - began)
+            assert stepped.bits is not None
             replay = StaticPolicy(stepped.bits[0].tolist())
             bits.append(stepped.effective_bits)
             cache.rewind(CONTEXT)
@@ -219,6 +220,7 @@ def compete(args: argparse.Namespace, widths: list[int]) -> tuple[list[dict], di
     prefills: dict[str, list[float]] = {}
     memory = empty_planes((1, 1, 1 << 28)).fill_(1)
     cpu = next(iter(ours.values())).copies[0].backend.cpu
+    assert cpu is not None
     order = random.Random(0)
     for r in range(args.rounds):
         for entry in order.sample(entries, len(entries)):

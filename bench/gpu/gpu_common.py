@@ -105,9 +105,9 @@ def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 def milliseconds(run: Callable[[], Any]) -> float:
     """One run, on the device's own clock."""
     if DRY:
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
-        return (time.perf_counter() - began) * 1e3
+        return (time.perf_counter() - start) * 1e3
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     began.record()
     run()

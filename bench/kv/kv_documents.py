@@ -9,7 +9,7 @@ from functools import cache
 
 from tokenizers import Tokenizer
 
-from bench.reference_model.reference_corpus import CodeTokens, random_fact, read_source, stdlib_root
+from bench.reference_model.reference_corpus import CodeTokens, bos_of, random_fact, read_source, stdlib_root
 from dpllm import reference
 
 
@@ -44,7 +44,7 @@ def recall(number: int, length: int, facts: int) -> Document:
     lines = [encode(line) for line, _, _ in chosen]
     filler = length - 1 - sum(map(len, lines))
     spots = sorted(rng.randrange(filler + 1) for _ in lines)
-    ids, before = [tokenizer.token_to_id("<|bos|>")], 0
+    ids, before = [bos_of(tokenizer)], 0
     for line, spot in zip(lines, spots, strict=True):
         ids += (code.filler(rng, spot - before) if spot > before else []) + line
         before = spot
@@ -56,5 +56,5 @@ def continuation(number: int, length: int, tokens: int = 257) -> Document:
     """`length` tokens of code, of which the next ones are to be foretold."""
     tokenizer, code = heldout_code()
     window = code.filler(random.Random(f"{number}/{length}"), length - 1 + tokens)
-    ids = [tokenizer.token_to_id("<|bos|>"), *window]
+    ids = [bos_of(tokenizer), *window]
     return Document(ids[:length], [(ids[length : length + 1], ids[length + 1 :])])

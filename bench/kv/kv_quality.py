@@ -120,7 +120,7 @@ def rows_of(task: str, documents: dict[int, dict]) -> Iterator[dict]:
             [sum(o[1] for o in c), sum(o[2] for o in c)] if scored else [sum(o[0] for o in c), len(c)]
             for c in cells
         ]
-        return np.asarray(values, float).T  # type: ignore[return-value]
+        return np.asarray(values, float).T
 
     for key in next(iter(documents.values())):
         name, ratio, bits = key.split("|")

@@ -138,7 +138,7 @@ class Peers:
         )
         with tempfile.TemporaryDirectory() as folder:
             named = {gguf_name(n): m.numpy() for n, m in self.matrices.items()}
-            np.savez(Path(folder) / "matrices.npz", **named)  # type: ignore[arg-type]
+            np.savez(Path(folder) / "matrices.npz", **named)
             for g in self.decoder.groups:
                 g.weight = self.matrices[g.name]
             np.savez(Path(folder) / "importance.npz", **importance(self.decoder))  # type: ignore[arg-type]

@@ -64,6 +64,7 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
     for _ in track(range(repeats), f"times, {name}"):
         fitted: dict[Cell, list[Step]] = {cell: [] for cell in cells_of(engine)}
         checked: dict[tuple, list[Step]] = {cell: [] for cell in cells}
+        runs: list[tuple[list[Step], Cell, RaggedKVCache | None]]
         runs = [(steps, cell, None) for cell, steps in fitted.items()]
         runs += [(steps, Cell(b, n), None if keep == 1 else cache) for (b, n, keep), steps in checked.items()]
         for _ in range(ROUNDS):
@@ -71,10 +72,10 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
             for steps, cell, behind in runs:
                 steps += steps_at(engine, cell, behind)
         cost = fit_cost_model(engine, fitted)
-        for cell, steps in checked.items():
+        for at, steps in checked.items():
             read = statistics.mean(s.effective_bits for s in steps)  # few tokens are not on their target yet
             told = cost.token_ms(read, steps[-1].kv_bytes / pair)
-            found[cell].append((told, statistics.median(s.ms for s in steps)))
+            found[at].append((told, statistics.median(s.ms for s in steps)))
     return [compared(name, *cell, pairs) for cell, pairs in found.items()]
 
 

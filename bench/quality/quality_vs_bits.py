@@ -31,7 +31,7 @@ from bench.quality.variants import CHAINS, SMOKE, TARGETS, Effort, calibrator_fo
 
 def slopes(bench: Bench, sizes: Sizes) -> dict[tuple[float, float], float]:
     """Nats per bit of the static allocation around each (budget, target), of what is measured."""
-    found = {}
+    found: dict[tuple[float, float], float] = {}
     for budget in BUDGETS:
         cells = {t: main_cell("static", t, sizes, budget) for t in TARGETS}
         points = {t: means(bench.measure(c)) for t, c in cells.items() if bench.known(c)}
@@ -97,7 +97,7 @@ def measure(pool: Jobs, bench: Bench, lines: list[Line], sizes: Sizes) -> None:
 def draw(bench: Bench, rows: list[dict], sizes: Sizes, path: Path) -> None:
     """The curves, and next to them the widths as *_widths.png."""
     unquantised = bench.measure(plain_cells(sizes)[0])
-    nats = {b: means(unquantised, n)[1] for b, n in ((6, sizes.main), (5, sizes.budget))}
+    nats = {float(b): means(unquantised, n)[1] for b, n in ((6, sizes.main), (5, sizes.budget))}
     plot_curves(rows, nats, path)
     plot_widths(bench, path.with_name(path.stem + "_widths.png"))
 

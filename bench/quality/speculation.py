@@ -129,7 +129,7 @@ def accepted(
             made = generate(engine, mode, prompt, i, temperature, n)
             for name, value in vars(made.tally).items():
                 setattr(tally, name, getattr(tally, name) + value)
-        del choice.lengths  # type: ignore[misc]
+        del choice.lengths
         found = tally.summary()
         rows.append(
             row(

@@ -10,9 +10,9 @@ Python version at hand.
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 from bench.reference_model.reference_corpus import read_source, stdlib_files, stdlib_root
@@ -22,7 +22,11 @@ EXCERPT = 4000
 
 
 def main() -> None:
-    root, heldout = stdlib_root(), json.loads(Path(sys.argv[1]).read_text())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("heldout", type=Path, help="JSON list of the held-out files")
+    root, heldout = stdlib_root(), json.loads(parser.parse_args().heldout.read_text())
     held = set(heldout)
     training = [n for n in stdlib_files(root) if n not in held]
     random.Random(0).shuffle(training)

@@ -169,7 +169,7 @@ def recall_document(
 
     facts = [random_fact(rng) for _ in range(n_facts)]
     spots = sorted(rng.randrange(filler + 1) for _ in facts)
-    tokens, weights = [tokenizer.token_to_id("<|bos|>")], [1.0]
+    tokens, weights = [bos_of(tokenizer)], [1.0]
     before = 0
     for (line, _, _), spot in zip(facts, spots, strict=True):
         gap = code.filler(rng, spot - before) if spot > before else []
@@ -187,11 +187,18 @@ def recall_document(
     return RecallDocument(tokens, weights, answers)
 
 
+def bos_of(tokenizer: Tokenizer) -> int:
+    """The token that every document begins with."""
+    found = tokenizer.token_to_id("<|bos|>")
+    assert found is not None, "the tokenizer has no <|bos|>"
+    return found
+
+
 def repeat_document(
     code: CodeTokens, tokenizer: Tokenizer, rng: random.Random, length: int
 ) -> tuple[list[int], list[float]]:
     """A context and its repetition (whole, or from a hint of 8 tokens on), about `length` tokens."""
-    bos = tokenizer.token_to_id("<|bos|>")
+    bos = bos_of(tokenizer)
     if rng.random() < 0.6:
         prompt = tokenizer.encode(REPEAT_ALL, add_special_tokens=False).ids
         n = (length - 1 - len(prompt)) // 2
@@ -217,7 +224,7 @@ def training_sequence(
     while len(tokens) < length:
         left = length - len(tokens)
         if kind == "code" or left < 160:
-            new = [tokenizer.token_to_id("<|bos|>"), *code.window(rng, left - 1)]
+            new = [bos_of(tokenizer), *code.window(rng, left - 1)]
             more = [1.0] * len(new)
         elif kind == "recall":
             size = rng.randint(160, left) if rng.random() < 0.5 else left

@@ -19,7 +19,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 
 # object -> (source, if its name differs from the object's, and flags added to COMMON)
 PLAIN: dict[str, tuple[str, list[str]]] = {
-    name: ("", []) for name in ("api", "attention", "draw", "pool", "step")
+    name: ("", []) for name in ("api", "attention", "draw", "pool", "quantize", "step")
 }
 X86: dict[str, tuple[str, list[str]]] = {
     "isa_avx512": ("", [*AVX512, "-mavx512vbmi", "-mavx512vnni", "-mgfni"]),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpllm.kernels.cpu.library import STORAGE, Draw, Handle, Matrix, load_library
+from dpllm.kernels.cpu.library import STORAGE, Draw, Handle, Matrix, load_library, torch_reports
 from dpllm.kernels.weight import BitplaneWeight, Int8Weight, QuantizedWeight
 
 BLOCK_BYTES = 16 << 20  # bytes of weights dequantised at a time, where torch multiplies in bfloat16
@@ -123,7 +123,7 @@ class CpuKernels:
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(w, w.resident_bits, x.dtype))
         exact = self.handle.options.accuracy == "exact" or w.matrix.x_digits == 2
-        if not exact and _has("_is_amx_tile_supported"):
+        if not exact and torch_reports("_is_amx_tile_supported"):
             if len(x) <= FEW_ROWS:
                 return self.gemv(x, w, torch.full((len(x),), w.resident_bits, dtype=torch.int32))
             return self._matmul_by_torch(x, w)
@@ -273,11 +273,6 @@ def _check_storage(k: Tensor, v: Tensor) -> None:
 def _check_resident(w: PreparedWeight, low: int, high: int) -> None:
     if low < w.seed_bits or high > w.resident_bits:
         raise ValueError(f"bits {low}..{high} are not resident: {w.seed_bits}..{w.resident_bits} are.")
-
-
-def _has(capability: str) -> bool:
-    """Tells whether torch reports a capability of this processor. Old versions of torch cannot tell: False."""
-    return bool(getattr(torch.cpu, capability, lambda: False)())
 
 
 def _differentiable(kernels: CpuKernels, x: Tensor, w: PreparedWeight, bits: Tensor) -> Tensor:

@@ -95,6 +95,16 @@ class CpuOptions:
             )
 
 
+def torch_reports(capability: str) -> bool:
+    """Tells whether torch reports a capability of this processor. Old versions of torch cannot tell: False."""
+    return bool(getattr(torch.cpu, capability, lambda: False)())
+
+
+def multiplies_bfloat16() -> bool:
+    """Tells whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    return any(map(torch_reports, ("_is_amx_tile_supported", "_is_avx512_bf16_supported")))
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """Loads the shared library and declares its signatures. Raises OSError where it is missing or does not load."""
@@ -129,6 +139,10 @@ def load_library() -> ctypes.CDLL:
         ),
         "dpllm_draw": (Int, Pointer, Pointer, Int, Pointer),
         "dpllm_read_bandwidth": (ctypes.c_double, Pointer, Pointer, Long),
+        "dpllm_descend": (None, Pointer, Pointer, Int),
+        "dpllm_table_values": (None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer),
+        "dpllm_table_sums": (None, Pointer, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer),
+        "dpllm_nested_codes": (None, Pointer, Pointer, Pointer, Int, Int, Int, Int, Int, Pointer, Pointer),
         "dpllm_step_open": (Pointer, Pointer, Pointer),
         "dpllm_step_close": (None, Pointer),
         "dpllm_step_rows": (Int, Pointer, Pointer, Pointer, Pointer),

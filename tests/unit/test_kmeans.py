@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dpllm.kernels.cpu.quantising import quantiser_kernels
 from dpllm.kernels.weight import derived_table
 from dpllm.quant import kmeans
 from dpllm.quant.kmeans import nested_codes
@@ -277,3 +278,26 @@ def test_important_weights_are_kept_closer():
     plain_codes, plain = nested_codes(w, np.ones_like(f), 3, 3)
     plain_gap = (w - np.take_along_axis(plain[3].astype(np.float64), plain_codes.astype(int), 1)) ** 2
     assert gap[0, 1::2].sum() < plain_gap[0, 1::2].sum()
+
+
+@pytest.mark.skipif(quantiser_kernels() is None, reason="the native library is not built")
+@pytest.mark.parametrize("bits", RANGES, ids=str)
+@profile
+@given(data=rows())
+def test_native_codes_equal_the_definition(bits, data):
+    """Codes may differ where two cuts or two centres are equally good, which rounding decides."""
+    (w, f), (lo, hi) = data, bits
+    (codes, tables), (native, native_tables) = (
+        nested_codes(w, f, lo, hi, kernels) for kernels in (None, quantiser_kernels())
+    )
+    assert native.dtype == codes.dtype
+    weights = usable(f)
+    for b, table in tables.items():
+        assert native_tables[b].dtype == np.float16
+        assert native_tables[b].shape == table.shape
+        shift = hi - b
+        plain, other = (
+            squared_error(w, weights, c, t, shift) for c, t in ((codes, table), (native, native_tables[b]))
+        )
+        size = (weights * w.astype(np.float64) ** 2).sum(1)
+        assert np.allclose(plain, other, rtol=1e-3, atol=1e-5 * size.max() + 1e-12)

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpllm.base.errors import InputError
+from dpllm.kernels.cpu.quantising import quantiser_kernels
 from dpllm.kernels.weight import derived_table
 from dpllm.quant import refine as module
+from dpllm.quant.descent import TorchSteps
 from dpllm.quant.kmeans import nested_codes
 from dpllm.quant.refine import NestedMatrix, RefineOptions, output_error, refine
 
@@ -106,23 +108,58 @@ def test_tables_reach_the_least_squares_optimum():
         assert torch.allclose(table[0].double(), torch.linalg.solve(a, rhs), rtol=2e-3, atol=2e-3)
 
 
-def test_one_sweep_equals_a_plain_coordinate_descent(monkeypatch):
+NATIVE = [None] if quantiser_kernels() is None else [quantiser_kernels()]
+STEPS = pytest.mark.parametrize("steps", [TorchSteps(), *NATIVE], ids=lambda s: type(s).__name__)
+
+
+def state_of(m: NestedMatrix, h: torch.Tensor, steps) -> module._State:
+    return module._State(m, module._Products(h, None), steps)
+
+
+@STEPS
+@pytest.mark.parametrize("bits", [(2, 4), (2, 6), (3, 3), (5, 6), (2, 2)])
+def test_one_sweep_equals_a_plain_coordinate_descent(steps, bits):
     """Blocks of columns and running products against full gradients, one weight at a time."""
-    monkeypatch.setattr(module, "BLOCK_COLUMNS", 7)
-    m, h = matrix(n=6, k=33, share=2, bits=(2, 4)), hessian(33)
-    usable = module._usable(h, 33)
-    found = module._descend(m, usable, RefineOptions(sweeps=1, balance=3.0))
+    lo, hi = bits
+    m, usable = matrix(n=6, k=133, share=2, bits=bits), module._usable(hessian(133), 133)
+    state = state_of(m, usable, steps)
+    widths = range(lo, hi + 1)
+    state.sweep(torch.tensor([3.0 ** ((b - lo) / 2) for b in widths]))
     codes = m.codes.clone()
     for n in range(6):
-        for j in range(33):
-            cost = torch.zeros(16, dtype=torch.float64)
-            for b in (2, 3, 4):
+        for j in range(133):
+            cost = torch.zeros(2**hi, dtype=torch.float64)
+            for b in widths:
                 table = m.tables[b][n // 2].double()
-                e = table[(codes[n] >> (4 - b)).long()] - m.weight[n]
+                e = table[(codes[n] >> (hi - b)).long()] - m.weight[n]
                 optimum = m.weight[n, j] + e[j] - (usable[j].double() @ e) / usable[j, j]
-                cost += 3.0 ** (b - 2) * (table[torch.arange(16) >> (4 - b)] - optimum) ** 2
+                cost += 3.0 ** (b - lo) * (table[torch.arange(2**hi) >> (hi - b)] - optimum) ** 2
             codes[n, j] = cost.argmin()
-    assert (found != codes).float().mean() < 0.02, "ties and rounding aside"
+    assert (state.codes != codes).float().mean() < 0.02, "ties and rounding aside"
+    expected = torch.stack([replace(m, codes=state.codes).error(b) for b in widths], 1)
+    assert torch.allclose(state.error, expected, atol=1e-6), "errors follow the codes"
+    assert torch.allclose(state.pull, expected @ usable, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(NATIVE == [None], reason="the native library is not built")
+@profile
+@given(**cases)
+def test_native_steps_equal_their_definition(kind, share, seed, rank, bits):
+    m, h = matrix(k=70, share=share, bits=bits, seed=seed, kind=kind), hessian(70, rank=rank, seed=seed)
+    usable = module._usable(h, 70)
+    native, plain = (state_of(m, usable, s) for s in (NATIVE[0], TorchSteps()))
+    for state in (native, plain):
+        values = torch.randn(state.error.shape, generator=torch.Generator().manual_seed(seed))
+        state.sums = state.steps.sums(state.codes, values, state.squares, state.tables.shape)
+        state.sweep(torch.linspace(1, 3, len(m.tables)))
+    assert torch.allclose(native.sums, plain.sums, rtol=1e-5, atol=1e-4)
+    same = native.codes == plain.codes
+    assert same.float().mean() > 0.97, "ties and rounding aside"
+    rows = same.all(1)
+    assert torch.allclose(native.error[rows], plain.error[rows])
+    assert torch.allclose(
+        native.steps.values(plain.codes, plain.tables), plain.steps.values(plain.codes, plain.tables)
+    )
 
 
 def test_output_error_falls_a_lot_at_every_width():

@@ -112,6 +112,22 @@ inline size_t peak_scratch(int dim, int keys) {
   return size_t(P::kMost) * (size_t(dim) + size_t(keys) + 1) + size_t(P::kKeys) * size_t(dim);
 }
 
+// One block of columns of a coordinate descent on nested codes. Every width reads a prefix of the same code. A weight takes
+// the parent code with the least sum over widths of (root * (value - optimum))^2.
+struct Descent {
+  static constexpr int kBlock = 64;  // the most columns of a block
+
+  const float* weight;   // [rows, columns]
+  uint8_t* codes;        // [rows, columns], of parent_bits
+  float* error;          // [rows, widths, columns]: value minus weight
+  const float* pull;     // [rows, widths, columns]: error times hessian
+  const float* hessian;  // [columns, columns], with a positive diagonal
+  const float* leaf;     // [rows / rows_per_table, widths, 2^parent_bits]: each width's value per parent code
+  const float* root;     // [widths]
+  float* change;         // [rows, widths, last - first]: written; what was added to the error
+  int32_t columns, widths, parent_bits, rows_per_table, first, last;
+};
+
 struct Isa {
   const char* name;
   const char* needs;  // processor features, for people
@@ -175,6 +191,8 @@ struct Isa {
   // most kPanelRows. panel: scratch, kPanelRows * padded columns bytes on a 64-byte boundary.
   void (*quantize_prompt)(const float* x, int columns, int row, Prompt* out);
   void (*matmul)(const Matrix& w, int bits, const Prompt& x, uint8_t* panel, float* y, int n0, int n1);
+
+  void (*descend)(const Descent& d, int n0, int n1);
 };
 
 extern const Isa kAvx512, kAvx512Bw, kAvx2Vnni, kAvx2, kNeonDot, kNeon, kPortable;

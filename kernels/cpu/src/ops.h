@@ -403,6 +403,14 @@ void quantize_as(const float* x, int columns, int digits, Activation* out) {
   out->correction = float(correction);
 }
 
+}  // namespace
+}  // namespace dpllm
+
+#include "descend.h"
+
+namespace dpllm {
+namespace {
+
 // The table of functions. Functions that depend on the instruction set beyond vector types are arguments; products of many
 // rows are added by the instruction sets that have them.
 template <class Layout, template <int, int, int> class Rows>
@@ -410,7 +418,7 @@ constexpr Isa make_isa(const char* name, const char* needs, bool (*supported)())
   return Isa{name,     needs,      supported,  quantize_as<Layout>, gemv_by<Rows>, nullptr,
              int8_gemv, float_gemv, rms_norm,  silu_mul,            add,           rope,
              weighted_square, attend, attend_prompt, attention_peaks, block_largest, exponentials, sum_above, race,
-             store_pair, Simd::from_half, transpose_tokens, nullptr, nullptr, nullptr};
+             store_pair, Simd::from_half, transpose_tokens, nullptr, nullptr, nullptr, descend};
 }
 
 }  // namespace
