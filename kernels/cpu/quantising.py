@@ -30,7 +30,7 @@ class QuantiserKernels:
     [T, B, 2^parent_bits]; each width uses the first 2^bits entries. All floats are float32.
     """
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int) -> None:
         self.handle = Handle(CpuOptions(threads=threads))
 
     def nested_codes(

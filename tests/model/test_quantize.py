@@ -215,7 +215,8 @@ def test_refinement_is_stored_and_recorded(refine, tiny_checkpoint, tmp_path):
     same_tables = all(
         torch.equal(overlay.read(n), other.read(n)) for n, _ in overlay.entries() if ".lut." in n
     )
-    assert (same_planes, same_tables) == (refine != "full", refine == "none")
+    # With refinement, k-means has other weights: the diagonal of the guided Hessian.
+    assert (same_planes, same_tables) == (refine == "none", refine == "none")
     original = load_file(tiny_checkpoint / "model.safetensors")
     for name in overlay.linears:
         errors = [

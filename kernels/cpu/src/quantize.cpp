@@ -7,11 +7,13 @@
 using namespace dpllm;
 
 void dpllm_descend(Context* c, const Descent* d, int rows) {
+  const Turn turn(c->pool->turn);
   parallel_rows(*c, rows, int64_t(d->last - d->first) * d->widths * 8, [&](int n0, int n1) { c->isa.descend(*d, n0, n1); });
 }
 
 void dpllm_table_values(Context* c, const uint8_t* codes, const float* tables, int rows, int columns, int seed_bits,
                         int parent_bits, int rows_per_table, float* out) {
+  const Turn turn(c->pool->turn);
   const int widths = parent_bits - seed_bits + 1, entries = 1 << parent_bits;
   parallel_rows(*c, rows, int64_t(columns) * widths * 4, [&](int n0, int n1) {
     for (int n = n0; n < n1; n++)
@@ -27,6 +29,7 @@ void dpllm_table_values(Context* c, const uint8_t* codes, const float* tables, i
 
 void dpllm_table_sums(Context* c, const uint8_t* codes, const float* values, const float* scale, int rows, int columns,
                       int seed_bits, int parent_bits, int rows_per_table, float* out) {
+  const Turn turn(c->pool->turn);
   constexpr int kChains = 4;  // separate sums, because neighbouring weights often have the same code
   const int widths = parent_bits - seed_bits + 1, entries = 1 << parent_bits, tables = rows / rows_per_table;
   parallel_rows(*c, tables, int64_t(rows_per_table) * columns * widths * 4, [&](int t0, int t1) {
@@ -145,6 +148,7 @@ class SortedRow {
 
 void dpllm_nested_codes(Context* c, const float* values, const float* weights, int rows, int count, int seed_bits,
                         int parent_bits, int seed_iterations, uint8_t* codes, double* centres) {
+  const Turn turn(c->pool->turn);
   const int widths = parent_bits - seed_bits + 1, entries = 1 << parent_bits;
   c->pool->run(rows, [&](int n) {
     const SortedRow row(values + int64_t(n) * count, weights + int64_t(n) * count, count);
