@@ -46,7 +46,7 @@ from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
 from dpllm.policies.make import make_policy, resident_mean
-from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_limit import WidthCosts
 
 
 class Engine:
@@ -155,9 +155,9 @@ class Engine:
         if isinstance(self.controller, LatencyController) and self.controller.cost is cost:
             self.controller.retarget(target_ms, least_bits)
             return
-        prices = Prices.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
+        width_costs = WidthCosts.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
         options = ControlOptions() if headroom is None else ControlOptions(headroom=headroom)
-        controller = LatencyController(cost, target_ms, prices, options, least_bits)
+        controller = LatencyController(cost, target_ms, width_costs, options, least_bits)
         self.set_policy("rate-distortion", controller.order(0).bits)
         self.controller, self.target_bits = controller, None
 
@@ -166,8 +166,8 @@ class Engine:
         tokens."""
         self.set_policy("rate-distortion", target_bits)
         rate = self.bytes_for(target_bits)
-        prices = Prices.in_bytes(self.decoder.groups)
-        self.controller = QueryBudget(target_bits, rate, round(burst * rate), prices)
+        width_costs = WidthCosts.in_bytes(self.decoder.groups)
+        self.controller = QueryBudget(target_bits, rate, round(burst * rate), width_costs)
 
     def bytes_for(self, bits: float) -> int:
         """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""

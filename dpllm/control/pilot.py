@@ -41,13 +41,13 @@ class Pilot:
             self._follow()
         if self.controller is not None and text is not None:
             order = self.controller.order(self.pairs())
-            text.steer(order.bits, order.allowance)
+            text.steer(order.bits, order.limit)
         return text
 
     def record(self, ms: float, bits: Sequence[int]) -> None:
         """Tells the controller how long a token took and what it read. The prompt, without bits, says nothing."""
         if self.controller is not None and bits:
-            self.controller.record(ms, self.controller.prices.of(bits), self.pairs())
+            self.controller.record(ms, self.controller.width_costs.of(bits), self.pairs())
 
     def _follow(self) -> None:
         self._followed = None if self._own is not None else self.source.controller

@@ -1,4 +1,4 @@
-"""Targets on the bundled reference model: allowances, steering, budgets, measured models, the commands."""
+"""Targets on the bundled reference model: limits of tokens, steering, budgets, measured models, the commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, mea
 from dpllm.planning.quality_measurement import KEEPS, STEPS, QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, estimated
 from dpllm.policies.make import make_policy
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 PROMPT = "def main(argv):\n    for name in"
 
@@ -38,10 +38,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def widths(engine, step, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
-    """What a policy held to an allowance reads for the tokens of a fixed text."""
+    """What a policy held to a limit per token reads for the tokens of a fixed text."""
     policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile).begin_text()
-    prices = Prices.in_bytes(engine.decoder.groups)
-    policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
+    width_costs = WidthCosts.in_bytes(engine.decoder.groups)
+    policy.steer(bits, None if most_bytes is None else TokenLimit(most_bytes, width_costs))
     ids, cache, found = engine.prompts.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
     for token, after in zip(ids, [*ids[1:], 0], strict=True):
         stepped = step(token, cache, policy)

@@ -16,14 +16,14 @@ from dpllm.base.errors import InputError
 from dpllm.control.controller import ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.cost_measurement import Timed, plane_times
-from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_limit import WidthCosts
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
     pairs=(0.0, 1e6), attention_ms=(0.0, 5.0), plane_ms=(4.0, 4.5, 4.25, 4.25),
 )  # fmt: skip
-PRICES = Prices(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
-BYTES = Prices(2, 10, torch.tensor([[5, 10, 15, 20]]))
+NANOSECONDS = WidthCosts(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
+BYTES = WidthCosts(2, 10, torch.tensor([[5, 10, 15, 20]]))
 SETTLED = 16
 # Headroom, and how much longer than a fixed width's the tail may be right after an abrupt change. Tokens that may take
 # 1.2 times the target, the default, make it 4% longer than a steady one's.
@@ -55,7 +55,7 @@ class Machine:
                 at(t, controller)
                 order = controller.order(pairs(t))
                 wanted = order.bits + self.bias + self.rng.normal() * self.spread
-                bits = min(max(wanted, 2.0), COST.bits_for(order.allowance.most / 1e6))
+                bits = min(max(wanted, 2.0), COST.bits_for(order.limit.most / 1e6))
             slow = 1.6 if self.rng.random() < 0.01 else 1.0
             noise = math.exp(self.rng.normal() * self.noise)
             ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow
@@ -73,7 +73,7 @@ def holds(ms: np.ndarray, target: float, fixed: np.ndarray, bar: float = 1.1) ->
 
 
 def controller_for(target: float, headroom: float = ControlOptions().headroom) -> LatencyController:
-    return LatencyController(COST, target, PRICES, ControlOptions(headroom=headroom))
+    return LatencyController(COST, target, NANOSECONDS, ControlOptions(headroom=headroom))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,11 +137,11 @@ def test_an_impossible_time_does_not_wind_up(target):
 
 
 def test_least_bits_are_read_whatever_they_take():
-    controller = LatencyController(COST, 11.0, PRICES, least_bits=3.2)
+    controller = LatencyController(COST, 11.0, NANOSECONDS, least_bits=3.2)
     Machine(0).run(controller, 50)
     order = controller.order(0)
     assert order.bits == 3.2
-    assert order.allowance.most >= COST.step_ms(3.2) * 1e6
+    assert order.limit.most >= COST.step_ms(3.2) * 1e6
     controller.retarget(11.0, least_bits=2.6)
     assert controller.order(0).bits == 2.6
     controller.retarget(11.0)
@@ -170,8 +170,8 @@ def test_a_clock_that_says_nothing_changes_nothing(ms):
 def test_headroom_bounds_a_single_token():
     """A token may take `headroom` times the target, whatever its bits."""
     for headroom in (1.0, 1.02, 1.2):
-        controller = LatencyController(COST, 17.0, PRICES, ControlOptions(headroom=headroom))
-        assert controller.order(0).allowance.most == pytest.approx(17e6 * headroom)
+        controller = LatencyController(COST, 17.0, NANOSECONDS, ControlOptions(headroom=headroom))
+        assert controller.order(0).limit.most == pytest.approx(17e6 * headroom)
 
 
 @pytest.mark.parametrize("headroom", [0.99, 0.0, -1.0, math.nan, math.inf])
@@ -196,19 +196,19 @@ def test_no_query_overdraws_its_budget(rate, burst, wishes, seed):
     for n, wish in enumerate(wishes, 1):
         order = budget.order()
         assert order.bits == 3.0
-        assert order.allowance.most >= rate >= seed, "the seed width can always be read"
-        read = max(seed, min(wish, order.allowance.most))
+        assert order.limit.most >= rate >= seed, "the seed width can always be read"
+        read = max(seed, min(wish, order.limit.most))
         total += read
         budget.record(0.0, read)
         assert total <= n * rate + burst
-    assert budget.begin_text().order().allowance.most == rate + burst
+    assert budget.begin_text().order().limit.most == rate + burst
 
 
 def test_savings_end_at_the_burst():
     budget = QueryBudget(3.0, 100, 250, BYTES)
     for _ in range(50):
         budget.record(0.0, 0)
-    assert budget.order().allowance.most == 350
+    assert budget.order().limit.most == 350
     with pytest.raises(InputError, match="budget"):
         QueryBudget(3.0, 0, 10, BYTES)
 
