@@ -50,7 +50,7 @@ class TextStream:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _held_back(self, full: str) -> int:
-        whole = full.rstrip("\ufffd")  # behind it, a character whose bytes are not all there yet
+        whole = full.rstrip("\ufffd")  # what follows is a character whose bytes are not all there yet
         starts = (
             n for s in self.stop for n in range(min(len(s) - 1, len(whole)), 0, -1) if whole.endswith(s[:n])
         )
