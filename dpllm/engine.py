@@ -7,10 +7,8 @@ for step in engine.generate("def main():", max_new_tokens=64):
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpllm.accounting import Text, accounted_steps
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
 from dpllm.calib.runtime.profile import CalibrationProfile
@@ -29,7 +28,7 @@ from dpllm.control.cost_model import CostModel
 from dpllm.control.pilot import Pilot
 from dpllm.decode.choose_step import StepMaker
 from dpllm.decode.continuation import Continuation
-from dpllm.decode.generation import Generation, Step, end_reason
+from dpllm.decode.generation import Generation, Step
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions, options_of
 from dpllm.decode.prompting import Prompts
@@ -39,13 +38,12 @@ from dpllm.decode.speculation.draft_choice import DraftChoice
 from dpllm.decode.speculation.drafts import Draft
 from dpllm.decode.speculation.tally import Tally
 from dpllm.decode.step import TokenStep
-from dpllm.decode.text_stream import TextStream
 from dpllm.evaluation.text_score import TextScore, score_text
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
-from dpllm.policies.make import make_policy, resident_mean
+from dpllm.policies.make import make_policy
 from dpllm.policies.token_limit import WidthCosts
 
 
@@ -165,21 +163,9 @@ class Engine:
         """Bounds what each text reads: no more than target_bits per weight on average, beyond a start worth `burst`
         tokens."""
         self.set_policy("rate-distortion", target_bits)
-        rate = self.bytes_for(target_bits)
+        rate = self.decoder.bytes_for(target_bits)
         width_costs = WidthCosts.in_bytes(self.decoder.groups)
         self.controller = QueryBudget(target_bits, rate, round(burst * rate), width_costs)
-
-    def bytes_for(self, bits: float) -> int:
-        """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""
-        low = math.floor(bits)
-        below, above = (
-            sum(
-                g.bytes_at[min(max(b, g.seed_bits), g.resident_bits) - g.seed_bits]
-                for g in self.decoder.groups
-            )
-            for b in (low, low + 1)
-        )
-        return math.floor(below + (bits - low) * (above - below))
 
     # -- generating --------------------------------------------------------------------------------------
 
@@ -233,7 +219,7 @@ class Engine:
             ids = self.prompts.prompt_ids(prompt, options.chat)
         else:
             ids = context.question(self.prompts, prompt, options.chat)
-        return self._generation(_Text(ids, options, context, keep, clock))
+        return self._generation(Text(ids, options, context, keep, clock))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answers a conversation. messages: dicts with "role" and "content", as transformers' chat templates take.
@@ -242,7 +228,7 @@ class Engine:
         """
         chosen = options_of(options)
         ids = list(self.prompts.chat_template([dict(m) for m in messages], tokenize=True))
-        return self._generation(_Text(ids, chosen))
+        return self._generation(Text(ids, chosen))
 
     def read(
         self,
@@ -287,7 +273,7 @@ class Engine:
             raise InputError("a text of one token has no token to predict. Give a longer text.")
         return score_text(self.new_step(), self.policy, self.decoder.new_cache(len(ids)), ids)
 
-    def _generation(self, text: _Text) -> Generation:
+    def _generation(self, text: Text) -> Generation:
         """Checks the rest of what can be checked, and prepares the loop."""
         context, ids = text.context, text.ids
         read = 0 if context is None else context.cache.length
@@ -301,7 +287,13 @@ class Engine:
         generation.begin(self._steps_of(text, continuation, limit, generation))
         return generation
 
-    def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
+    def _steps_of(
+        self, text: Text, continuation: Continuation, limit: int, generation: Generation
+    ) -> Generator[Step, None, None]:
+        pilot = Pilot(self, partial(self.decoder.pairs_in, continuation.cache), text.policy)
+        return accounted_steps(text, continuation, pilot, generation, limit=limit, tokenizer=self.tokenizer)
+
+    def _continuation(self, text: Text, cache: KVCache, before: Sequence[int]) -> Continuation:
         """The loop of a text, with drafts where they were asked for or pay."""
         sampler = Sampler(text.options.sampling())
         sampler.read(before)
@@ -325,93 +317,28 @@ class Engine:
             )
         return []
 
-    def _steps_of(
-        self, text: _Text, continuation: Continuation, limit: int, generation: Generation
-    ) -> Generator[Step, None, None]:
-        """Accounts for each token: its text, its time, what it read. Then tells the controller.
-
-        In the end a context is as before, unless it is to keep the turn.
-        """
-        options, clock, cache, context = text.options, text.clock, continuation.cache, text.context
-        ends = () if options.ignore_eos else self.decoder.config.eos_ids
-        stream = TextStream(self.tokenizer, options.stop_strings)
-        pilot = Pilot(self, partial(self.pairs, cache), text.policy)
-        widest = resident_mean(self.decoder) if self.quantized else 0.0
-        read = cache.length
-        if context is not None:
-            context.begin_turn()
-        try:
-            began, left = clock(), limit
-            for token, stepped, shared_ms in continuation.tokens(text.ids, pilot.choose, limit):
-                left -= 1
-                ended = token in ends
-                last = ended or left == 0
-                final = stream.push(None if ended else token, last)
-                weight_bytes: float = stepped.weight_bytes
-                if last or stream.stopped:
-                    generation.stopped_by = end_reason(
-                        end_token=ended, stop_string=stream.stopped, cut=limit < options.max_new_tokens
-                    )
-                    unused_ms, unused_bytes = continuation.unused()
-                    shared_ms, weight_bytes = shared_ms + unused_ms, weight_bytes + unused_bytes
-                ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
-                first = left == limit - 1
-                step = Step(
-                    token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
-                    round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(),
-                    ms if first else None,
-                )  # fmt: skip
-                generation.steps.append(step)
-                yield step
-                if pilot.controller is not None:
-                    pilot.record(ms, step.bits)
-                if last or stream.stopped:
-                    return
-                began = clock()
-        finally:
-            continuation.drop()
-            if context is not None:
-                context.end_turn(text.ids, [s.token for s in generation.steps], read, text.keep)
-
     # -- measuring ---------------------------------------------------------------------------------------
 
-    def pairs(self, cache: KVCache) -> float:
-        """Pairs the cache holds, over all layers and heads."""
-        c = self.decoder.config
-        return cache.nbytes / (2 * c.head_dim * self.decoder.kv_dtype.itemsize)
-
     def decode_after(
-        self, context: int, tokens: int, policy: PrecisionPolicy, behind: KVCache | None = None
+        self, context: int, tokens: int, policy: PrecisionPolicy, after: KVCache | None = None
     ) -> Iterator[Step]:
         """Steps of `tokens` tokens under a policy, to measure their time alone.
 
-        context: tokens in the cache, whose pairs were never written; or `behind`: a cache to decode after, which is as
+        context: tokens in the cache, whose pairs were never written; or `after`: a cache to decode after, which is as
         before in the end.
         """
         cache: KVCache
-        if behind is None:
+        if after is None:
             cache = self.decoder.new_cache(context + tokens + 2)
             cache.advance(context)
         else:
-            cache = behind
+            cache = after
         start = cache.length
         options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
-        text = _Text([0], options, policy=policy)
+        text = Text([0], options, policy=policy)
         continuation = Continuation(self.decoder, self.new_step(), cache, Sampler())
         generation = Generation(quantized=self.quantized, tally=Tally())
         try:
             yield from islice(self._steps_of(text, continuation, tokens + 1, generation), 1, None)
         finally:
             cache.rewind(start)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text to generate. policy: instead of the engine's policy and controller, for measurements."""
-
-    ids: list[int]
-    options: GenerateOptions
-    context: KVContext | None = None
-    keep: bool = False
-    clock: Callable[[], float] = time.perf_counter
-    policy: PrecisionPolicy | None = None

@@ -220,7 +220,7 @@ def limited(engine: Engine, texts: list[str]) -> list[dict]:
             policy = make_policy(name, bits, engine.decoder, engine.profile)
             if isinstance(limit, float):
                 policy = LimitedPolicy(
-                    engine, bits, TokenLimit(round(engine.bytes_for(bits) * limit), width_costs)
+                    engine, bits, TokenLimit(round(engine.decoder.bytes_for(bits) * limit), width_costs)
                 )
             score = evaluate(engine.decoder, policy, bits, documents)
             phase = "static" if limit == "static" else f"limit {limit or 'none'}"

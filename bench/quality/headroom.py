@@ -57,7 +57,9 @@ BAR = 1.1  # p95 over the target, relative to that of a fixed width over its med
 def limited(engine: Engine, bits: float, headroom: float) -> LimitedPolicy:
     """A policy that reads at most `headroom` times the mean bytes at `bits` for any token."""
     width_costs = WidthCosts.in_bytes(engine.decoder.groups)
-    return LimitedPolicy(engine, bits, TokenLimit(round(engine.bytes_for(bits) * headroom), width_costs))
+    return LimitedPolicy(
+        engine, bits, TokenLimit(round(engine.decoder.bytes_for(bits) * headroom), width_costs)
+    )
 
 
 @dataclass(frozen=True)

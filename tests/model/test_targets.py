@@ -64,12 +64,14 @@ def read(engine, chosen: list[int]) -> int:
 @pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
 def test_no_token_exceeds_its_allowance(engine, native):
     step = native_step(engine) if native else DecoderStep(engine.decoder)
-    most = engine.bytes_for(3.1)
+    most = engine.decoder.bytes_for(3.1)
     free, held = (widths(engine, step, 3.5, m) for m in (None, most))
     assert max(read(engine, b) for b in free) > most, "else the limit limits nothing"
     assert all(read(engine, b) <= most for b in held)
-    assert all(read(engine, b) > most - engine.bytes_for(6) / 8 for b in held), "nor is it left unused"
-    assert widths(engine, step, 3.5, engine.bytes_for(6)) == free
+    assert all(read(engine, b) > most - engine.decoder.bytes_for(6) / 8 for b in held), (
+        "nor is it left unused"
+    )
+    assert widths(engine, step, 3.5, engine.decoder.bytes_for(6)) == free
     seed = [g.seed_bits for g in engine.decoder.groups]
     assert widths(engine, step, 3.5, 0) == [seed] * len(free), "the seed width is always read"
 
@@ -79,7 +81,8 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
     weights = np.asarray([g.weights for g in engine.decoder.groups])
     half = len(weights) // 2
     free, held = (
-        np.asarray(widths(engine, engine.new_step(), 4.0, m, 60)) for m in (None, engine.bytes_for(3.6))
+        np.asarray(widths(engine, engine.new_step(), 4.0, m, 60))
+        for m in (None, engine.decoder.bytes_for(3.6))
     )
     lost = [
         ((free - held) * weights)[:, part].sum() / weights[part].sum()
@@ -90,7 +93,7 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
 
 def test_native_and_torch_afford_the_same(engine):
     steps = DecoderStep(engine.decoder), native_step(engine)
-    most = engine.bytes_for(3.2)
+    most = engine.decoder.bytes_for(3.2)
     one, other = (np.asarray(widths(engine, step, 3.5, most)) for step in steps)
     assert (one == other).mean() > 0.99  # a signal at its threshold may fall either way
 
@@ -116,8 +119,8 @@ def test_a_text_reads_no_more_than_its_budget(engine):
         steps = list(generation)[1:]
         assert not generation.tally.drafted
         total = sum(read(engine, list(s.bits)) for s in steps)
-        assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
-        assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
+        assert total <= (len(steps) + 1) * engine.decoder.bytes_for(3.0)
+        assert total > 0.9 * len(steps) * engine.decoder.bytes_for(3.0), "what it may read it does read"
     with pytest.raises(InputError, match="Leave out --speculate"):
         engine.generate_with(PROMPT, GenerateOptions(4, speculate="self"))
     engine.set_policy("rate-distortion", 3.0)
