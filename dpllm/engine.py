@@ -7,17 +7,15 @@ for step in engine.generate("def main():", max_new_tokens=64):
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpllm.accounting import Text, accounted_steps
 from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.base.processes import StaysInProcess
@@ -31,7 +29,7 @@ from dpllm.control.cost_model import CostModel
 from dpllm.control.pilot import Pilot
 from dpllm.decode.choose_step import StepMaker
 from dpllm.decode.continuation import Continuation
-from dpllm.decode.generation import Generation, Step, end_reason
+from dpllm.decode.generation import Generation, Step
 from dpllm.decode.gpu_step import GpuStep
 from dpllm.decode.options import GenerateOptions, options_of
 from dpllm.decode.prompting import Prompts
@@ -41,15 +39,13 @@ from dpllm.decode.speculation.draft_choice import DraftChoice
 from dpllm.decode.speculation.drafts import Draft
 from dpllm.decode.speculation.tally import Tally
 from dpllm.decode.step import TokenStep
-from dpllm.decode.text_stream import TextStream
 from dpllm.evaluation.text_score import TextScore, score_text
 from dpllm.kvzip_bridge.budget import Budget
 from dpllm.kvzip_bridge.cache import KVCache
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import PrecisionPolicy
-from dpllm.policies.make import make_policy, resident_mean
-from dpllm.policies.token_limit import Prices
-from dpllm.policies.token_time import Rest
+from dpllm.policies.make import make_policy
+from dpllm.policies.token_limit import WidthCosts
 
 
 class Engine(StaysInProcess):
@@ -161,9 +157,9 @@ class Engine(StaysInProcess):
         if isinstance(current, LatencyController) and current.cost is cost:
             current.retarget(target_ms, least_bits)
             return
-        prices = Prices.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
+        width_costs = WidthCosts.in_nanoseconds(self.decoder.groups, cost.weights_ms[0], cost.plane_ms)
         options = ControlOptions() if headroom is None else ControlOptions(headroom=headroom)
-        controller = LatencyController(cost, target_ms, prices, options, least_bits)
+        controller = LatencyController(cost, target_ms, width_costs, options, least_bits)
         with self._aiming:
             self.set_policy("rate-distortion", controller.order(0).bits)
             self.controller, self.target_bits = controller, None
@@ -171,23 +167,11 @@ class Engine(StaysInProcess):
     def hold_budget(self, target_bits: float, burst: float = 1.0) -> None:
         """Bounds what each text reads: no more than target_bits per weight on average, beyond a start worth `burst`
         tokens."""
-        rate = self.bytes_for(target_bits)
-        prices = Prices.in_bytes(self.decoder.groups)
+        rate = self.decoder.bytes_for(target_bits)
+        width_costs = WidthCosts.in_bytes(self.decoder.groups)
         with self._aiming:
             self.set_policy("rate-distortion", target_bits)
-            self.controller = QueryBudget(target_bits, rate, round(burst * rate), prices)
-
-    def bytes_for(self, bits: float) -> int:
-        """Bytes of planes, tables and scales that a token reads at so many bits everywhere, whole or in between."""
-        low = math.floor(bits)
-        below, above = (
-            sum(
-                g.bytes_at[min(max(b, g.seed_bits), g.resident_bits) - g.seed_bits]
-                for g in self.decoder.groups
-            )
-            for b in (low, low + 1)
-        )
-        return math.floor(below + (bits - low) * (above - below))
+            self.controller = QueryBudget(target_bits, rate, round(burst * rate), width_costs)
 
     # -- generating --------------------------------------------------------------------------------------
 
@@ -246,7 +230,7 @@ class Engine(StaysInProcess):
         else:
             read = len(context.ids)  # before the question: another thread's turn may end in between
             ids = context.question(self.prompts, prompt, options.chat)
-        return self._generation(_Text(ids, options, context, keep, clock, read=read))
+        return self._generation(Text(ids, options, context, keep, clock, read=read))
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
         """Answers a conversation. messages: dicts with "role" and "content", as transformers' chat templates take.
@@ -255,7 +239,7 @@ class Engine(StaysInProcess):
         """
         chosen = options_of(options)
         ids = list(self.prompts.chat_template([dict(m) for m in messages], tokenize=True))
-        return self._generation(_Text(ids, chosen))
+        return self._generation(Text(ids, chosen))
 
     def read(
         self,
@@ -302,7 +286,7 @@ class Engine(StaysInProcess):
             raise InputError("a text of one token has no token to predict. Give a longer text.")
         return score_text(self.new_step(), self.policy, self.decoder.new_cache(len(ids)), ids)
 
-    def _generation(self, text: _Text) -> Generation:
+    def _generation(self, text: Text) -> Generation:
         """Checks the rest of what can be checked, and prepares the loop."""
         context, ids, read = text.context, text.ids, text.read
         self.prompts.check_prompt(ids, read)
@@ -316,7 +300,20 @@ class Engine(StaysInProcess):
         generation.begin(self._steps_of(text, continuation, limit, generation, stops))
         return generation
 
-    def _continuation(self, text: _Text, cache: KVCache, before: Sequence[int]) -> Continuation:
+    def _steps_of(
+        self,
+        text: Text,
+        continuation: Continuation,
+        limit: int,
+        generation: Generation,
+        stops: frozenset[int] = frozenset(),
+    ) -> Generator[Step, None, None]:
+        pilot = Pilot(self, lambda: self.decoder.pairs_in(continuation.cache), text.policy)
+        yield from accounted_steps(
+            text, continuation, pilot, generation, limit=limit, tokenizer=self.tokenizer, stops=stops
+        )
+
+    def _continuation(self, text: Text, cache: KVCache, before: Sequence[int]) -> Continuation:
         """The loop of a text, with drafts where they were asked for or pay."""
         sampler = Sampler(text.options.sampling(), self.decoder.backend.cpu)
         sampler.read(before)
@@ -340,113 +337,28 @@ class Engine(StaysInProcess):
             )
         return []
 
-    def _steps_of(
-        self,
-        text: _Text,
-        continuation: Continuation,
-        limit: int,
-        generation: Generation,
-        stops: frozenset[int] = frozenset(),
-    ) -> Generator[Step, None, None]:
-        """Accounts for each token: its text, its time, what it read. Then tells the controller.
-
-        In the end a context is as before, unless it is to keep the turn.
-        """
-        options, clock, cache, context = text.options, text.clock, continuation.cache, text.context
-        ends = () if options.ignore_eos else self.decoder.config.eos_ids
-        before = [] if context is None else context.ids[: text.read]
-        stream = TextStream(self.tokenizer, options.stop_strings, [*before, *text.ids])
-        widest = resident_mean(self.decoder) if self.quantized else 0.0
-        if context is not None:
-            cache = continuation.cache = context.begin_turn(text.read, len(text.ids) + limit, text.keep)
-        try:
-            pilot = Pilot(self, partial(self.pairs, cache), text.policy)
-            began, left = clock(), limit
-            for token, stepped, shared_ms, step_ms, sampling_ms in continuation.tokens(
-                text.ids, pilot.choose, limit
-            ):
-                left -= 1
-                ended = token in ends or token in stops
-                last = ended or left == 0
-                decoding = clock()
-                final = stream.push(None if ended else token, last)
-                text_ms = (clock() - decoding) * 1e3
-                weight_bytes: float = stepped.weight_bytes
-                if last or stream.stopped:
-                    generation.stopped_by = end_reason(
-                        end_token=token in ends,
-                        stop_token=token in stops,
-                        stop_string=stream.stopped,
-                        cut=limit < options.max_new_tokens,
-                    )
-                    unused_ms, unused_bytes = continuation.unused()
-                    shared_ms, step_ms = shared_ms + unused_ms, step_ms + unused_ms
-                    weight_bytes += unused_bytes
-                ms, bits = (clock() - began) * 1e3 + shared_ms, stepped.bits
-                first = left == limit - 1
-                step = Step(
-                    token, final, widest if bits is None else stepped.effective_bits, None if first else ms,
-                    round(weight_bytes), cache.nbytes, () if bits is None else bits[0].tolist(),
-                    ms if first else None, sampling_ms, text_ms,
-                    0.0 if first else max(0.0, ms - step_ms - sampling_ms - text_ms),
-                )  # fmt: skip
-                generation.steps.append(step)
-                yield step
-                if pilot.controller is not None:
-                    missed = pilot.record(ms, step.bits, Rest(step.sampling_ms, step.text_ms, step.other_ms))
-                    generation.missed = missed or generation.missed
-                if last or stream.stopped:
-                    return
-                began = clock()
-        finally:
-            continuation.drop()
-            if context is not None:
-                context.end_turn(cache, text.ids, [s.token for s in generation.steps], text.keep)
-
     # -- measuring ---------------------------------------------------------------------------------------
 
-    def pairs(self, cache: KVCache) -> float:
-        """Pairs the cache holds, over all layers and heads."""
-        c = self.decoder.config
-        return cache.nbytes / (2 * c.head_dim * self.decoder.kv_dtype.itemsize)
-
     def decode_after(
-        self, context: int, tokens: int, policy: PrecisionPolicy, behind: KVCache | None = None
+        self, context: int, tokens: int, policy: PrecisionPolicy, after: KVCache | None = None
     ) -> Iterator[Step]:
         """Steps of `tokens` tokens under a policy, to measure their time alone.
 
-        context: tokens in the cache, whose pairs were never written; or `behind`: a cache to decode after, which is as
+        context: tokens in the cache, whose pairs were never written; or `after`: a cache to decode after, which is as
         before in the end.
         """
         cache: KVCache
-        if behind is None:
+        if after is None:
             cache = self.decoder.new_cache(context + tokens + 2)
             cache.advance(context)
         else:
-            cache = behind
+            cache = after
         start = cache.length
         options = GenerateOptions(tokens + 1, speculate="off", ignore_eos=True)
-        text = _Text([0], options, policy=policy)
+        text = Text([0], options, policy=policy)
         continuation = Continuation(self.decoder, self.new_step(), cache, Sampler())
         generation = Generation(quantized=self.quantized, tally=Tally())
         try:
             yield from islice(self._steps_of(text, continuation, tokens + 1, generation), 1, None)
         finally:
             cache.rewind(start)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text to generate.
-
-    policy: instead of the engine's policy and controller, for measurements. read: tokens that the context had read when
-    the question was put.
-    """
-
-    ids: list[int]
-    options: GenerateOptions
-    context: KVContext | None = None
-    keep: bool = False
-    clock: Callable[[], float] = time.perf_counter
-    policy: PrecisionPolicy | None = None
-    read: int = 0

@@ -1,7 +1,7 @@
 """Attention of many queries on a CPU: what prompts, questions and the repetition of a context are read with.
 
 Limit measured: multiply-adds per second and core of the native kernels, on random values at the heads of the 1.1B and
-8B shapes, 512 tokens behind caches of several lengths, beside torch's fused attention and, for the peaks that KVzip
+8B shapes, 512 tokens after caches of several lengths, beside torch's fused attention and, for the peaks that KVzip
 scores with, the definition in kernels/reference.py; one thread each, in turns. A plain float32 matrix product is the
 roof.
 

@@ -3,8 +3,8 @@
 Limits measured, each as a ratio of interleaved medians on random weights (1.1B shape) or absolutely on the bundled
 reference model: (1) tokens per second of `Engine.generate` on the 7 M reference model, everything included; (2) time
 per token of a whole Python step around the native call, as a share of the call; (3) deciding widths against replaying
-the same ones, by our rule and by DP-LLM's estimator; (4) growth with context: a step behind 2048 tokens against one
-behind none, beside the bytes of keys and values that this adds.
+the same ones, by our rule and by DP-LLM's estimator; (4) growth with context: a step after 2048 tokens against one
+after none, beside the bytes of keys and values that this adds.
 
     python -m bench.cpu.cpu_decode
 """
@@ -51,7 +51,7 @@ def small_model() -> list[dict]:
 
 
 def step_ms(step: NativeStep, cache: DenseKVCache, policy: TextPolicy, context: int) -> float:
-    """One step behind so many tokens."""
+    """One step after this number of tokens."""
     cache.rewind(0)
     cache.advance(context)
     step.follow(policy)

@@ -2,7 +2,7 @@
 
 Limit measured: reading the weights. A decode step should take the time that memory needs for the planes it reads, so
 the rows say how many bytes a token read, what fraction of a plain parallel read of a buffer of that size (measured
-right before and behind each stretch) that is, and the ratio to llama.cpp's better format of the same width.
+right before and after each stretch) that is, and the ratio to llama.cpp's better format of the same width.
 Everything is included: embedding, norms, rope, selection (thresholds evaluated for every group), attention over a
 512-token context, the head, greedy sampling. Machines change speed from second to second, so contestants take turns
 in short stretches, in another order every round, and figures are medians over all rounds; ours alternates between two
@@ -98,7 +98,7 @@ class Contestant:
     decode: Callable[[int], list[float]]
     bits_per_weight: float
     times: list[float] = field(default_factory=list)
-    streams: list[float] = field(default_factory=list)  # GB/s just before and just behind each stretch
+    streams: list[float] = field(default_factory=list)  # GB/s just before and just after each stretch
 
     def figures(self) -> dict[str, float]:
         """Median, 90th percentile."""
@@ -127,7 +127,7 @@ class Ours:
             read_prompt(d, cache, CONTEXT)
 
     def decode(self, bits: int, tokens: int) -> list[float]:
-        """Milliseconds per token at a width, greedy, behind the context."""
+        """Milliseconds per token at a width, greedy, after the context."""
         policies = [Thresholds.always(d, bits) for d in self.copies]
         times, token = [], 1
         for cache in self.caches:
@@ -166,7 +166,7 @@ class Ours:
         limits[:, 0] = -1.0
         for g in (
             d.groups
-        ):  # inputs are close to unit RMS behind a norm; the exact share of each width is no matter
+        ):  # inputs are close to unit RMS after a norm; the exact share of each width does not matter
             limits[g.index, 1] = float(g.weight.in_features) * (1.0 if g.index % 4 in (0, 2) else 0.0)
         chooser, choosing, replaying, bits = Thresholds(d, limits), [], [], []
         for i in range(rounds):

@@ -1,11 +1,11 @@
 """A whole decode step on a GPU, and what there is in it beside reading weights.
 
 Limits measured on random weights of a known shape, every step one CUDA graph, medians of interleaved replays: (1) the
-step at fixed widths of mean 3.5 bits behind 1024 tokens against the fp16 step under the same kind of graph, and as a
+step at fixed widths of mean 3.5 bits after 1024 tokens against the fp16 step under the same kind of graph, and as a
 share of what reading its bytes would take; (2) one width after another; (3) choosing widths by our policy, with all
 that it does in an engine (it learns from the step before, foretells what the token is worth, corrects, and keeps to an
-allowance), against replaying the very widths that it chose; and by DP-LLM's estimators against the same widths; (4)
-behind 32768 tokens with all pairs and with 0.3 of them kept.
+limit), against replaying the very widths that it chose; and by DP-LLM's estimators against the same widths; (4)
+after 32768 tokens with all pairs and with 0.3 of them kept.
 
     python -m bench.gpu.gpu_decode [--shape 8B]
     python -m bench.gpu.gpu_decode --dry-run      through Triton's interpreter, small: shows that it works
@@ -40,7 +40,7 @@ from dpllm.policies.base import TextPolicy
 from dpllm.policies.dp_llm import DPLLMPolicy
 from dpllm.policies.fixed import StaticPolicy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 CONTEXT, LONG = (5, 20) if DRY else (1024, 32768)
 KEPT = 0.3
@@ -131,11 +131,11 @@ def mixed(decoder: Decoder) -> list[int]:
 
 
 def our_policy(decoder: Decoder) -> TextPolicy:
-    """As an engine has it under a limit: a profile, a target, and an allowance that some tokens use up."""
+    """As an engine has it under a limit: a profile, a target, and a limit that some tokens reach."""
     text = RateDistortionPolicy(profile_of(decoder), decoder, TARGET).begin_text()
-    prices, low = Prices.in_bytes(decoder.groups), int(TARGET)
-    a, b = (prices.of([w] * len(decoder.groups)) for w in (low, low + 1))
-    text.steer(TARGET, Allowance(round(ALLOWED * (a + (TARGET - low) * (b - a))), prices))
+    width_costs, low = WidthCosts.in_bytes(decoder.groups), int(TARGET)
+    a, b = (width_costs.of([w] * len(decoder.groups)) for w in (low, low + 1))
+    text.steer(TARGET, TokenLimit(round(ALLOWED * (a + (TARGET - low) * (b - a))), width_costs))
     return text
 
 
@@ -178,7 +178,7 @@ def signals(decoder: Decoder, diagonals: list[np.ndarray]) -> np.ndarray:
 
 def estimating(decoder: Decoder, bits: list[int]) -> DPLLMPolicy:
     """DP-LLM's rule with a projection for every group, each read for every token, always choosing the given widths."""
-    policy = object.__new__(DPLLMPolicy)  # no calibration behind it
+    policy = object.__new__(DPLLMPolicy)  # without a calibration
     policy.name, policy.exact, policy.low = "dp-llm", False, bits
     policy.fixed = [False] * len(bits)
     policy.source = list(range(len(bits)))
@@ -194,7 +194,7 @@ def estimating(decoder: Decoder, bits: list[int]) -> DPLLMPolicy:
 
 
 class Replay:
-    """The captured step behind a cache: each run decodes the same token anew and moves nothing. What a policy learns
+    """The captured step after a cache: each run decodes the same token again and moves nothing. What a policy learns
     from the run before, it learns in the run. bits: int32 [1, G] in device memory, of the last run. like: the name of
     what its time is compared with."""
 
@@ -296,7 +296,7 @@ def behind_a_short_text(quantised: Decoder, roofline: float) -> list[dict[str, A
 def behind_a_long_text(quantised: Decoder, roofline: float) -> list[dict[str, Any]]:
     policy = StaticPolicy(mixed(quantised))
     pruned = pruned_cache(quantised, LONG)  # first: while it is made it takes as much as the whole one
-    whole, kept = (f"3.5 bits behind {LONG}, {what}" for what in ("all pairs", f"{KEPT} kept"))
+    whole, kept = (f"3.5 bits after {LONG}, {what}" for what in ("all pairs", f"{KEPT} kept"))
     runs = {
         whole: Replay(quantised, policy, full_cache(quantised, LONG)),
         kept: Replay(quantised, policy, pruned, whole),

@@ -4,7 +4,7 @@ Limits measured, as ratios of interleaved medians, every contender captured in a
 four times the L2, on the matrices of the 8B shape: (1) our product of one row at 2..8 bits, its kernel made for that
 width or for a range ("3 of 2-6"), cuBLAS in fp16 and bf16, bitsandbytes NF4, torchao int4 and int8, gemlite and hqq
 where they are installed; (2) products of 4, 8 and 16 rows of mixed widths against cuBLAS; (3) prompts of 512 and 2048
-rows, which are to take no more than 1 / 0.6 of cuBLAS's time in bf16; (4) the int8 head; (5) decode attention behind
+rows, which are to take no more than 1 / 0.6 of cuBLAS's time in bf16; (4) the int8 head; (5) decode attention after
 32768 tokens: all pairs, 0.3 of them kept unevenly over the heads, and torch's own. The roofline is what a kernel that
 only reads gets.
 
@@ -279,7 +279,7 @@ def attention(roofline: float) -> list[dict]:
         for k, v in dense
     ]
     contenders.append(Contender("torch SDPA, all pairs", calls, nbytes))
-    return compare(f"attention behind {CONTEXT}", contenders, "ours, all pairs", roofline)
+    return compare(f"attention after {CONTEXT}", contenders, "ours, all pairs", roofline)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def product(rows: int, columns: int, bits: float, per_weight: dict[int, float]) 
 
 
 def step(c: ModelConfig, bits: float, context: int, per_weight: dict[int, float]) -> list[Launch]:
-    """Every launch of a decode step behind `context` tokens of half-precision pairs."""
+    """Every launch of a decode step after `context` tokens of half-precision pairs."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     h, inner = c.hidden_size, c.intermediate_size
     small = Launch(8.0 * h)

@@ -186,7 +186,7 @@ def of_layers(decoder: Decoder, layers: int) -> Decoder:
 
 
 def built(name: str, decoder: Decoder, tokens: int) -> list[dict]:
-    """Limits 4 and 5. decoder: of the shape's first two layers. Behind its attention the last layer is computed for one
+    """Limits 4 and 5. decoder: of the shape's first two layers. After its attention the last layer is computed for one
     token only, so that the times of a whole model are those of one layer, and for each other what a second one adds."""
     ids = torch.randint(
         0, decoder.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)

@@ -161,7 +161,7 @@ class Bench:
         }  # fmt: skip
 
     def _generated(self, cell: Cell, decoder: Decoder, policy) -> dict:
-        """Text is sampled at temperature 0.8 behind each prompt; what it read, not how good it is."""
+        """Text is sampled at temperature 0.8 after each prompt; what it read, not how good it is."""
         tokenizer = load_tokenizer(reference.overlay_path())
         engine = Engine(reference.overlay_path(), decoder, tokenizer, self.profile(cell.variant))
         engine.policy = policy

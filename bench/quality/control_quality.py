@@ -39,7 +39,7 @@ from dpllm.opening import open_engine
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy, RateDistortionText
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 SETTLED, STRETCH = 16, 20
 SHAPE, PLANES = "1.1B", 6
@@ -77,7 +77,7 @@ def pairs(engine: Engine, tokens: int) -> float:
 
 
 def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
-    """Milliseconds of each token behind the first."""
+    """Milliseconds of each token after the first."""
     steps = engine.generate_with(prompt, GenerateOptions(tokens + 1, ignore_eos=True))
     next(steps)
     for step in steps:
@@ -87,7 +87,7 @@ def decoded(engine: Engine, prompt: str, tokens: int) -> Iterator[float]:
 class LimitedPolicy(RateDistortionPolicy):
     """The rate-distortion policy with one limit for every token of every text."""
 
-    def __init__(self, engine: Engine, bits: float, limit: Allowance):
+    def __init__(self, engine: Engine, bits: float, limit: TokenLimit):
         super().__init__(engine.calibration(), engine.decoder, bits)
         self.limit = limit
 
@@ -213,13 +213,15 @@ def queries(engine: Engine, texts: list[str], bits: float = 3.25, tokens: int = 
 def limited(engine: Engine, texts: list[str]) -> list[dict]:
     """What keeping each token within a share of the mean's bytes costs, beside no limit and static widths."""
     documents = [engine.prompts.prompt_ids(text) for text in texts]
-    prices, rows = Prices.in_bytes(engine.decoder.groups), []
+    width_costs, rows = WidthCosts.in_bytes(engine.decoder.groups), []
     for bits in (3.0, 4.0, 5.0):
         for limit in (None, 1.1, ControlOptions().headroom, "static"):
             name = "static" if limit == "static" else "rate-distortion"
             policy = make_policy(name, bits, engine.decoder, engine.profile)
             if isinstance(limit, float):
-                policy = LimitedPolicy(engine, bits, Allowance(round(engine.bytes_for(bits) * limit), prices))
+                policy = LimitedPolicy(
+                    engine, bits, TokenLimit(round(engine.decoder.bytes_for(bits) * limit), width_costs)
+                )
             score = evaluate(engine.decoder, policy, bits, documents)
             phase = "static" if limit == "static" else f"limit {limit or 'none'}"
             rows.append({

@@ -44,7 +44,7 @@ from dpllm.kernels.cpu.library import CpuOptions
 from dpllm.model.loading import LoadOptions
 from dpllm.planning.cost_measurement import measure_cost
 from dpllm.policies.make import make_policy
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 SAMPLES = 2000  # bootstrap samples
 CHARACTERS = 1600  # of each document
@@ -56,8 +56,10 @@ BAR = 1.1  # p95 over the target, relative to that of a fixed width over its med
 
 def limited(engine: Engine, bits: float, headroom: float) -> LimitedPolicy:
     """A policy that reads at most `headroom` times the mean bytes at `bits` for any token."""
-    prices = Prices.in_bytes(engine.decoder.groups)
-    return LimitedPolicy(engine, bits, Allowance(round(engine.bytes_for(bits) * headroom), prices))
+    width_costs = WidthCosts.in_bytes(engine.decoder.groups)
+    return LimitedPolicy(
+        engine, bits, TokenLimit(round(engine.decoder.bytes_for(bits) * headroom), width_costs)
+    )
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def times_come_true(name: str, engine: Engine, repeats: int) -> list[dict]:
         runs += [(steps, Cell(b, n), None if keep == 1 else cache) for (b, n, keep), steps in checked.items()]
         for _ in range(ROUNDS):
             turn.shuffle(runs)
-            for steps, cell, behind in runs:
-                steps += steps_at(engine, cell, behind)
+            for steps, cell, after in runs:
+                steps += steps_at(engine, cell, after)
         cost = fit_cost_model(engine, fitted)
         for at, steps in checked.items():
             read = statistics.mean(s.effective_bits for s in steps)  # few tokens are not on their target yet

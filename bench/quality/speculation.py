@@ -2,7 +2,7 @@
 
 Limits measured: (1) acceptance of drafts at 2, 3 and 4 bits by checks at 6 bits (the bundled overlay) and at 8 (the
 reference model quantised anew to 2-8 bits, by plain k-means), for held-out code as it stands and for what the model
-generates behind it; (2) wall time a token of it, all modes in turns on the same prompts, beside plain decoding (tokens
+generates after it; (2) wall time a token of it, all modes in turns on the same prompts, beside plain decoding (tokens
 are the same); (3) the time side at the 1.1B shape on random weights, where drafts mean nothing: draft steps, checks by
 rows, plain steps, and from these the acceptance at which drafting breaks even and what it would bring at others.
 
@@ -143,7 +143,7 @@ def accepted(
 def walls(
     engine: Engine, target: int, temperature: float, prompts: list[str], n: int
 ) -> list[dict[str, Any]]:
-    """ms a token behind the prompt, modes in turns; ratio: to plain decoding of the same prompt in the same turn."""
+    """ms a token after the prompt, modes in turns; ratio: to plain decoding of the same prompt in the same turn."""
     ms: dict[Any, list[float]] = {m: [] for m in MODES}
     passes: dict[Any, list[float]] = {m: [] for m in MODES}
     for i, prompt in enumerate([prompts[0], *prompts]):  # the first time to warm up
@@ -166,7 +166,7 @@ def walls(
 
 
 def measure(decoder: Decoder, rounds: int) -> dict[tuple[int, int], list[float]]:
-    """ms of (bits, rows), all in turns, behind 200 tokens."""
+    """ms of (bits, rows), all in turns, after 200 tokens."""
     step, cache = NativeStep.of(decoder), decoder.new_cache(250)
     assert step is not None
     cells = [(b, 1) for b in DRAFTS] + [(b, n) for b in TARGETS for n in ROWS]

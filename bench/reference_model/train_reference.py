@@ -213,8 +213,8 @@ def corpus(args) -> tuple[Tokenizer, CodeTokens, list[str], list[str]]:
     return tokenizer, CodeTokens.build(tokenizer, train), [texts[n] for n in heldout if n in texts], heldout
 
 
-def main() -> None:
-    """Command line."""
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="start from this checkpoint and its tokenizer")
@@ -225,8 +225,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Trains, and saves a checkpoint every ten minutes."""
+    args = arguments()
     torch.manual_seed(args.seed)
     tokenizer, code, heldout_texts, heldout = corpus(args)
     model = LlamaForCausalLM.from_pretrained(args.init).float() if args.init else fresh_model()

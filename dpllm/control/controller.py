@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.control.cost_model import CostModel
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 from dpllm.policies.token_time import NO_REST, Rest, Shortfall
 
 SPARED = 0.05  # share of the rest that a step may take longer where the target is out of reach
@@ -39,11 +39,11 @@ PATIENCE = 8  # tokens in a row for which a target is out of reach before that i
 class Order:
     """Instructions for the next token.
 
-    bits: effective bits to aim at. allowance: the limit that the token must not exceed.
+    bits: effective bits to aim at. limit: the most that the token may cost.
     """
 
     bits: float
-    allowance: Allowance
+    limit: TokenLimit
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,16 @@ class LatencyController:
         self,
         cost: CostModel,
         target_ms: float,
-        prices: Prices,
+        width_costs: WidthCosts,
         options: ControlOptions = ControlOptions(),
         least_bits: float = 0.0,
     ):
         """Starts with the target `target_ms`, in ms per token.
 
-        prices: nanoseconds of each width of each group, by the same cost model. least_bits: effective bits that are
-        read even if the target is missed, to bound the loss of quality. Raises InputError for a time that is not above
-        0.
+        width_costs: in nanoseconds, by the same cost model. least_bits: effective bits that are read even if the target
+        is missed, to bound the loss of quality. Raises InputError for a time that is not above 0.
         """
-        self.cost, self.options, self.prices = cost, options, prices
+        self.cost, self.options, self.width_costs = cost, options, width_costs
         self.target_ms = 0.0
         self._ratios: deque[float] = deque(
             maxlen=options.window
@@ -138,7 +137,7 @@ class LatencyController:
             self._bits = bits
         longest = (self.target_ms * self.options.headroom - rest) * scale
         most = max(longest, self.cost.step_ms(self._bits, pairs)) - self.cost.kv_ms(pairs)
-        return Order(self._bits, Allowance(round(most * 1e6), self.prices))
+        return Order(self._bits, TokenLimit(round(most * 1e6), self.width_costs))
 
     def _out_of_reach(self, pairs: float) -> bool:
         return self.target_ms - self.rest.ms < self._shortest_step(pairs)
@@ -156,7 +155,7 @@ class LatencyController:
     def record(self, ms: float, spent: int, pairs: float, rest: Rest = NO_REST) -> None:
         """Learns from one token.
 
-        ms: the time it took. spent: the price of the widths it read, in ns. pairs: pairs that were in the cache. rest:
+        ms: the time it took. spent: the cost of the widths it read, in ns. pairs: pairs that were in the cache. rest:
         the part of `ms` that is not the decode step. A time that is not above 0 is ignored.
         """
         if not (math.isfinite(ms) and ms > 0):
@@ -191,19 +190,19 @@ class QueryBudget:
     average bits of a query; this class bounds them.
     """
 
-    def __init__(self, bits: float, rate: int, burst: int, prices: Prices):
+    def __init__(self, bits: float, rate: int, burst: int, width_costs: WidthCosts):
         """Starts with a full bucket.
 
         bits: effective bits to aim at. rate: bytes that each token adds to the bucket. burst: bytes in the bucket at
-        the start of a query, and the most it can hold. prices: bytes of planes, tables and scales. Raises InputError
-        for a rate that is not above 0 or a negative burst.
+        the start of a query, and the most it can hold. width_costs: in bytes of planes, tables and scales. Raises
+        InputError for a rate that is not above 0 or a negative burst.
         """
         if rate <= 0 or burst < 0:
             raise InputError(
                 f"a budget of {rate} bytes a token and {burst} at once is impossible. "
                 "Give a rate above 0 and a burst of 0 or more."
             )
-        self.bits, self.rate, self.burst, self.prices = bits, rate, burst, prices
+        self.bits, self.rate, self.burst, self.width_costs = bits, rate, burst, width_costs
         self.level = burst
 
     @property
@@ -212,11 +211,11 @@ class QueryBudget:
 
     def begin_text(self) -> QueryBudget:
         """The budget of a new query: every query has its own."""
-        return QueryBudget(self.bits, self.rate, self.burst, self.prices)
+        return QueryBudget(self.bits, self.rate, self.burst, self.width_costs)
 
     def order(self, pairs: float = 0.0) -> Order:
         """Returns the order for the next token. pairs: ignored, because the cache is not counted."""
-        return Order(self.bits, Allowance(self.level + self.rate, self.prices))
+        return Order(self.bits, TokenLimit(self.level + self.rate, self.width_costs))
 
     def record(self, ms: float, spent: float, pairs: float = 0.0, rest: Rest = NO_REST) -> None:
         """Takes in the bytes of planes, tables and scales that a token has read; time and cache make no difference."""

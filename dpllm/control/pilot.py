@@ -42,7 +42,7 @@ class Pilot:
             self._follow()
         if self.controller is not None and text is not None:
             order = self.controller.order(self.pairs())
-            text.steer(order.bits, order.allowance)
+            text.steer(order.bits, order.limit)
         return text
 
     def record(self, ms: float, bits: Sequence[int], rest: Rest) -> Shortfall | None:
@@ -50,7 +50,7 @@ class Pilot:
         prompt, without bits, says nothing. Returns why the target is out of reach, where it is."""
         if self.controller is None or not bits:
             return None
-        self.controller.record(ms, self.controller.prices.of(bits), self.pairs(), rest)
+        self.controller.record(ms, self.controller.width_costs.of(bits), self.pairs(), rest)
         return self.controller.shortfall
 
     def _follow(self) -> None:

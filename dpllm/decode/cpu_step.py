@@ -178,13 +178,13 @@ class NativeStep(TokenStep):
         if text is not self._text:
             self.follow(text)
         if self._rule is not None and text.thresholds is not None:
-            s, allowance, pace = self._selection, text.allowance, text.pace
+            s, limit, pace = self._selection, text.limit, text.pace
             s.thresholds, s.extra = text.thresholds.data_ptr(), None
             if self._rule.probe is not None:
                 s.offset = float(self._rule.probe.offset(text.previous))
-            if allowance is not None and pace is not None:
-                s.extra, s.allowance = allowance.prices.extra.data_ptr(), allowance.spare
-                s.rest, s.gain = pace.rest.data_ptr(), pace.gain
+            if limit is not None and pace is not None:
+                s.extra, s.allowance = limit.width_costs.extra.data_ptr(), limit.beyond_seed
+                s.rest, s.gain = pace.expected_rest.data_ptr(), pace.gain
         starts, lengths = cache.runs(rows)
         if (cache, cache.layout) != self._cache:
             self._point(cache)

@@ -21,7 +21,7 @@ from dpllm.kernels.gpu_step.tables import PolicyTable, Site
 from dpllm.model.decoder import Decoder
 from dpllm.policies.base import TextPolicy, WidthSums
 from dpllm.policies.dp_llm import DPLLMPolicy
-from dpllm.policies.token_limit import Pace
+from dpllm.policies.token_limit import SpendingPace
 
 NOBODY = object()
 
@@ -91,8 +91,8 @@ class DevicePolicy:
         self._text: object = NOBODY  # whose rule the table holds; None is a rule too
         self._thresholds: Tensor | None = None  # that the table holds
         self._target = 0.0  # effective bits, in the table
-        self._pace: Pace | None = None  # that the table holds, with the prices it is of
-        self.spare = tables.NEVER  # what the next token may cost beyond seed widths
+        self._pace: SpendingPace | None = None  # the pace that the table holds
+        self.spare = tables.NEVER  # what the next token may spend beyond seed widths
         self._next: int | None = None  # the token after the last step, not learnt from yet
 
     def follow(self, text: TextPolicy | None) -> str | None:
@@ -215,10 +215,10 @@ class DevicePolicy:
 
     def _limit(self, text: TextPolicy) -> None:
         """Takes over what the text's tokens may cost."""
-        allowance, pace = text.allowance, text.pace
-        self.spare = tables.NEVER if allowance is None else allowance.spare
-        if allowance is not None and pace is not None and pace is not self._pace:
-            self.table.limit(allowance.prices.extra, pace.rest, pace.gain)
+        limit, pace = text.limit, text.pace
+        self.spare = tables.NEVER if limit is None else limit.beyond_seed
+        if limit is not None and pace is not None and pace is not self._pace:
+            self.table.limit(limit.width_costs.extra, pace.expected_rest, pace.gain)
             self._pace = pace
 
     # -- what is learnt from finished steps ----------------------------------------------------------------

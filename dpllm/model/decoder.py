@@ -9,6 +9,7 @@ widths, so evaluating a batch gives the same result as decoding step by step.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -249,3 +250,19 @@ class Decoder:
         if isinstance(self.head, Tensor):
             return self.head.numel() * self.head.element_size()
         return self.head.nbytes(self.head.resident_bits)
+
+    def bytes_for(self, bits: float) -> int:
+        """Returns the bytes of planes, tables and scales that a token reads at this width everywhere.
+
+        bits: a width, or a number between two widths, whose bytes lie in between in proportion.
+        """
+        low = math.floor(bits)
+        at_low, at_next = (
+            sum(g.bytes_at[min(max(b, g.seed_bits), g.resident_bits) - g.seed_bits] for g in self.groups)
+            for b in (low, low + 1)
+        )
+        return math.floor(at_low + (bits - low) * (at_next - at_low))
+
+    def pairs_in(self, cache: KVCache) -> float:
+        """Returns the pairs that a cache holds, over all layers and heads."""
+        return cache.nbytes / (2 * self.config.head_dim * self.kv_dtype.itemsize)

@@ -238,7 +238,7 @@ def plan_inputs(engine: Engine) -> PlanInputs:
     head = engine.decoder.head_bytes() + profile.estimator_bytes()
     return PlanInputs(
         held={b: resident_bytes(overlay, b) for b in planes},
-        read_bytes=lambda bits: engine.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
+        read_bytes=lambda bits: engine.decoder.bytes_for(bits) + head, pairs=c.num_layers * c.num_kv_heads,
         pair_bytes=2 * c.head_dim * engine.decoder.kv_dtype.itemsize, max_positions=c.max_positions,
         penalty=cache(penalty), usable=_usable(engine, resident_bytes(overlay, high)),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpllm.calib.runtime.bits_correction import Correction
 from dpllm.calib.runtime.threshold_rule import ThresholdRule
 from dpllm.model.decoder import Decoder, Group
-from dpllm.policies.token_limit import Allowance, Pace
+from dpllm.policies.token_limit import SpendingPace, TokenLimit
 
 
 class TextPolicy:
@@ -26,7 +26,7 @@ class TextPolicy:
 
     A decode step evaluates two kinds of policy by itself, without calling: `fixed_bits`, one width for each group; or
     `rule` with `thresholds` float32 [G, steps]. `previous` (float32 [1, 3] or None) and `correction` enter the
-    multiplier of each token; `allowance` with `pace` limits what one token may cost. bits_correction: moves
+    multiplier of each token; `limit` with `pace` limits what one token may cost. bits_correction: moves
     `correction` so that effective bits meet a target; None where a policy has no such target.
     """
 
@@ -40,8 +40,8 @@ class TextPolicy:
     correction: float | Tensor = 0.0
     bits_correction: Correction | None = None
     estimates: object | None = None  # a DPLLMPolicy whose estimates a GPU's step computes by itself
-    allowance: Allowance | None = None
-    pace: Pace | None = None
+    limit: TokenLimit | None = None
+    pace: SpendingPace | None = None
 
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Bits int32 [T] of T tokens at this group. x: [T, K], the group's input."""
@@ -52,8 +52,8 @@ class TextPolicy:
         token that follows in each. read_bits: effective bits that the step read, a number or [R]; None for a prompt.
         With fewer rows than before, the last texts have ended."""
 
-    def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
-        """Moves the target before the next token. allowance: the most that one token may cost, or None for no limit.
+    def steer(self, target_bits: float, limit: TokenLimit | None = None) -> None:
+        """Moves the target before the next token. limit: the most that one token may cost, or None for no limit.
         A policy that cannot be steered ignores the call."""
 
     def passes_limited_to_one(self) -> str | None:

@@ -19,7 +19,7 @@ from dpllm.calib.runtime.threshold_rule import RateDistortionRule, ThresholdText
 from dpllm.calib.runtime.token_sensitivity import step_context
 from dpllm.model.decoder import Decoder, Group
 from dpllm.policies.base import PrecisionPolicy, TextPolicy
-from dpllm.policies.token_limit import Allowance, Pace, Prices
+from dpllm.policies.token_limit import SpendingPace, TokenLimit, WidthCosts
 
 STEER = 0.05  # bits between the targets whose thresholds are kept; the correction does the rest
 
@@ -50,7 +50,7 @@ class RateDistortionPolicy(PrecisionPolicy):
         nothing = torch.empty(len(planes), 0, device=decoder.device)
         self.thresholds = self.rule.thresholds_at(self.lam) if self.chooses else nothing
         self._near: dict[float, Tensor] = {}  # thresholds by target, in steps of STEER
-        self._paces: dict[tuple[float, Prices], Pace] = {}  # by target and prices
+        self._paces: dict[tuple[float, WidthCosts], SpendingPace] = {}  # by target and costs
 
     def begin_text(self) -> RateDistortionText:
         """A text without a previous step and without a correction: the same text gets the same widths again."""
@@ -65,11 +65,13 @@ class RateDistortionPolicy(PrecisionPolicy):
             self._near[near] = self.rule.thresholds_at(lam)
         return self._near[near]
 
-    def pace_near(self, target_bits: float, prices: Prices) -> Pace:
+    def pace_near(self, target_bits: float, width_costs: WidthCosts) -> SpendingPace:
         """The pace at which a token of the nearest target spends what it may."""
-        key = self._nearest(target_bits), prices
+        key = self._nearest(target_bits), width_costs
         if key not in self._paces:
-            self._paces[key] = Pace.of(prices, self.profile, self.thresholds_near(target_bits).cpu().numpy())
+            self._paces[key] = SpendingPace.of(
+                width_costs, self.profile, self.thresholds_near(target_bits).cpu().numpy()
+            )
         return self._paces[key]
 
     @staticmethod
@@ -78,7 +80,7 @@ class RateDistortionPolicy(PrecisionPolicy):
 
 
 class RateDistortionText(ThresholdText, TextPolicy):  # type: ignore[misc]  # rule and thresholds: never None
-    """One text decoded with a rate-distortion policy: the previous step, the correction, and the token's allowance."""
+    """One text decoded with a rate-distortion policy: the previous step, the correction, and the limit per token."""
 
     name = RateDistortionPolicy.name
     stepwise = True
@@ -89,20 +91,20 @@ class RateDistortionText(ThresholdText, TextPolicy):  # type: ignore[misc]  # ru
         self.bits_correction = self._control = Correction(policy.target_bits, policy.correction_rate)
         self.lag = 0
         self._coming: deque[float] = deque()  # corrections of the next tokens, of a delayed text
-        self._left: Tensor | None = None  # int64 [R], what is left of the allowance of the tokens under way
+        self._budget_left: Tensor | None = None  # int64 [R], what the tokens under way may still spend
 
-    def steer(self, target_bits: float, allowance: Allowance | None = None) -> None:
+    def steer(self, target_bits: float, limit: TokenLimit | None = None) -> None:
         """Moves the target between two tokens; the correction continues from its value.
 
-        allowance: the most that a token may cost, however much it is worth (dpllm/policies/token_limit.py); None for no
+        limit: the most that a token may cost, however much it is worth (dpllm/policies/token_limit.py); None for no
         limit.
         """
-        self._control.target_bits, self.allowance = target_bits, allowance
+        self._control.target_bits, self.limit = target_bits, limit
         if not self.policy.chooses:
             return
         self.thresholds = self.policy.thresholds_near(target_bits)
-        if allowance is not None:
-            self.pace = self.policy.pace_near(target_bits, allowance.prices)
+        if limit is not None:
+            self.pace = self.policy.pace_near(target_bits, limit.width_costs)
 
     def delay(self, tokens: int) -> None:
         """Corrects each token by what was known `tokens` tokens before, and leaves out the previous step's features.
@@ -125,27 +127,27 @@ class RateDistortionText(ThresholdText, TextPolicy):  # type: ignore[misc]  # ru
     def __call__(self, group: Group, x: Tensor) -> Tensor:
         """Seed width plus one bit for each threshold that the group's signal exceeds, int32 [R] for x [R, K]."""
         bits = super().__call__(group, x)
-        return (
-            bits if self.allowance is None or self.pace is None else self._afford(group, bits, self.allowance)
-        )
+        return bits if self.limit is None or self.pace is None else self._afford(group, bits, self.limit)
 
     def multiplier_at(self, group: int) -> Tensor:
-        """The multiplier float32 [R], limited to the pace of the allowance."""
+        """The multiplier float32 [R], held to the pace at which the token may spend."""
         m = self.multiplier
-        if self.allowance is None or self.pace is None:
+        if self.limit is None or self.pace is None:
             return m
-        if group == 0 or self._left is None:
-            self._left = torch.full((len(m),), self.allowance.spare, dtype=torch.int64, device=m.device)
-        return torch.minimum(m, self.pace.limit(self._left, group))
+        if group == 0 or self._budget_left is None:
+            self._budget_left = torch.full(
+                (len(m),), self.limit.beyond_seed, dtype=torch.int64, device=m.device
+            )
+        return torch.minimum(m, self.pace.largest_multiplier(self._budget_left, group))
 
-    def _afford(self, group: Group, bits: Tensor, allowance: Allowance) -> Tensor:
-        """The widths, or less where the token's allowance is used up."""
-        assert self._left is not None
-        extra = allowance.prices.extra[group.index].to(bits.device)  # [steps], ascending
-        affordable = group.seed_bits + (extra[None] <= self._left[:, None]).sum(1)
+    def _afford(self, group: Group, bits: Tensor, limit: TokenLimit) -> Tensor:
+        """The widths, or lower ones where the token has spent its limit."""
+        assert self._budget_left is not None
+        extra = limit.width_costs.extra[group.index].to(bits.device)  # [steps], ascending
+        affordable = group.seed_bits + (extra[None] <= self._budget_left[:, None]).sum(1)
         bits = torch.minimum(bits, affordable.to(bits.dtype))
         step = (bits - group.seed_bits).long()
-        self._left = self._left - torch.where(step > 0, extra[(step - 1).clamp(min=0)], 0)
+        self._budget_left = self._budget_left - torch.where(step > 0, extra[(step - 1).clamp(min=0)], 0)
         return bits
 
     def learn(self, logits: Tensor, tokens: Tensor, read_bits: float | Tensor | None = None) -> None:

@@ -1,13 +1,14 @@
-"""What a single token may cost, and how one that is worth more than that is held to it.
+"""The limit on what a single token may cost, and the pace at which a token spends within the limit.
 
-Prices say what each width of each group costs beyond the seed width: bytes, or nanoseconds of this machine. A token
-whose allowance is used up reads seed widths from there on; so that it does not come to that, what is left paces the
-rest of the token: its multiplier m (calib/runtime/token_sensitivity.py) is kept to
+Costs are those of each width of each group beyond the seed width: bytes, or nanoseconds of this machine. A token that
+has spent its limit reads seed widths in the remaining groups. So that this is rare, the budget that is left paces the
+token: its multiplier m (calib/runtime/token_sensitivity.py) is kept to
 
-    m <= (left / rest) ** gain
+    m <= (budget left / expected rest) ** gain
 
-where rest is what the groups still to come cost on average at m = 1, and gain the inverse of how fast that grows with
-m. So the planes that are given up are those of least worth among all groups, not all those of the last layers.
+where the expected rest is what this group and all later ones cost on average at m = 1, and the gain is the inverse of
+how fast that cost grows with m. The planes that are given up are then those of least worth in all groups, instead of
+all planes of the last layers.
 """
 
 from __future__ import annotations
@@ -33,23 +34,27 @@ GAINS = (1.0, 8.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Prices:
-    """seed: of a token that reads seed widths. extra: int64 [G, B - 1], of each width of each group beyond that."""
+class WidthCosts:
+    """Costs of the widths of every group.
+
+    seed_bits: the seed width. seed: cost of a token that reads seed widths everywhere. extra: int64 [G, B - 1], what
+    each further width of each group costs more than the seed width; NEVER for a width that is not resident.
+    """
 
     seed_bits: int
     seed: int
     extra: Tensor
 
     def of(self, bits: Sequence[int]) -> int:
-        """What a token costs that reads these widths. bits: [G], held by their groups; the seed width is the first."""
+        """Returns the cost of a token that reads these widths. bits: [G], each of them resident."""
         step = np.asarray(bits) - self.seed_bits
         return self.seed + int(
             np.where(step > 0, self.extra.numpy()[np.arange(len(step)), step - 1], 0).sum()
         )
 
     @classmethod
-    def in_bytes(cls, groups: Sequence[Group]) -> Prices:
-        """Planes, tables and scales."""
+    def in_bytes(cls, groups: Sequence[Group]) -> WidthCosts:
+        """Costs in bytes of planes, tables and scales."""
         return cls(
             groups[0].seed_bits,
             sum(g.bytes_at[0] for g in groups),
@@ -57,9 +62,12 @@ class Prices:
         )
 
     @classmethod
-    def in_nanoseconds(cls, groups: Sequence[Group], seed_ms: float, plane_ms: Sequence[float]) -> Prices:
-        """seed_ms: of a step at seed widths. plane_ms: what each further plane adds where every group reads it; a group
-        takes the share of its weights."""
+    def in_nanoseconds(cls, groups: Sequence[Group], seed_ms: float, plane_ms: Sequence[float]) -> WidthCosts:
+        """Costs in nanoseconds.
+
+        seed_ms: time of a step at seed widths. plane_ms: time that each further plane adds where every group reads it.
+        A group takes the share of its weights in that time.
+        """
         total = sum(g.weights for g in groups)
         upto = np.cumsum([0.0, *plane_ms]) * 1e6
         rows = [[round(ns * g.weights / total) for ns in upto] for g in groups]
@@ -76,29 +84,33 @@ def _table(groups: Sequence[Group], cost: Sequence[Sequence[int]]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Allowance:
-    """most: what a token may cost, the seed widths included; these are read in any case."""
+class TokenLimit:
+    """The most that a token may cost, the seed widths included. Seed widths are read in any case."""
 
     most: int
-    prices: Prices
+    width_costs: WidthCosts
 
     @property
-    def spare(self) -> int:
-        """Beyond the seed widths."""
-        return max(0, self.most - self.prices.seed)
+    def beyond_seed(self) -> int:
+        """What a token may spend beyond the seed widths."""
+        return max(0, self.most - self.width_costs.seed)
 
 
 @dataclass(frozen=True)
-class Pace:
-    """rest: float32 [G], what this group and those behind it cost on average beyond the seed width, at m = 1."""
+class SpendingPace:
+    """The pace at which a token spends its limit, for one set of thresholds.
 
-    rest: Tensor
+    expected_rest: float32 [G], what this group and all later ones cost on average beyond the seed width, at m = 1.
+    gain: see the head of this file.
+    """
+
+    expected_rest: Tensor
     gain: float
 
     @classmethod
-    def of(cls, prices: Prices, profile: CalibrationProfile, thresholds: np.ndarray) -> Pace:
-        """For a rule with these thresholds, float32 [G, steps]."""
-        extra = prices.extra.numpy()
+    def of(cls, width_costs: WidthCosts, profile: CalibrationProfile, thresholds: np.ndarray) -> SpendingPace:
+        """Computes the pace from calibrated signals. thresholds: float32 [G, steps], those of the rule."""
+        extra = width_costs.extra.numpy()
         marginal = np.diff(np.where(extra == NEVER, 0, extra), axis=1, prepend=0)
 
         def cost(log_m: float) -> np.ndarray:  # [G]
@@ -110,6 +122,6 @@ class Pace:
         gain = min(max(1 / grows, GAINS[0]), GAINS[1]) if grows else GAINS[1]
         return cls(torch.from_numpy(rest.astype(np.float32)), gain)
 
-    def limit(self, left: Tensor, group: int) -> Tensor:
-        """What m is kept to at a group, float32 of left's shape."""
-        return (left / self.rest[group].clamp(min=1e-30)).pow(self.gain)
+    def largest_multiplier(self, budget_left: Tensor, group: int) -> Tensor:
+        """The largest m that a group may use, float32 of the shape of budget_left."""
+        return (budget_left / self.expected_rest[group].clamp(min=1e-30)).pow(self.gain)

@@ -166,8 +166,8 @@ def _operating_point(
 ) -> OperatingPoint:
     """Returns the target in bits that meets the options. For a target in ms, the cost model predicts the bits."""
     if cost is not None and options.tpot_ms is not None:
-        cost.check(options.tpot_ms, engine.pairs(cache))
-        target = round(cost.bits_for(options.tpot_ms - cost.other_ms, engine.pairs(cache)), 3)
+        cost.check(options.tpot_ms, engine.decoder.pairs_in(cache))
+        target = round(cost.bits_for(options.tpot_ms - cost.other_ms, engine.decoder.pairs_in(cache)), 3)
         bound = (
             "memory binds: there are no more planes" if target >= cost.bits[-1] - 1e-3 else "latency binds"
         )

@@ -24,9 +24,8 @@ STATE = 19
 MAX_FED = 8  # the most groups that read one vector: the matrices of two sub-blocks
 MAX_STEPS = 8  # the most thresholds of a group
 PARTS = 32  # the fewest parts of a signal: as many as one warp adds at once
-NEVER = torch.iinfo(
-    torch.int64
-).max  # the price of a width that is not resident, and the allowance of a token without a limit
+# The cost of a width that is not resident, and what a token without a limit may spend.
+NEVER = torch.iinfo(torch.int64).max
 
 NONE, WEIGHTED, ESTIMATED = "none", "weighted", "estimated"  # kinds of a PolicyTable
 
@@ -100,11 +99,11 @@ class PolicyTable:
     s = ||x|| where the group has no estimator (rows[g] = 0).
 
     Under WEIGHTED, what a token may cost is limited. Each group in turn limits m to (left[g] / rest[g]) ** gain, then
-    reads the widest width, up to the chosen one, whose price extra[g] does not exceed left[g]. left[g + 1] is what
-    remains after that price.
+    reads the widest width, up to the chosen one, whose cost extra[g] does not exceed left[g]. left[g + 1] is what
+    remains after that cost.
 
     bits, base, rows: int32 [G]. signals: float32 [G, P]. thresholds: float32 [G, 8], infinite after the last. left:
-    int64 [G + 1]. extra: int64 [G, 8], the price of each width beyond the base, ascending. rest: float32 [G], what this
+    int64 [G + 1]. extra: int64 [G, 8], the cost of each width beyond the base, ascending. rest: float32 [G], what this
     group and later ones usually cost. line: float32 [G, 2]. address: int64 [G], the addresses of the estimators. state:
     float32 [19]. share: float32 [G], each group's share of all weights. probe: float32 [K], over group 0's input.
     """
@@ -155,7 +154,7 @@ class PolicyTable:
         self.state[GAIN] = 1.0
 
     def limit(self, extra: Tensor, rest: Tensor, gain: float) -> None:
-        """Sets the prices of widths and the pace of spending. extra: int64 [G, steps]. rest: float32 [G]."""
+        """Sets the costs of widths and the pace of spending. extra: int64 [G, steps]. rest: float32 [G]."""
         self.extra.fill_(NEVER)
         self.extra[:, : extra.shape[1]] = extra.to(self.extra.device)
         self.rest.copy_(rest)

@@ -100,7 +100,7 @@ def two_rows(
 
 
 @triton.jit
-def behind(number, ASM: tl.constexpr):
+def after_loads(number, ASM: tl.constexpr):
     """Returns the number, and orders computations with it after the loads above have been issued. The assembler would
     otherwise issue these loads last, when their addresses are needed."""
     if ASM:
@@ -157,7 +157,7 @@ def gemv_kernel(
     bits = LOW
     if PARTS > 0:
         bits, left = chosen(
-            behind(g, ASM), base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS
+            after_loads(g, ASM), base_ptr, signals_ptr, threshold_ptr, extra_ptr, rest_ptr, state_ptr, left_ptr, PARTS
         )  # fmt: skip
         if tl.program_id(1) == 0:
             record(g, bits, left, bits_ptr, left_ptr)

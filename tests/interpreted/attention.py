@@ -91,7 +91,7 @@ def test_scores_of_minus_infinity_alone_are_no_number():
     ],
 )  # fmt: skip
 def test_attention_of_a_step(dim, norms, rotates, dtype, window, fed):
-    """Behind pairs appended since the table was written: the new pair, what attention gives, and the signals of the
+    """After pairs appended since the table was written: the new pair, what attention gives, and the signals of the
     groups that look at that."""
     lengths, group, since = [100, 0, 65], 3, 4
     caches = [cache_of(lengths, group, dim, dtype, since)[1] for _ in range(2)]

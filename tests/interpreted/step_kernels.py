@@ -160,7 +160,7 @@ def test_estimates(columns, monkeypatch):
     assert (counter == 0).all()
 
 
-# -- behind the head ----------------------------------------------------------------------------------------
+# -- after the head -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("vocabulary", [1, 96, 1024, 5000])

@@ -27,7 +27,7 @@ from dpllm.opening import open_engine as engine_of
 from dpllm.policies.fixed import RandomPolicy, StaticPolicy
 from dpllm.policies.make import make_policy
 from dpllm.policies.rate_distortion import RateDistortionPolicy
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 
 def steps(decoder, policy, ids, cache=None, step=None):
@@ -67,7 +67,7 @@ def test_kinds_of_head(overlay, head_bits):
 
 
 def pruned(decoder, ids):
-    """A ragged cache behind these tokens, its heads keeping unlike numbers of pairs."""
+    """A ragged cache that holds these tokens, its heads keeping unlike numbers of pairs."""
     cache, c = decoder.new_ragged_cache(4), decoder.config
     with torch.no_grad():
         decoder.forward(torch.tensor(ids), cache)
@@ -131,15 +131,15 @@ def test_a_text_with_context_and_correction(quantized, profiles, heldout_sequenc
 
 
 def test_what_a_token_may_cost(quantized, profiles, heldout_sequences):
-    """Kept by the step as by the policy: allowances that come, change with the target, and go."""
+    """The step keeps the limits of tokens as the policy does: they come, change with the target, and go."""
     decoder, ids = load(quantized), heldout_sequences[0][:40].tolist()
-    prices = Prices.in_bytes(decoder.groups)
+    width_costs = WidthCosts.in_bytes(decoder.groups)
     most = {5: 1.1, 15: 0.7, 20: 0.0, 30: None}  # shares of what the target reads beyond the seed
     target = {5: 3.5, 15: 4.5, 20: 4.5, 30: 3.0}
 
-    def allowed(t: int) -> Allowance | None:
+    def allowed(t: int) -> TokenLimit | None:
         wide = sum(g.weights for g in decoder.groups) // 8 * (target[t] - decoder.groups[0].seed_bits)
-        return None if most[t] is None else Allowance(prices.seed + round(most[t] * wide), prices)
+        return None if most[t] is None else TokenLimit(width_costs.seed + round(most[t] * wide), width_costs)
 
     def change(t, own):
         if t in most:
@@ -152,8 +152,8 @@ def test_what_a_token_may_cost(quantized, profiles, heldout_sequences):
     limit, over = None, []
     for t, bits in enumerate(results[0][1].tolist()):
         limit = allowed(t) if t in most else limit
-        assert limit is None or prices.of(bits) <= max(limit.most, prices.seed)
-        over.append(prices.of(bits) > prices.seed)
+        assert limit is None or width_costs.of(bits) <= max(limit.most, width_costs.seed)
+        over.append(width_costs.of(bits) > width_costs.seed)
     assert all(over[:20]) and not any(over[20:30]) and all(over[30:]), "and the rest is used"
 
 
@@ -177,18 +177,18 @@ def test_asynchronous_signals_and_what_a_token_may_cost(quantized, profiles, hel
     decoder, profile = load(quantized), profiles["fused"]
     asynchronous = replace(profile, source=np.asarray(stale_sources(decoder.layers)[0], np.int64))
     policy = RateDistortionPolicy(asynchronous, decoder, 3.5)
-    prices, ids = Prices.in_bytes(decoder.groups), heldout_sequences[0][:30].tolist()
-    most = prices.seed + sum(g.bytes_at[1] - g.bytes_at[0] for g in decoder.groups)
+    width_costs, ids = WidthCosts.in_bytes(decoder.groups), heldout_sequences[0][:30].tolist()
+    most = width_costs.seed + sum(g.bytes_at[1] - g.bytes_at[0] for g in decoder.groups)
     free, held = (
         decode_text(
             decoder, policy.begin_text(), ids, step_of(decoder),
-            lambda t, own, allowance=allowance: own.steer(3.5, allowance),
+            lambda t, own, limit=limit: own.steer(3.5, limit),
         )[1]
-        for allowance in (None, Allowance(most, prices))
+        for limit in (None, TokenLimit(most, width_costs))
     )  # fmt: skip
-    spent = [prices.of(b) for b in held.tolist()]
-    assert max(prices.of(b) for b in free.tolist()) > most >= max(spent)
-    assert np.median(spent) > most - 0.1 * (most - prices.seed)
+    spent = [width_costs.of(b) for b in held.tolist()]
+    assert max(width_costs.of(b) for b in free.tolist()) > most >= max(spent)
+    assert np.median(spent) > most - 0.1 * (most - width_costs.seed)
 
 
 def test_who_decides_may_change_between_any_two_tokens(quantized, profiles, heldout_sequences):

@@ -211,7 +211,7 @@ def test_needs_that_cannot_be_met(decoders, profiles, checkpoints, quantized):
         make_policy("rate-distortion", 3.5, small, profile)
 
 
-# -- the rule behind rate-distortion ----------------------------------------------------------------------
+# -- the rule of rate-distortion ----------------------------------------------------------------------
 
 
 def chosen_bits(profile: CalibrationProfile, lam: float, max_bits: int | None = None) -> np.ndarray:

@@ -26,7 +26,7 @@ from dpllm.control.cost_model import CostModel
 from dpllm.conversation import Conversation
 from dpllm.decode.options import GenerateOptions
 from dpllm.policies.base import PrecisionPolicy, TextPolicy
-from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_limit import WidthCosts
 
 QUESTIONS = ["import os\n", "def main():\n", "class Stack:\n", "for i in range(", "try:\n", "x = ["]
 NEW = 12
@@ -213,7 +213,7 @@ def test_an_order_is_made_for_one_target(engine):
 
     cost = Slow(**vars(cost_of(engine)))
     controller = LatencyController(
-        cost, 2.0, Prices.in_nanoseconds(engine.decoder.groups, 1.0, cost.plane_ms)
+        cost, 2.0, WidthCosts.in_nanoseconds(engine.decoder.groups, 1.0, cost.plane_ms)
     )
     for _ in range(2):  # the second order compares with the first
         assert controller.order(0.0).bits == 3.0

@@ -205,7 +205,7 @@ def test_time_and_bytes_are_shared_out(engine):
     """Nothing is lost, wherever a text ends."""
     text = "".join(s.text for s in engine.generate_with(PROMPT, options("off")))
     draft = SelfDraft(engine.decoder, 3, engine.new_step())
-    everything = engine.bytes_for(6) + engine.decoder.head_bytes()  # what a prompt reads
+    everything = engine.decoder.bytes_for(6) + engine.decoder.head_bytes()  # what a prompt reads
     for stop in ((), (text[30:34],), (text[52:54],)):
         now = ticking()
         clocked = []

@@ -83,7 +83,7 @@ def probabilities(logits, temperature, top_p) -> torch.Tensor:
 
 
 def exact(tiny, temperature, top_p):
-    """Probability of each sequence of three tokens behind token 0."""
+    """Probability of each sequence of three tokens after token 0."""
     decoder, step, policy = tiny
     found = torch.zeros((VOCABULARY,) * 3, dtype=torch.float64)
     for a, b in itertools.product(range(VOCABULARY), repeat=2):

@@ -1,4 +1,4 @@
-"""Targets on the bundled reference model: allowances, steering, budgets, measured models, the commands."""
+"""Targets on the bundled reference model: limits of tokens, steering, budgets, measured models, the commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpllm.planning.cost_measurement import cost_of, cost_path, device_name, mea
 from dpllm.planning.quality_measurement import KEEPS, STEPS, QualityOptions, measure_quality
 from dpllm.planning.quality_model import QualityModel, estimated
 from dpllm.policies.make import make_policy
-from dpllm.policies.token_limit import Allowance, Prices
+from dpllm.policies.token_limit import TokenLimit, WidthCosts
 
 PROMPT = "def main(argv):\n    for name in"
 
@@ -40,10 +40,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def widths(engine, step, bits: float, most_bytes: int | None, tokens: int = 24) -> list[list[int]]:
-    """What a policy held to an allowance reads for the tokens of a fixed text."""
+    """What a policy held to a limit per token reads for the tokens of a fixed text."""
     policy = make_policy("rate-distortion", bits, engine.decoder, engine.profile).begin_text()
-    prices = Prices.in_bytes(engine.decoder.groups)
-    policy.steer(bits, None if most_bytes is None else Allowance(most_bytes, prices))
+    width_costs = WidthCosts.in_bytes(engine.decoder.groups)
+    policy.steer(bits, None if most_bytes is None else TokenLimit(most_bytes, width_costs))
     ids, cache, found = engine.prompts.prompt_ids(PROMPT * 3)[:tokens], engine.decoder.new_cache(tokens), []
     for token, after in zip(ids, [*ids[1:], 0], strict=True):
         stepped = step(token, cache, policy)
@@ -66,12 +66,14 @@ def read(engine, chosen: list[int]) -> int:
 @pytest.mark.parametrize("native", [False, True], ids=["torch", "native"])
 def test_no_token_exceeds_its_allowance(engine, native):
     step = native_step(engine) if native else DecoderStep(engine.decoder)
-    most = engine.bytes_for(3.1)
+    most = engine.decoder.bytes_for(3.1)
     free, held = (widths(engine, step, 3.5, m) for m in (None, most))
     assert max(read(engine, b) for b in free) > most, "else the limit limits nothing"
     assert all(read(engine, b) <= most for b in held)
-    assert all(read(engine, b) > most - engine.bytes_for(6) / 8 for b in held), "nor is it left unused"
-    assert widths(engine, step, 3.5, engine.bytes_for(6)) == free
+    assert all(read(engine, b) > most - engine.decoder.bytes_for(6) / 8 for b in held), (
+        "nor is it left unused"
+    )
+    assert widths(engine, step, 3.5, engine.decoder.bytes_for(6)) == free
     seed = [g.seed_bits for g in engine.decoder.groups]
     assert widths(engine, step, 3.5, 0) == [seed] * len(free), "the seed width is always read"
 
@@ -81,7 +83,8 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
     weights = np.asarray([g.weights for g in engine.decoder.groups])
     half = len(weights) // 2
     free, held = (
-        np.asarray(widths(engine, engine.new_step(), 4.0, m, 60)) for m in (None, engine.bytes_for(3.6))
+        np.asarray(widths(engine, engine.new_step(), 4.0, m, 60))
+        for m in (None, engine.decoder.bytes_for(3.6))
     )
     lost = [
         ((free - held) * weights)[:, part].sum() / weights[part].sum()
@@ -92,7 +95,7 @@ def test_what_is_given_up_is_spread_over_the_layers(engine):
 
 def test_native_and_torch_afford_the_same(engine):
     steps = DecoderStep(engine.decoder), native_step(engine)
-    most = engine.bytes_for(3.2)
+    most = engine.decoder.bytes_for(3.2)
     one, other = (np.asarray(widths(engine, step, 3.5, most)) for step in steps)
     assert (one == other).mean() > 0.99  # a signal at its threshold may fall either way
 
@@ -118,8 +121,8 @@ def test_a_text_reads_no_more_than_its_budget(engine):
         steps = list(generation)[1:]
         assert not generation.tally.drafted
         total = sum(read(engine, list(s.bits)) for s in steps)
-        assert total <= (len(steps) + 1) * engine.bytes_for(3.0)
-        assert total > 0.9 * len(steps) * engine.bytes_for(3.0), "what it may read it does read"
+        assert total <= (len(steps) + 1) * engine.decoder.bytes_for(3.0)
+        assert total > 0.9 * len(steps) * engine.decoder.bytes_for(3.0), "what it may read it does read"
     with pytest.raises(InputError, match="Leave out --speculate"):
         engine.generate_with(PROMPT, GenerateOptions(4, speculate="self"))
     engine.set_policy("rate-distortion", 3.0)

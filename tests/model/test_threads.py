@@ -61,7 +61,7 @@ def test_texts_take_turns_in_one_thread(engine):
 
 def test_a_budget_is_that_of_each_text(engine):
     engine.hold_budget(3.0)
-    most = engine.bytes_for(3.0)
+    most = engine.decoder.bytes_for(3.0)
 
     def read(prompt: str) -> int:
         steps = list(engine.generate(prompt, max_new_tokens=NEW))[1:]

@@ -59,7 +59,7 @@ class Random {
   uint64_t state_;
 };
 
-// n elements aligned to no more than their type needs, with nothing behind them: the address sanitizer sees every
+// n elements aligned to no more than their type needs, with nothing after them: the address sanitizer sees every
 // access past the end.
 template <class T>
 class Buffer {

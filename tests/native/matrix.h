@@ -12,7 +12,7 @@ struct Shape {
   bool extras;  // scales per row, and a bias
 };
 
-// A matrix with a table for each width, its planes exactly as long as they must be. Bits behind the last column
+// A matrix with a table for each width, its planes exactly as long as they must be. Bits after the last column
 // are random: they must not matter.
 class RandomMatrix {
  public:

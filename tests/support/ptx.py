@@ -23,7 +23,7 @@ def assembly(kernel: Any) -> list[str]:
 def run(
     text: str, outputs: int, inputs: list[np.ndarray], memory: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Values of $0 .. after the text, given those of the operands behind them. memory: bytes from address 0."""
+    """Values of $0 .. after the text, given those of the operands that follow. memory: bytes from address 0."""
     registers: dict[str, Any] = {f"${outputs + i}": v for i, v in enumerate(inputs)}
     registers["%laneid"] = lane.astype(np.uint32)
     for statement in text.strip().removeprefix("{").removesuffix("}").split(";"):

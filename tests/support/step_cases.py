@@ -14,7 +14,7 @@ UNTOUCHED = 7.0  # what slots hold that nothing was written to
 
 
 def fill(lengths: list[int], group: int, dim: int, dtype: torch.dtype, room: int = 3) -> tuple[Tensor, ...]:
-    """(q [H, D], k, v [slots, D], start int64, length int32 [KVH]) with `room` behind each run."""
+    """(q [H, D], k, v [slots, D], start int64, length int32 [KVH]) with `room` slots after each run."""
     rng = torch.Generator().manual_seed(sum(lengths) + dim)
     sizes = torch.tensor(lengths)
     start = (sizes + room).cumsum(0) - sizes - room
@@ -42,7 +42,7 @@ def attention_exact(q: Tensor, k: Tensor, v: Tensor, start: Tensor, length: Tens
 def cache_of(
     lengths: list[int], group: int, dim: int, dtype: torch.dtype, since: int
 ) -> tuple[Tensor, CacheTable]:
-    """(q [H, D], a table of one layer whose runs have grown by `since` tokens, the pair behind them still to come)."""
+    """(q [H, D], a table of one layer whose runs have grown by `since` tokens, the next pair still to come)."""
     grown = [n + since + 1 for n in lengths]
     q, k, v, start, _ = fill(grown, group, dim, dtype)
     if dtype == torch.float16:

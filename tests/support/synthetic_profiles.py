@@ -1,4 +1,4 @@
-"""Calibration profiles made up from arrays, no model behind them."""
+"""Calibration profiles made up from arrays, without a model."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ from dpllm.base.errors import InputError
 from dpllm.control.controller import PATIENCE, SPARED, ControlOptions, LatencyController, QueryBudget
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.cost_measurement import Timed, plane_times
-from dpllm.policies.token_limit import Prices
+from dpllm.policies.token_limit import WidthCosts
 from dpllm.policies.token_time import NO_REST, Rest
 
 COST = CostModel(
     "a machine", "an overlay", 6.0, bits=(2.0, 3.0, 4.0, 6.0), weights_ms=(10.0, 14.0, 18.5, 27.0),
     pairs=(0.0, 1e6), attention_ms=(0.0, 5.0), plane_ms=(4.0, 4.5, 4.25, 4.25),
 )  # fmt: skip
-PRICES = Prices(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
-BYTES = Prices(2, 10, torch.tensor([[5, 10, 15, 20]]))
+NANOSECONDS = WidthCosts(2, 10_000_000, torch.tensor([[4_000_000, 8_500_000, 12_750_000, 17_000_000]]))
+BYTES = WidthCosts(2, 10, torch.tensor([[5, 10, 15, 20]]))
 SETTLED = 16
 # Headroom, and how much longer than a fixed width's the tail may be right after an abrupt change. Tokens that may take
 # 1.2 times the target, the default, make it 4% longer than a steady one's.
@@ -62,7 +62,7 @@ class Machine:
                 at(t, controller)
                 order = controller.order(pairs(t))
                 wanted = order.bits + self.bias + self.rng.normal() * self.spread
-                bits = min(max(wanted, 2.0), COST.bits_for(order.allowance.most / 1e6))
+                bits = min(max(wanted, 2.0), COST.bits_for(order.limit.most / 1e6))
             slow = 1.6 if self.rng.random() < 0.01 else 1.0
             noise = math.exp(self.rng.normal() * self.noise)
             ms = COST.step_ms(bits, pairs(t)) * self.factor(t) * noise * slow + rest(t).ms
@@ -81,7 +81,7 @@ def holds(ms: np.ndarray, target: float, fixed: np.ndarray, bar: float = 1.1) ->
 
 
 def controller_for(target: float, headroom: float = ControlOptions().headroom) -> LatencyController:
-    return LatencyController(COST, target, PRICES, ControlOptions(headroom=headroom))
+    return LatencyController(COST, target, NANOSECONDS, ControlOptions(headroom=headroom))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -145,11 +145,11 @@ def test_an_impossible_time_does_not_wind_up(target):
 
 
 def test_least_bits_are_read_whatever_they_take():
-    controller = LatencyController(COST, 11.0, PRICES, least_bits=3.2)
+    controller = LatencyController(COST, 11.0, NANOSECONDS, least_bits=3.2)
     Machine(0).run(controller, 50)
     order = controller.order(0)
     assert order.bits == 3.2
-    assert order.allowance.most >= COST.step_ms(3.2) * 1e6
+    assert order.limit.most >= COST.step_ms(3.2) * 1e6
     controller.retarget(11.0, least_bits=2.6)
     assert controller.order(0).bits == 2.6
     controller.retarget(11.0)
@@ -178,8 +178,8 @@ def test_a_clock_that_says_nothing_changes_nothing(ms):
 def test_headroom_bounds_a_single_token():
     """A token may take `headroom` times the target, whatever its bits."""
     for headroom in (1.0, 1.02, 1.2):
-        controller = LatencyController(COST, 17.0, PRICES, ControlOptions(headroom=headroom))
-        assert controller.order(0).allowance.most == pytest.approx(17e6 * headroom)
+        controller = LatencyController(COST, 17.0, NANOSECONDS, ControlOptions(headroom=headroom))
+        assert controller.order(0).limit.most == pytest.approx(17e6 * headroom)
 
 
 @pytest.mark.parametrize("headroom", [0.99, 0.0, -1.0, math.nan, math.inf])
@@ -222,11 +222,11 @@ def test_a_rest_is_not_a_slow_machine():
 
 
 def test_a_single_token_may_take_the_headroom_with_its_rest():
-    controller = LatencyController(COST, 30.0, PRICES, ControlOptions(headroom=1.2))
+    controller = LatencyController(COST, 30.0, NANOSECONDS, ControlOptions(headroom=1.2))
     for _ in range(10):
         controller.record(24.0, spent(3.0), 0, Rest(sampling=10.0))
-    assert controller.order(0).allowance.most == pytest.approx((30 * 1.2 - 10) * 1e6, rel=0.15)
-    assert controller.order(0).allowance.most < 29e6, "not 1.2 times the target besides the rest"
+    assert controller.order(0).limit.most == pytest.approx((30 * 1.2 - 10) * 1e6, rel=0.15)
+    assert controller.order(0).limit.most < 29e6, "not 1.2 times the target besides the rest"
 
 
 @pytest.mark.parametrize("speed", [1.0, 1.5])
@@ -265,7 +265,7 @@ def test_bits_are_not_given_up_for_what_they_cannot_change():
 
 
 def test_the_cost_model_knows_of_the_rest_before_the_first_token():
-    controller = LatencyController(replace(COST, other_ms=3.0), 20.0, PRICES)
+    controller = LatencyController(replace(COST, other_ms=3.0), 20.0, NANOSECONDS)
     assert controller.order(0).bits == pytest.approx(COST.bits_for(17.0))
     with pytest.raises(InputError, match="the fastest here is 13 ms"):
         replace(COST, other_ms=3.0).check(12.5)
@@ -287,19 +287,19 @@ def test_no_query_overdraws_its_budget(rate, burst, wishes, seed):
     for n, wish in enumerate(wishes, 1):
         order = budget.order()
         assert order.bits == 3.0
-        assert order.allowance.most >= rate >= seed, "the seed width can always be read"
-        read = max(seed, min(wish, order.allowance.most))
+        assert order.limit.most >= rate >= seed, "the seed width can always be read"
+        read = max(seed, min(wish, order.limit.most))
         total += read
         budget.record(0.0, read)
         assert total <= n * rate + burst
-    assert budget.begin_text().order().allowance.most == rate + burst
+    assert budget.begin_text().order().limit.most == rate + burst
 
 
 def test_savings_end_at_the_burst():
     budget = QueryBudget(3.0, 100, 250, BYTES)
     for _ in range(50):
         budget.record(0.0, 0)
-    assert budget.order().allowance.most == 350
+    assert budget.order().limit.most == 350
     with pytest.raises(InputError, match="budget"):
         QueryBudget(3.0, 0, 10, BYTES)
 

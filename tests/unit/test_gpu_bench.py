@@ -49,7 +49,7 @@ def test_kernels_dry():
     kernels = {
         "8x128": "gemv_kernel", "8x128, 4 rows": "gemv_kernel", "8x128, 8 rows": "gemm_kernel",
         "8x128, 16 rows": "gemm_kernel", "8x128, prompt of 130": "dequantize_kernel",
-        "head 16x128": "int8_gemv_kernel", "attention behind 70": "attend_kernel",
+        "head 16x128": "int8_gemv_kernel", "attention after 70": "attend_kernel",
     }  # fmt: skip
     rows, ranges = dry("gpu_kernels")["rows"], set()
     assert {r["what"] for r in rows} == set(kernels)

@@ -204,7 +204,7 @@ def test_positions_that_no_chunk_fits():
 
 
 class Failing(TinyAttention):
-    """Stops in the middle of a forward pass behind the context."""
+    """Stops in the middle of a forward pass after the context."""
 
     def forward(self, ids, cache, hidden=None):
         if cache.length == 40 + 7:

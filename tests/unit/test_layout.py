@@ -26,6 +26,7 @@ FLOORS = (
     ("policies",),
     ("decode", "control"),
     ("context", "evaluation"),
+    ("accounting",),
     ("engine",),
     ("opening", "conversation", "planning", "prepare", "diagnostics"),
     ("report", "api"),

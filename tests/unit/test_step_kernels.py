@@ -63,7 +63,7 @@ def silu(columns: int, dtype: torch.dtype, groups: int):
     small_ops.silu_mul(torch.zeros(1, 2 * columns, dtype=dtype), site, table)
 
 
-def behind_the_head(vocabulary: int):
+def after_the_head(vocabulary: int):
     logits, table = torch.zeros(1, vocabulary), policy_table([64] * 128, tables.WEIGHTED)
     _, cache = cache_of([1], 1, 16, FLOAT, since=0)
     small_ops.finish(logits, torch.zeros(1, dtype=torch.int32), table, *scratch())
@@ -109,7 +109,7 @@ CASES = [
     ("norm of 8192", small_ops, {"norm_kernel": 104}, lambda: norm(8192, torch.bfloat16)),
     ("norm for five groups", small_ops, {"norm_kernel": 104}, lambda: norm(4096, HALF, 5)),
     ("silu", small_ops, {"silu_kernel": 48}, lambda: silu(14336, HALF, 2)),
-    ("behind the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: behind_the_head(128256)),
+    ("after the head", small_ops, {"finish_kernel": 48, "observe_kernel": 48}, lambda: after_the_head(128256)),
     ("fixed widths", small_ops, {"norm_kernel": 48, "silu_kernel": 48}, undecided),
     ("attention of a flat cache", attention, {"attend_kernel": 160, "join_kernel": 64}, undecided),
     ("estimate", select, {"estimate_kernel": 64}, lambda: estimate(4096, HALF)),

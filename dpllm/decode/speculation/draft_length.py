@@ -61,7 +61,7 @@ class Source:
         return self.accepted / self.looked_at
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """What became of a draft: only its first rejected token says something, those behind it nothing."""
+        """Learns from a draft. Tokens after the first rejected one say nothing."""
         for hit in [1] * accepted + [0] * (accepted < drafted):
             self.accepted = self.accepted * FORGETTING + hit
             self.looked_at = self.looked_at * FORGETTING + 1

@@ -61,7 +61,7 @@ struct Selection {
   const float* correction;            // [rows]
   float offset, limit;
   int32_t (*choose)(int32_t group, const float* x);  // or null; called for each group in turn, and each row of it
-  // Where thresholds decide, every token costs at most `allowance` beyond the seed width. extra [groups, steps]: the price
+  // Where thresholds decide, every token costs at most `allowance` beyond the seed width. extra [groups, steps]: the cost
   // of each width beyond the seed width (null: no limit). So that something is left for the last groups, a token's
   // multiplier is limited to (what is left / rest) ^ gain, where rest [groups] is what a group and later ones usually cost.
   const int64_t* extra;
