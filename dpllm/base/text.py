@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.plain_text import without_byte_order_mark
 
 
 def read_documents(path: Path) -> list[str]:
@@ -28,7 +29,7 @@ def read_documents(path: Path) -> list[str]:
             raise InputError(f"{path} holds no .txt, .md, .py or .jsonl file. Give a text file.")
         return [d for p in files for d in read_documents(p)]
     try:
-        text = path.read_text("utf-8")
+        text = without_byte_order_mark(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist. Give a text file.") from None
     except (UnicodeDecodeError, OSError) as e:

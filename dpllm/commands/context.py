@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from dpllm.base.errors import InputError
+from dpllm.base.plain_text import without_byte_order_mark
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -207,9 +208,10 @@ def read_text(name: str) -> str:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}. Give a text file, or '-' to read standard input.")
     try:
-        return sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise InputError(f"{'standard input' if name == '-' else path} is not UTF-8 text ({e}).") from None
+    return without_byte_order_mark(text)
 
 
 def summarize(engine: Engine, context: KVContext, out: Path) -> dict[str, Any]:

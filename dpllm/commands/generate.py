@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpllm.base.errors import InputError
+from dpllm.base.plain_text import without_byte_order_mark
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -223,7 +224,7 @@ def read_prompt(prompt: str | None) -> str:
     if prompt != "-":
         return prompt
     try:
-        return sys.stdin.read()
+        return without_byte_order_mark(sys.stdin.read())
     except UnicodeDecodeError as e:
         raise InputError(f"standard input is not UTF-8 text ({e}).") from None
 

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Protocol
 
 from dpllm.base.errors import InputError
+from dpllm.base.plain_text import without_byte_order_mark
 from dpllm.commands.common import note
 
 
@@ -29,12 +30,16 @@ def lines_of_user() -> Lines:
 class PlainLines:
     """Lines of standard input."""
 
+    def __init__(self) -> None:
+        self._first = True
+
     def read(self) -> str | None:
         """See Lines. Raises InputError where standard input is not UTF-8 text."""
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as e:
             raise InputError(f"standard input is not UTF-8 text ({e}).") from None
+        line, self._first = without_byte_order_mark(line) if self._first else line, False
         return line.rstrip("\r\n") if line else None
 
 
