@@ -13,6 +13,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.places import check_readable
+from dpllm.base.plain_text import without_byte_order_mark
 
 # The attribute that makes transformers remove spaces before punctuation for a BPE tokenizer, too.
 FORCED_CLEANING = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -33,7 +34,7 @@ def read_documents(path: Path) -> list[str]:
         return [d for p in files for d in read_documents(p)]
     check_readable(path)
     try:
-        text = path.read_text("utf-8")
+        text = without_byte_order_mark(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist. Give a text file.") from None
     except UnicodeDecodeError as e:

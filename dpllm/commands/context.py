@@ -12,6 +12,7 @@ from rich.table import Table
 from dpllm.base.errors import InputError
 from dpllm.base.locks import only_writer
 from dpllm.base.places import check_readable
+from dpllm.base.plain_text import without_byte_order_mark
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -223,7 +224,7 @@ def read_text(name: str) -> str:
         raise InputError(f"{path} {what}. Give a text file, or '-' to read standard input.")
     check_readable(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return without_byte_order_mark(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text ({e}).") from None
 

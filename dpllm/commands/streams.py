@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from dpllm.base.errors import InputError
+from dpllm.base.plain_text import without_byte_order_mark
 
 
 class ClosedStream(io.TextIOBase):
@@ -103,8 +104,11 @@ def settle_stdout() -> None:
 
 
 def read_stdin() -> str:
-    """All of standard input. Raises InputError where it is closed, cannot be read, or is not UTF-8 text."""
-    return _from_stdin(lambda: sys.stdin.read())
+    """All of standard input, without a byte order mark.
+
+    Raises InputError where it is closed, cannot be read, or is not UTF-8 text.
+    """
+    return without_byte_order_mark(_from_stdin(lambda: sys.stdin.read()))
 
 
 def read_stdin_line() -> str:

@@ -7,6 +7,7 @@ import sys
 from types import FrameType
 from typing import Protocol
 
+from dpllm.base.plain_text import without_byte_order_mark
 from dpllm.commands.common import note
 from dpllm.commands.streams import read_stdin_line
 
@@ -29,9 +30,13 @@ def lines_of_user() -> Lines:
 class PlainLines:
     """Lines of standard input."""
 
+    def __init__(self) -> None:
+        self._first = True
+
     def read(self) -> str | None:
         """See Lines. Raises InputError where standard input is closed, cannot be read, or is not UTF-8 text."""
         line = read_stdin_line()
+        line, self._first = without_byte_order_mark(line) if self._first else line, False
         return line.rstrip("\r\n") if line else None
 
 

@@ -35,6 +35,17 @@ def test_build(ok, tiny_overlay, text_file, tmp_path):
     assert (tmp_path / "ctx" / "context.json").is_file() and said["policy"] == "kvzip"
 
 
+def test_a_byte_order_mark_is_not_read(ok, tiny_overlay, text_file, tmp_path):
+    marked = tmp_path / "marked.txt"
+    marked.write_text(text_file.read_text(), "utf-8-sig")
+    build = ("--overlay", tiny_overlay, *SMALL, "--json")
+    tokens = [
+        ok("context", "build", text, *build, "-o", tmp_path / text.stem).json["tokens"]
+        for text in (text_file, marked)
+    ]
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize(
     ("budget", "kept"), [(("--keep-tokens", 60), lambda n: 60 / n), (("--keep-memory", "64kB"), None)]
 )

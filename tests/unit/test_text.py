@@ -35,6 +35,12 @@ def test_only_newlines_part_jsonl_lines(tmp_path):
     assert read_documents(tmp_path / "a.jsonl") == [text]
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n", "utf-8-sig")
+    (tmp_path / "b.txt").write_text("two", "utf-8-sig")
+    assert read_documents(tmp_path) == ["one", "two"]
+
+
 def test_a_directory_is_its_text_files_in_order(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_text("second")

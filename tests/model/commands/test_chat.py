@@ -51,6 +51,10 @@ def test_the_conversation_goes_on(say):
     assert say("import os", "", "  ", "import sys").out == both, "empty lines are no messages"
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_message(say):
+    assert say("\ufeffimport os", "import sys").out == say("import os", "import sys").out
+
+
 def test_leading_spaces_are_part_of_plain_text_alone(say, framed):
     def answers(line: str, **more) -> list[str]:
         result = say(line, "/save " + str(framed / f"{len(list(framed.iterdir()))}.jsonl"), **more)

@@ -53,6 +53,9 @@ def test_generate_reads_standard_input(ok, tiny_overlay):
     given = ok("generate", "class A:\n", *arguments).json["text"]
     assert ok("generate", "-", *arguments, stdin="class A:\n").json["text"] == given
     assert ok("generate", "-", *arguments, stdin="import os").json["text"] != given
+    assert ok("generate", "-", *arguments, stdin="\ufeffclass A:\n").json["text"] == given, (
+        "a byte order mark"
+    )
 
 
 def test_generate_options_arrive(ok, tiny_overlay):
