@@ -206,6 +206,8 @@ class _State:
         self.tables = torch.zeros(count, len(self.widths), 2**m.parent_bits, device=m.codes.device)
         for i, bits in enumerate(self.widths):
             self.tables[:, i, : 2**bits] = m.tables[bits].float()
+        self.error: Tensor
+        self.pull: Tensor
         self._look_up()
 
     def stored(self, tables: dict[int, Tensor]) -> dict[int, Tensor]:
