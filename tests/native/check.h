@@ -154,6 +154,7 @@ struct Options {
 void test_products(const Options& o);
 void test_dense(const Options& o);
 void test_draw(const Options& o);
+void test_quantize(const Options& o);
 void test_attention(const Options& o);
 void test_step(const Options& o);
 void test_pool(const Options& o);

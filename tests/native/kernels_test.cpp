@@ -1,6 +1,6 @@
 // Every compiled-in instruction set that this processor runs, against sums in double precision.
 //
-// kernels_test [--quick] [products dense draw attention step pool threads]: exit code 1 if anything is wrong.
+// kernels_test [--quick] [products dense draw quantize attention step pool threads]: exit code 1 if anything is wrong.
 #include "check.h"
 
 int main(int count, char** arguments) {
@@ -9,6 +9,7 @@ int main(int count, char** arguments) {
     void (*run)(const test::Options&);
   };
   const Part parts[] = {{"products", test::test_products}, {"dense", test::test_dense}, {"draw", test::test_draw},
+                        {"quantize", test::test_quantize},
                         {"attention", test::test_attention}, {"step", test::test_step}, {"pool", test::test_pool},
                         {"threads", test::test_threads}};
   test::Options options;
@@ -29,7 +30,7 @@ int main(int count, char** arguments) {
     std::printf("%s: %s\n", part.name, test::failures == before ? "ok" : "FAILED");
     std::fflush(stdout);
   }
-  if (known != chosen.size()) std::printf("unknown part; there are products dense draw attention step pool threads\n");
+  if (known != chosen.size()) std::printf("unknown part; there are products dense draw quantize attention step pool threads\n");
   if (test::failures) std::printf("%d checks failed\n", test::failures);
   return test::failures || known != chosen.size() ? 1 : 0;
 }
