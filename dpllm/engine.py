@@ -308,8 +308,9 @@ class Engine(StaysInProcess):
         generation: Generation,
         stops: frozenset[int] = frozenset(),
     ) -> Generator[Step, None, None]:
+        """The steps of a text. The generator itself is returned, because every frame costs time at each token."""
         pilot = Pilot(self, lambda: self.decoder.pairs_in(continuation.cache), text.policy)
-        yield from accounted_steps(
+        return accounted_steps(
             text, continuation, pilot, generation, limit=limit, tokenizer=self.tokenizer, stops=stops
         )
 

@@ -195,9 +195,11 @@ class NativeStep(TokenStep):
             read_bits=ctypes.addressof(self._read_bits),
         )  # fmt: skip
         began = time.perf_counter()
-        done = self.model.runner(self._selection, self._view, request)
+        stopped = self.model.runner.run(
+            ctypes.byref(self._selection), ctypes.byref(self._view), ctypes.byref(request)
+        )
         self.call_ms = (time.perf_counter() - began) * 1e3
-        if not done:
+        if stopped:
             error, self._error = self._error, None
             assert error is not None
             raise error

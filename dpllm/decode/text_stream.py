@@ -9,6 +9,7 @@ from typing import Any
 # Tokens that are decoded together: what a token reads depends on its neighbours, but not on all of a long text.
 LEAD, WINDOW = 8, 32
 UNFINISHED = "\ufffd"  # stands for bytes that are not a character, or not yet
+BYTES = [f"<0x{b:02X}>" for b in range(256)]  # tokens of one byte, as SentencePiece writes them
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of one byte, as SentencePiece writes it
 # What transformers' cleaning of spaces may still change: it joins " ." or " n't" to the word before.
 JOINING = " 'nvr"
@@ -28,6 +29,9 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
         self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        bytes_of = tokenizer.convert_tokens_to_ids(BYTES)
+        self._has_bytes = any(i not in (None, tokenizer.unk_token_id) for i in bytes_of)
+        self._plain = not (stop or self._cleans)
         self._special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._in_bytes = (
             False  # the last token is a byte: the next one may make the whole run of bytes invalid
@@ -38,12 +42,15 @@ class TextStream:
         """Adds a token (None: end of text) and returns what became final."""
         if token is not None:
             self._tokens.append(token)
-            is_byte = self._is_byte(token)
-            self._in_bytes = self._in_bytes if is_byte is None else is_byte
+            if self._has_bytes and (is_byte := self._is_byte(token)) is not None:
+                self._in_bytes = is_byte
         if self._in_bytes and not last and not self.stop:
             return ""
-        full = self._decode(self._tokens)
-        end = self._end(full, last)
+        full: str = self.tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if self._plain and not (self._in_bytes or last):  # most tokens: only an unfinished character waits
+            end = max(self._sent, len(full.rstrip(UNFINISHED)))
+        else:
+            end = self._end(full, last)
         text, self._sent = full[self._sent : end], end
         if end == len(full) and len(self._tokens) >= WINDOW:
             self._tokens, self._sent = self._lead(self._tokens)

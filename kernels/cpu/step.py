@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 from dpllm.kernels.cpu.library import Handle, Int, Long, Matrix, Pointer
 
@@ -91,17 +92,15 @@ class Request(ctypes.Structure):
 class StepRunner:
     """A model handed to the library, whose steps several threads may run: the library serves them in turn.
 
-    The caller keeps every tensor that `model` points to alive.
+    The caller keeps every tensor that `model` points to alive. run: runs one step, given references to a Selection, a
+    Cache and a Request; it returns 0, or another number where a callback stopped the step. It is the library's function
+    itself, because a Python function around it would cost time at every token.
     """
 
     def __init__(self, handle: Handle, model: Model):
         self.handle, self.model = handle, model
         self.step = handle.lib.dpllm_step_open(handle.context, ctypes.byref(model))
-
-    def __call__(self, selection: Selection, cache: Cache, request: Request) -> bool:
-        """Runs one step. Returns False where a callback stopped it."""
-        run = self.handle.lib.dpllm_step_rows
-        return run(self.step, ctypes.byref(selection), ctypes.byref(cache), ctypes.byref(request)) == 0
+        self.run = partial(handle.lib.dpllm_step_rows, self.step)
 
     def __del__(self) -> None:
         if getattr(self, "step", None):

@@ -11,6 +11,7 @@ import torch
 
 import dpllm
 from dpllm import InputError
+from dpllm.decode.options import GenerateOptions
 from dpllm.model.memory import resident_bytes
 from dpllm.quant.overlay import Overlay
 
@@ -169,7 +170,7 @@ def test_positions_run_out(engine):
 
 
 def test_targets_change_between_tokens(engine):
-    generation = engine.generate(PROMPT, max_new_tokens=12)
+    generation = engine.generate_with(PROMPT, GenerateOptions(max_new_tokens=12, ignore_eos=True))
     before = [next(generation) for _ in range(4)][1:]
     engine.set_target(bits=6)
     later = list(generation)
@@ -224,7 +225,7 @@ def test_scores_are_log_probabilities(engine):
     with torch.no_grad():
         logits = engine.decoder.forward(ids[:-1], engine.decoder.new_cache(len(ids)))
     expected = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    assert score.log_probs == pytest.approx(expected.tolist(), abs=0.05)
+    assert score.log_probs == pytest.approx(expected.tolist(), abs=0.08)
     assert score.perplexity == pytest.approx(float((-expected).mean().exp()), rel=0.05)
     assert score.effective_bits == 6
     engine.set_target(target_bits=3.5)

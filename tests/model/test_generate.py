@@ -201,9 +201,9 @@ def test_step_fields(engine):
     per_token = steps[1].kv_bytes - steps[0].kv_bytes
     assert per_token == 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, float16
     assert [s.kv_bytes for s in steps] == [per_token * (prompt + n) for n in range(12)]
-    assert [s.ms for s in steps] == [2000.0] * 12
-    assert [s.tpot_ms for s in steps] == [None] + [2000.0] * 11
-    assert [s.ttft_ms for s in steps] == [2000.0] + [None] * 11
+    assert [s.ms for s in steps] == [6000.0] + [12000.0] * 11
+    assert [s.tpot_ms for s in steps] == [None] + [12000.0] * 11
+    assert [s.ttft_ms for s in steps] == [6000.0] + [None] * 11
     first, rest = steps[0], steps[1:]
     everything = sum(g.bytes_at[-1] for g in decoder.groups) + decoder.head_bytes()
     assert (first.effective_bits, first.weight_bytes, len(first.bits)) == (6.0, everything, 0)

@@ -293,6 +293,9 @@ def test_an_interrupt_leaves_another_threads_text_whole(engine):
                 signal.raise_signal(signal.SIGINT)
 
     reader = threading.Thread(target=read)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests in the background inherit that it is ignored
     with pytest.raises(KeyboardInterrupt):
         reader.start()
         reader.join(60)

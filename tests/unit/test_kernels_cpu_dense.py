@@ -120,7 +120,7 @@ def test_matmul_reads_every_resident_plane(isa, accuracy, shape):
 def test_matmul_of_a_token_is_its_own(monkeypatch, isa, accuracy, shape):
     """What else there is of the prompt does not change a bit of it, as long as it has more than a few tokens; nor does
     how many of them are looked at together, of which long rows leave few."""
-    monkeypatch.setattr(functions, "_has", lambda capability: False)  # torch promises no such thing
+    monkeypatch.setattr(functions, "torch_reports", lambda capability: False)  # torch promises no such thing
     w, x, kernels = weights_of(*shape), inputs(150, shape[1]), kernels_of(isa, accuracy)
     whole = kernels.matmul(x, w.prepared)
     assert relative_error(whole, x, w.dense(8)) < TOLERANCE[accuracy]
@@ -137,7 +137,7 @@ def test_matmul_on_several_threads(threads):
 def test_matmul_in_blocks_of_rows(monkeypatch):
     """By torch, where there is AMX: whole blocks and a smaller one at the end; memory kept from a larger or another
     product does no harm."""
-    monkeypatch.setattr(functions, "_has", lambda capability: True)
+    monkeypatch.setattr(functions, "torch_reports", lambda capability: True)
     kernels = kernels_of(None, "balanced")
     for k, n in ((256, 301), (100, 67), (515, 33)):
         w = weights_of(n, k)

@@ -196,6 +196,7 @@ def test_positions_run_out(say):
     long = "x = 1; " * 40
     result = say(long, long, "x", "/reset", "x", options=("--plain", "--max-new-tokens", "500"))
     lines = result.err.splitlines()
+    assert lines.pop(1).startswith("the text ends here because the model's 512 positions are used up")
     assert "positions are left. /reset begins a new conversation." in lines[1]
     assert all(
         line.startswith("the message needs") and "/reset begins a new one." in line for line in lines[2:4]

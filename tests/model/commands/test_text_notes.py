@@ -20,6 +20,11 @@ def test_every_end_token_of_the_generation_config_ends(ok, saying, tokenizer):
     said = ok("generate", "A", "--overlay", saying, "--json").json
     assert (said["text"], said["stopped_by"]) == ("bc", "end token")
     edit_json(saying / "generation_config.json", eos_token_id=None)
+    unended = ok("generate", "A", "--overlay", saying, "--max-new-tokens", 9, "--json").json
+    assert unended["stopped_by"] == "max_new_tokens", (
+        "as with transformers, the file alone decides where it exists"
+    )
+    (saying / "generation_config.json").unlink()
     assert ok("generate", "A", "--overlay", saying, "--json").json["text"] == "bcdef"
 
 
