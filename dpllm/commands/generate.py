@@ -371,7 +371,7 @@ def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:
     if (rate := summary["speculation"]["acceptance_rate"]) is not None:
         several = summary["speculation"]["tokens_per_pass"]
         parts.append(f"{rate:.0%} of drafts accepted, {several:.1f} tokens a pass")
-    parts += [str(summary["policy"]), f"{summary['backend']} backend"]
+    parts += [summary["policy"] or "unquantised", f"{summary['backend']} backend"]
     return f"[{' · '.join(parts)}]"
 
 
