@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,11 +46,6 @@ def print_json(value: dict[str, Any]) -> None:
     """Prints one JSON object on one line of stdout, the last. A number that is not finite becomes null."""
     sys.stdout.write(strict_json(value) + "\n")
     sys.stdout.flush()
-
-
-def command_line(*words: object) -> str:
-    """A `dpllm` command that a shell takes apart into these words; None is left out."""
-    return shlex.join(["dpllm", *(str(w) for w in words if w is not None)])
 
 
 def shows_bars() -> bool:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dpllm.base.errors import InputError
 from dpllm.base.quantities import figure
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -104,13 +105,13 @@ def evaluate(
     hardware.note_about(engine.decoder)
     if not engine.quantized:
         raise InputError(
-            f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
+            f"{engine.path} is not quantised, so there are no targets to compare. "
+            f"Run: {command_line('quantize', engine.path, 'OUT')}"
         )
     text = scored_text(engine, path, context, max_tokens)
-    cells = cells_of(names, targets)
+    results = score(engine, cells_of(names, targets), text.documents, seed=seed)
     if (line := text.left_out(max_tokens)) is not None:
         note(line)
-    results = score(engine, cells, text.documents, seed=seed)
     if json:
         print_json({"text": text.as_json(), "results": [r.as_json() for r in results]})
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpllm.base.errors import InputError
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -287,7 +288,9 @@ def planes_to_hold(overlay: str | None, *, resident_bits: int | None, max_memory
         return None
     path = reference.overlay_path() if overlay is None else resolve_model(overlay, note)
     if not is_overlay(path):
-        raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
+        raise InputError(
+            f"{path} is not quantised: all of it is resident. Run: {command_line('quantize', path, 'OUT')}"
+        )
     return resident_bits if max_memory is None else resident_bits_within(path, parse_size(max_memory))
 
 
