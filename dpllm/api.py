@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dpllm import reference
 from dpllm.base.errors import InputError
 from dpllm.base.quantities import parse_share, parse_size, rise
+from dpllm.base.shell import command_line
 from dpllm.control.cost_model import CostModel
 from dpllm.engine import Engine
 from dpllm.model.hardware import check_device, cpu_options
@@ -108,7 +109,9 @@ def _planes(where: Path, resident_bits: int | None, max_memory: int | str | None
     if resident_bits is None and max_memory is None:
         return None
     if not is_overlay(where):
-        raise InputError(f"{where} is not quantised: all of it is resident. Run: dpllm quantize {where} OUT")
+        raise InputError(
+            f"{where} is not quantised: all of it is resident. Run: {command_line('quantize', where, 'OUT')}"
+        )
     if max_memory is None:
         return resident_bits
     return resident_bits_within(where, parse_size(max_memory))

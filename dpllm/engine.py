@@ -20,6 +20,7 @@ from dpllm.base import forking
 from dpllm.base.errors import InputError
 from dpllm.base.processes import StaysInProcess
 from dpllm.base.progress import Progress, no_progress
+from dpllm.base.shell import command_line
 from dpllm.calib.runtime.profile import CalibrationProfile
 from dpllm.context.build import build_context, prune_tail
 from dpllm.context.kv_context import KVContext
@@ -101,7 +102,7 @@ class Engine(StaysInProcess):
         if self.profile is None or not self.quantized:
             raise InputError(
                 f"{self.path} has no calibration profile, so there is nothing to choose or plan with. "
-                f"Run: dpllm calibrate {self.path}"
+                f"Run: {command_line('calibrate', self.path)}"
             )
         return self.profile
 

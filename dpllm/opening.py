@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpllm import reference
 from dpllm.base.errors import InputError
+from dpllm.base.shell import command_line
 from dpllm.base.text import load_tokenizer
 from dpllm.calib.runtime.profile import PROFILE_NAME, CalibrationProfile
 from dpllm.control.cost_model import CostModel
@@ -64,7 +65,8 @@ def _aim(engine: Engine, target_bits: float | None, policy: str | None) -> None:
     if not engine.quantized:
         if target_bits is not None or policy is not None:
             raise InputError(
-                f"{engine.path} is not quantised, so it has one precision. Run: dpllm quantize {engine.path} OUT"
+                f"{engine.path} is not quantised, so it has one precision. "
+                f"Run: {command_line('quantize', engine.path, 'OUT')}"
             )
         return
     held = resident_mean(engine.decoder)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dpllm.base.errors import InputError
+from dpllm.base.shell import command_line
 from dpllm.kernels.weight import (
     MAX_BITS,
     MAX_TABLE_BITS,
@@ -115,11 +116,15 @@ class Overlay:
         Raises InputError for anything that is missing, altered or unexpected, and for another format version.
         """
         if not path.is_dir():
-            raise InputError(f"{path} is not a directory. Make an overlay: dpllm quantize MODEL {path}")
+            raise InputError(
+                f"{path} is not a directory. Make an overlay: {command_line('quantize', 'MODEL', path)}"
+            )
         config = read_json(path / "config.json")
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-            raise InputError(f"{path} is not a dpllm overlay. Make one: dpllm quantize {path} OUT")
+            raise InputError(
+                f"{path} is not a dpllm overlay. Make one: {command_line('quantize', path, 'OUT')}"
+            )
         version = quantization.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(

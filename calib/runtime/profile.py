@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from dpllm.base.errors import InputError
 from dpllm.base.files import write_tensors
 from dpllm.base.places import check_readable
+from dpllm.base.shell import command_line
 
 PROFILE_VERSION = 2
 PROFILE_NAME = "profile.safetensors"
@@ -189,7 +190,7 @@ class CalibrationProfile:
         if overlay_hash is not None and header["overlay_hash"] != overlay_hash:
             raise InputError(
                 f"{path} was calibrated for another overlay ({header['overlay_hash'][:12]}, this one is "
-                f"{overlay_hash[:12]}). Run: dpllm calibrate {path.parent}"
+                f"{overlay_hash[:12]}). Run: {command_line('calibrate', path.parent)}"
             )
         diagonals = tuple(tensors[f"diagonal.{i}"] for i in range(len(header["group_names"])))
         return cls(
@@ -238,7 +239,7 @@ def merge(one: CalibrationProfile, other: CalibrationProfile) -> CalibrationProf
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not path.is_file():
-        raise InputError(f"{path} does not exist. Run: dpllm calibrate {path.parent}")
+        raise InputError(f"{path} does not exist. Run: {command_line('calibrate', path.parent)}")
     check_readable(path)
     try:
         with safe_open(path, framework="np") as f:
@@ -248,14 +249,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         sound = header["sha256"] == _sha256(tensors, {k: v for k, v in header.items() if k != "sha256"})
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         raise InputError(
-            f"{path} is not an intact calibration profile ({e}). Run dpllm calibrate again."
+            f"{path} is not an intact calibration profile ({e}). Run: {command_line('calibrate', path.parent)}"
         ) from None
     if version != PROFILE_VERSION:
         raise InputError(
             f"{path}: profile version {version!r}, this dpllm reads {PROFILE_VERSION}. Calibrate again."
         )
     if not sound:
-        raise InputError(f"{path} is damaged: its checksum does not match. Run dpllm calibrate again.")
+        raise InputError(
+            f"{path} is damaged: its checksum does not match. Run: {command_line('calibrate', path.parent)}"
+        )
     return header, tensors
 
 

@@ -72,3 +72,12 @@ def figure(value: float, form: str = ".3f") -> str:
 def field(name: str, value: float) -> dict[str, float | str]:
     """A number as a field of a JSON object. An infinite one, which JSON writes as null, is said in a field NAME_is."""
     return {name: value} | ({f"{name}_is": "infinite: beyond floats"} if math.isinf(value) else {})
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as '40 s', '1 min 20 s' or '2 h 5 min'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

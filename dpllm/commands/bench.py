@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     MACHINE,
@@ -173,7 +174,8 @@ def open_model(name: str, widths: list[int], hardware: Hardware, *, random: bool
     if path.is_dir() and not random:
         if not is_overlay(path):
             raise InputError(
-                f"{path} is not quantised, so it has no widths to compare. Run dpllm quantize first."
+                f"{path} is not quantised, so it has no widths to compare. "
+                f"Run: {command_line('quantize', path, 'OUT')}"
             )
         return load_decoder(path, options), "overlay"
     config, widest = shape_of(name), max(widths)

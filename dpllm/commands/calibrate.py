@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -20,7 +21,7 @@ from dpllm.commands.app import (
     Threads,
     app,
 )
-from dpllm.commands.common import command_line, note, parse_numbers, print_json, stage_bars
+from dpllm.commands.common import note, parse_numbers, print_json, stage_bars
 
 if TYPE_CHECKING:
     from dpllm.prepare.calibrate import CalibrationReport

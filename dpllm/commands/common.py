@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from dpllm.base.errors import InputError
 from dpllm.base.json_text import strict_json
-from dpllm.base.progress import Progress
+from dpllm.base.progress import Progress, ProgressLines
 
 if TYPE_CHECKING:
     from dpllm.engine import Engine
@@ -49,14 +48,19 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def command_line(*words: object) -> str:
-    """A `dpllm` command that a shell takes apart into these words; None is left out."""
-    return shlex.join(["dpllm", *(str(w) for w in words if w is not None)])
+def shows_bars() -> bool:
+    """Tells whether stderr is a terminal that can move its cursor. A log that asks for colours is none."""
+    return stderr.is_interactive and not stderr.is_dumb_terminal and sys.stderr.isatty()
 
 
 @contextmanager
 def stage_bars() -> Iterator[Progress]:
-    """A callback (stage, done, total) shown as progress bars with time elapsed and left."""
+    """A callback (stage, done, total) shown as progress bars with time elapsed and left.
+
+    Where stderr is no terminal that can show bars, it is lines now and then: see ProgressLines."""
+    if not shows_bars():
+        yield ProgressLines(note)
+        return
     from rich import progress as bars
 
     columns = (

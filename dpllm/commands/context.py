@@ -13,6 +13,7 @@ from dpllm.base.errors import InputError
 from dpllm.base.locks import only_writer
 from dpllm.base.places import check_readable
 from dpllm.base.plain_text import without_byte_order_mark
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -29,7 +30,6 @@ from dpllm.commands.app import (
 )
 from dpllm.commands.common import (
     Hardware,
-    command_line,
     note,
     note_doubled_start,
     print_json,
@@ -196,7 +196,8 @@ def build(
         f"{summary['nbytes'] / 1e6:.2f} MB of {summary['full_nbytes'] / 1e6:.2f} MB, in {seconds:.1f} s"
     )
     model = [] if overlay is None else ["--overlay", overlay]
-    note(f"ask it: {command_line('generate', *model, '--context', target, 'your question')}")
+    ask = command_line("generate", *model, *hardware.words(), "--context", target, "your question")
+    note(f"ask it: {ask}")
 
 
 def budget_of(*, keep: float | None, keep_tokens: int | None, keep_memory: str | None) -> Budget:

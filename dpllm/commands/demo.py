@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dpllm.base.quantities import figure
+from dpllm.base.shell import command_line
 from dpllm.commands.app import COMMON, Command, Json, app
-from dpllm.commands.common import Hardware, command_line, print_json, stage_bars, stdout, tell
+from dpllm.commands.common import Hardware, print_json, stage_bars, stdout, tell
 from dpllm.commands.evaluate import token_documents
 from dpllm.commands.generate import summarize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from dpllm.base.errors import InputError
 from dpllm.base.quantities import figure
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -103,17 +105,70 @@ def evaluate(
     hardware.note_about(engine.decoder)
     if not engine.quantized:
         raise InputError(
-            f"{overlay} is not quantised, so there are no targets to compare. Run dpllm quantize first."
+            f"{engine.path} is not quantised, so there are no targets to compare. "
+            f"Run: {command_line('quantize', engine.path, 'OUT')}"
         )
-    documents = token_documents(engine, path, context, max_tokens)
-    results = score(engine, cells_of(names, targets), documents, seed=seed)
+    text = scored_text(engine, path, context, max_tokens)
+    results = score(engine, cells_of(names, targets), text.documents, seed=seed)
+    if (line := text.left_out(max_tokens)) is not None:
+        note(line)
     if json:
-        print_json({"results": [r.as_json() for r in results]})
+        print_json({"text": text.as_json(), "results": [r.as_json() for r in results]})
     else:
         stdout.print(_table(results))
 
 
+@dataclass(frozen=True)
+class ScoredText:
+    """The tokens that are scored, and the text that they are a part of.
+
+    documents: token ids, from two on each. tokens_given: tokens of the documents that were begun, whole.
+    documents_given: all documents of the text. limit: the most tokens of a document. limit_is: the name of that limit.
+    """
+
+    documents: list[list[int]]
+    tokens_given: int
+    documents_given: int
+    limit: int
+    limit_is: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads; the first one of each document is not predicted."""
+        return sum(map(len, self.documents))
+
+    def as_json(self) -> dict[str, int]:
+        """The object `text` of `dpllm eval --json`."""
+        return {
+            "tokens": self.tokens, "tokens_given": self.tokens_given, "documents": len(self.documents),
+            "documents_given": self.documents_given,
+        }  # fmt: skip
+
+    def left_out(self, max_tokens: int) -> str | None:
+        """A line about how much of the text is scored and about the limits at work; None where all of it is."""
+        parts = []
+        if self.tokens < self.tokens_given:
+            parts.append(
+                f"{self.tokens:,} of {self.tokens_given:,} tokens, because {self.limit_is} is {self.limit} a document"
+            )
+        if missing := self.documents_given - len(self.documents):
+            why = (
+                f"--max-tokens {max_tokens}"
+                if max_tokens
+                else "documents of one token, which predict nothing"
+            )
+            parts.append(
+                f"{len(self.documents):,} of {self.documents_given:,} documents ({missing:,} left out: {why})"
+            )
+        return f"only a part of the text is scored: {'; '.join(parts)}." if parts else None
+
+
 def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> list[list[int]]:
+    """The documents of `scored_text`."""
+    return scored_text(engine, path, context, max_tokens).documents
+
+
+def scored_text(engine: Engine, path: Path, context: int, max_tokens: int = 0) -> ScoredText:
     """The first `context` tokens of each document, about `max_tokens` in all (0: everything).
 
     Raises InputError for a text without two tokens, or with tokens that the model does not know.
@@ -122,19 +177,21 @@ def token_documents(engine: Engine, path: Path, context: int, max_tokens: int = 
 
     if context < 2:
         raise InputError(f"--context {context} is too short; at least 2 tokens are needed to score one.")
-    limit = min(context, engine.decoder.config.max_positions)
-    documents, total = [], 0
-    for text in read_documents(path):
-        ids = encode(engine.tokenizer, text)[:limit]
-        check_tokens(ids, engine.decoder.config.vocab_size, engine.path)
+    positions = engine.decoder.config.max_positions
+    limit, limit_is = min((context, "--context"), (positions, "the number of the model's positions"))
+    texts, documents, given, total = read_documents(path), [], 0, 0
+    for text in texts:
+        ids = encode(engine.tokenizer, text)
         if len(ids) > 1:
-            documents.append(ids)
-            total += len(ids)
+            check_tokens(ids[:limit], engine.decoder.config.vocab_size, engine.path)
+            documents.append(ids[:limit])
+            given += len(ids)
+            total += len(documents[-1])
         if max_tokens and total >= max_tokens:
             break
     if not documents:
         raise InputError(f"{path} is too short: no document has two tokens. Give a longer text.")
-    return documents
+    return ScoredText(documents, given, len(texts), limit, limit_is)
 
 
 def cells_of(names: list[str], targets: list[float]) -> list[tuple[str, float]]:

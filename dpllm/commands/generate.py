@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpllm.base.errors import InputError
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -287,7 +288,9 @@ def planes_to_hold(overlay: str | None, *, resident_bits: int | None, max_memory
         return None
     path = reference.overlay_path() if overlay is None else resolve_model(overlay, note)
     if not is_overlay(path):
-        raise InputError(f"{path} is not quantised: all of it is resident. Run dpllm quantize first.")
+        raise InputError(
+            f"{path} is not quantised: all of it is resident. Run: {command_line('quantize', path, 'OUT')}"
+        )
     return resident_bits if max_memory is None else resident_bits_within(path, parse_size(max_memory))
 
 
@@ -371,7 +374,7 @@ def closing_line(summary: dict[str, Any], context: KVContext | None) -> str:
     if (rate := summary["speculation"]["acceptance_rate"]) is not None:
         several = summary["speculation"]["tokens_per_pass"]
         parts.append(f"{rate:.0%} of drafts accepted, {several:.1f} tokens a pass")
-    parts += [str(summary["policy"]), f"{summary['backend']} backend"]
+    parts += [summary["policy"] or "unquantised", f"{summary['backend']} backend"]
     return f"[{' · '.join(parts)}]"
 
 

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from dpllm.base.quantities import figure
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     EXPERT,
     TARGETS,
@@ -22,7 +23,7 @@ from dpllm.commands.app import (
     TpotMs,
     app,
 )
-from dpllm.commands.common import Hardware, command_line, note, print_json, stage_bars, stdout, tell
+from dpllm.commands.common import Hardware, note, print_json, stage_bars, stdout, tell
 
 if TYPE_CHECKING:
     from dpllm.planning.planner import Plan, Planned, Targets

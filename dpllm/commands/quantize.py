@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dpllm.base.quantities import figure, rise
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     EXPERT,
     MACHINE,
@@ -20,7 +21,7 @@ from dpllm.commands.app import (
     Seed,
     app,
 )
-from dpllm.commands.common import command_line, note, parse_bits, print_json, stage_bars
+from dpllm.commands.common import note, parse_bits, print_json, stage_bars
 
 if TYPE_CHECKING:
     from dpllm.quant.overlay import Overlay

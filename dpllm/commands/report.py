@@ -11,6 +11,7 @@ import typer
 
 from dpllm.base.errors import InputError
 from dpllm.base.places import file_to_write
+from dpllm.base.shell import command_line
 from dpllm.commands.app import (
     COMMON,
     EXPERT,
@@ -32,7 +33,6 @@ from dpllm.commands.app import (
 )
 from dpllm.commands.common import (
     Hardware,
-    command_line,
     note,
     parse_numbers,
     parse_policies,
@@ -203,7 +203,8 @@ def open_engine(overlay: str | None, hardware: Hardware, *, profile: str | None)
     engine = load(overlay, profile=profile, options=hardware.load_options())
     if not engine.quantized:
         raise InputError(
-            f"{overlay} is not quantised, so there is nothing to choose. Run dpllm quantize first."
+            f"{engine.path} is not quantised, so there is nothing to choose. "
+            f"Run: {command_line('quantize', engine.path, 'OUT')}"
         )
     if engine.profile is None:
         raise InputError(

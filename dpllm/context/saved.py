@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from torch import Tensor
 from dpllm.base.errors import InputError
 from dpllm.base.files import flush_folder, write_tensors, write_text
 from dpllm.base.places import check_readable, check_space, folder_to_make, temporary_name
+from dpllm.base.shell import command_line
 from dpllm.kvzip_bridge.ragged_cache import RaggedKVCache
 from dpllm.model.decoder import Decoder
 from dpllm.model.loading import is_overlay
@@ -127,7 +129,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Reads and checks the manifest of a saved context. Raises InputError for anything else."""
     if not is_context(path):
         raise InputError(
-            f"{path} is not a saved context: it has no {MANIFEST}. Make one: dpllm context build FILE -o {path}"
+            f"{path} is not a saved context: it has no {MANIFEST}. "
+            f"Make one: {command_line('context', 'build', 'FILE', '-o', path)}"
         )
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -161,8 +164,8 @@ def load_context(path: Path, *, decoder: Decoder, model: Path) -> dict[str, Any]
     made_with, found = manifest["model"], model_hash(model)
     if made_with["sha256"] != found:
         raise InputError(
-            f"{path} was made with another model ({made_with['path']}, hash {made_with['sha256'][:12]}) "
-            f"than {model} (hash {found[:12]}). Give that model with --overlay, or build the context again."
+            f"{path} was made with another model (hash {made_with['sha256'][:12]}) than {model} (hash {found[:12]}). "
+            f"{_remedy(Path(made_with['path']), model)}"
         )
     tensors = _read(path / PAIRS, manifest)
     _check(path / PAIRS, tensors, manifest, decoder)
@@ -179,6 +182,16 @@ def load_context(path: Path, *, decoder: Decoder, model: Path) -> dict[str, Any]
         "cache": cache, "ids": tensors["ids"].tolist(), "protected": manifest["protected"], "behind": frame["behind"],
         "between": frame["between"], "pending": manifest["pending"], "facts": manifest["made"],
     }  # fmt: skip
+
+
+def _remedy(made_with: Path, model: Path) -> str:
+    """Advice for a context of another model. made_with: the directory of the model that read the context."""
+    if made_with.absolute() == model.absolute():
+        return "The model there has changed since. Build the context again."
+    words = shlex.join(["--overlay", str(made_with)])
+    if made_with.exists():
+        return f"Give {words}, or build the context again."
+    return f"The context was made with {words}, which is not there now. Give its new place, or build the context again."
 
 
 def _tensors(context: Savable) -> dict[str, Tensor]:
@@ -204,7 +217,7 @@ def _manifest(context: Savable, model: Path) -> dict[str, Any]:
     cache = context.cache
     return {
         "format": FORMAT, "format_version": FORMAT_VERSION, "dpllm": __version__,
-        "model": {"path": str(model), "sha256": model_hash(model)},
+        "model": {"path": str(model.absolute()), "sha256": model_hash(model)},
         "tokens": cache.length, "base": cache.base, "protected": context.protected,
         "kept_ratio": round(context.kept_ratio, 6), "nbytes": cache.nbytes,
         "chat": {"behind": context.behind, "between": context.between}, "pending": context.pending,

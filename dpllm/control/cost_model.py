@@ -91,7 +91,9 @@ class CostModel:
             found = cls(**lists)
             found._check()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-            raise InputError(f"{path} is not a cost profile ({e}). Run: dpllm profile") from None
+            raise InputError(
+                f"{path} is not a cost profile ({e}). Run: dpllm profile --overlay OVERLAY"
+            ) from None
         return found
 
     def _check(self) -> None:

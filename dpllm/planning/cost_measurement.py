@@ -23,6 +23,7 @@ import torch
 
 from dpllm.base.errors import InputError
 from dpllm.base.progress import Progress, no_progress
+from dpllm.base.shell import command_line
 from dpllm.control.cost_model import CostModel
 from dpllm.planning.host import processor_name
 from dpllm.policies.base import PrecisionPolicy
@@ -76,13 +77,13 @@ def cost_of(engine: Engine, path: Path | None = None, progress: Progress = no_pr
     path: a file to read instead of the cache. Raises InputError if `path` was measured with another overlay or device.
     """
     if path is not None:
-        found = CostModel.load(path)
+        found, again = CostModel.load(path), command_line("profile", "--overlay", engine.path)
         if found.overlay_hash != _hash(engine):
-            raise InputError(f"{path} was measured with another overlay. Run: dpllm profile")
+            raise InputError(f"{path} was measured with another overlay. Run: {again}")
         if found.device != device_name(engine):
             raise InputError(
                 f"{path} was measured on another device ({found.device}; this is {device_name(engine)}). "
-                "Run: dpllm profile"
+                f"Run: {again}"
             )
         return found
     stored = cost_path(engine)

@@ -74,10 +74,12 @@ class QualityModel:
                 raise ValueError("its table is incomplete")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             raise InputError(
-                f"{path} is not a measurement of quality ({e}). Run: dpllm profile --quality"
+                f"{path} is not a measurement of quality ({e}). Run: dpllm profile --quality --overlay OVERLAY"
             ) from None
         if found.overlay_hash != overlay_hash:
-            raise InputError(f"{path} was measured with another overlay. Run: dpllm profile --quality")
+            raise InputError(
+                f"{path} was measured with another overlay. Run: dpllm profile --quality --overlay OVERLAY"
+            )
         return found
 
 

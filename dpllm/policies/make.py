@@ -28,7 +28,7 @@ def make_policy(
     first = decoder.groups[0]
     if first.dense:
         raise InputError(
-            "this model is not quantised, so there are no bits to choose. Run dpllm quantize first."
+            "this model is not quantised, so there are no bits to choose. Run: dpllm quantize MODEL OUT"
         )
     high = resident_mean(decoder)
     if not first.seed_bits <= target_bits <= high + 1e-9:

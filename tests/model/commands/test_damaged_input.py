@@ -222,8 +222,8 @@ def test_damaged_profiles(refused, ok, overlay):
     content = path.read_bytes()
     for damaged in (content[:-1], b"", b"x" * 99, content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]):
         path.write_bytes(damaged)
-        refused("generate", "x", "--overlay", overlay, says="profile.*Run dpllm calibrate again")
-        refused("inspect", path, says="profile.*Run dpllm calibrate again")
+        refused("generate", "x", "--overlay", overlay, says="profile.*Run: dpllm calibrate")
+        refused("inspect", path, says="profile.*Run: dpllm calibrate")
     ok("calibrate", overlay, *SMALL)  # as it says
     ok("generate", "x", "--overlay", overlay, "--max-new-tokens", 2)
 

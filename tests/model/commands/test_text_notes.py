@@ -67,3 +67,40 @@ def test_code_of_a_model_is_neither_run_nor_asked_about(refused, saying, tmp_pat
     for command in (("generate", "A", "--overlay", saying), ("quantize", saying, tmp_path / "out")):
         refused(*command, stdin="y\ny\n", says="never runs")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_without_policy_is_called_unquantised(ok, saying):
+    err = ok("generate", "A", "--overlay", saying).err
+    assert "· unquantised ·" in err and "None" not in err
+
+
+def test_eval_says_how_much_it_scores(ok, tiny_overlay, tokenizer, tmp_path):
+    text = tmp_path / "three.jsonl"
+    text.write_text("".join(f'{{"text": "{word * 9}"}}\n' for word in ("bees ", "cats ", "dogs ")))
+    whole = [len(tokenizer(word * 9)["input_ids"]) for word in ("bees ", "cats ", "dogs ")]
+    common = ("eval", text, "--overlay", tiny_overlay, "--target-bits", "4", "--policy", "uniform", "--json")
+
+    everything = ok(*common)
+    assert "only a part" not in everything.err
+    assert everything.json["text"] == {
+        "tokens": sum(whole), "tokens_given": sum(whole), "documents": 3, "documents_given": 3,
+    }  # fmt: skip
+
+    cut = ok(*common, "--context", 5)
+    line = f"only a part of the text is scored: 15 of {sum(whole)} tokens, because --context is 5 a document."
+    assert cut.err.count(line) == 1 and cut.json["text"]["tokens"] == 15
+    assert cut.json["results"][0]["tokens"] == 12
+
+    ended = ok(*common, "--max-tokens", whole[0])
+    assert "1 of 3 documents (2 left out: --max-tokens" in ended.err
+    assert ended.json["text"] == {
+        "tokens": whole[0], "tokens_given": whole[0], "documents": 1, "documents_given": 3,
+    }  # fmt: skip
+
+
+def test_eval_says_that_positions_cut_documents(ok, tiny_overlay, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("The bees live in the attic. " * 300)
+    result = ok("eval", long, "--overlay", tiny_overlay, "--target-bits", "4", "--policy", "uniform",
+                "--context", 10**6)  # fmt: skip
+    assert "because the number of the model's positions is" in result.err
