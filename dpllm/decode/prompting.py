@@ -39,7 +39,10 @@ class Prompts:
         return encode(self.tokenizer, prompt)
 
     def doubled_start(self, text: str) -> str | None:
-        """Returns a line about a text that spells out the start token which the tokenizer puts in front as well."""
+        """Returns a line about a text that spells out the start token which the tokenizer puts in front as well.
+
+        Raises InputError for a text that is not UTF-8."""
+        check_text(text, "the prompt")
         ids, start = encode(self.tokenizer, text[:64]), self.tokenizer.bos_token_id
         if start is None or ids[:2] != [start, start]:
             return None
