@@ -172,7 +172,7 @@ def test_a_model_is_read_as_transformers_reads_it(checkpoints, change):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, **OPTIONS)
+@settings(max_examples=400, **OPTIONS)
 @given(change=changes())
 def test_many_models_are_read_as_transformers_reads_them(checkpoints, change):
     check(checkpoints, change)
