@@ -186,17 +186,16 @@ def test_python_of_the_api_page(prepared, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("heading", SLOW_HEADINGS)
 def test_python_of_the_api_page_that_takes_minutes(prepared, heading):
-    if heading == "quantize":
-        shutil.rmtree("llama-1b")
-        names: dict = {"dpllm": package}
-        [block] = [b for b in python_blocks("docs/api.md", signatures=False) if b.heading == heading]
-        exec(compile(block.text, heading, "exec"), names)
-        assert (names["overlay"] / "config.json").exists() and Path("llama-1b").is_dir()
-        return
-    if heading == "calibrate":  # the reference model takes minutes
-        shutil.rmtree("llama-1b")
+    blocks_here = [b for b in python_blocks("docs/api.md", signatures=False) if b.heading == heading]
+    if heading == "plan":
+        return run(blocks_here)
+    shutil.rmtree("llama-1b")  # the reference model would take minutes
+    if heading == "calibrate":
         package.quantize("models/Llama-3.2-1B", "llama-1b", fisher="none")
-    run([b for b in python_blocks("docs/api.md", signatures=False) if b.heading == heading])
+    names: dict = {"dpllm": package}
+    for block in blocks_here:
+        exec(compile(block.text, heading, "exec"), names)
+    assert Path("llama-1b", "config.json" if heading == "quantize" else "profile.safetensors").exists()
 
 
 @pytest.mark.parametrize("block", python_blocks("docs/api.md", signatures=True), ids=lambda b: b.heading)
