@@ -1,10 +1,12 @@
 """How fast does quantisation go per core, and how much memory does it take?
 
 Limit measured: (1) nested k-means alone, one thread, on Gaussian rows of real models' widths: sorting and
-prefix sums in float64, so the limit is the core's arithmetic, not memory; (2) `Quantizer` end to end on random
-weights of 3 layers of the 1.1B shape in a fresh process: peak anonymous memory above the runtime's own, beside
-what the plan predicted (Linux only; file-backed pages of the checkpoint can be dropped and do not count).
-The 8B figures are predictions from (1), and say so.
+prefix sums in float64, so the limit is the core's arithmetic, not memory; the native kernel and its numpy definition
+take turns; (2) the refinement of codes and tables, all threads, where products with the Hessian and coordinate descent
+limit it: the native steps and torch's take turns; (3) `Quantizer` end to end on random weights of 3 layers of the 1.1B
+shape in a fresh process: peak anonymous memory above the runtime's own, beside what the plan predicted (Linux only;
+file-backed pages of the checkpoint can be dropped and do not count). The 8B figures are predictions from (1), and say
+so.
 
     python -m bench.cpu.quantize_speed
 """
@@ -21,35 +23,73 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bench.common.report import arguments, begin, torch_instruction_set
+from dpllm.kernels.cpu.quantising import quantiser_kernels
+from dpllm.quant.descent import TorchSteps, steps_for
 from dpllm.quant.kmeans import nested_codes
+from dpllm.quant.refine import NestedMatrix, refine
 
+REFINED = ((576, 576, 4), (1536, 576, 4), (576, 1536, 2), (512, 2048, 1))  # rows, columns, rows per table
 SHAPES = ((1024, 2048), (512, 4096), (128, 14336))
 LLAMA_3_8B = 6_979_321_856  # weights in its linear layers
 REPEATS = 5
 
 
 def kmeans_rows() -> list[dict]:
-    """Million weights per second on one thread: median and slowest of REPEATS after a warm-up."""
+    """Million weights per second on one thread: median and slowest of REPEATS after a warm-up, in turns."""
     rows = []
+    variants = {"native": quantiser_kernels(1), "numpy": None}
     rng = np.random.default_rng(0)
     for n, k in SHAPES:
         w = rng.standard_normal((n, k)).astype(np.float32)
         f = rng.random((n, k)).astype(np.float32) ** 4
         for bits in ((2, 6), (3, 6), (2, 8)):
-            times = []
+            times: dict[str, list[float]] = {name: [] for name in variants}
             for i in range(REPEATS + 1):
+                for name, kernels in variants.items():
+                    began = time.perf_counter()
+                    nested_codes(w, f, *bits, kernels)
+                    if i:
+                        times[name].append(time.perf_counter() - began)
+            for name, taken in times.items():
+                speed = n * k / statistics.median(taken)
+                rows.append(
+                    {
+                        "what": f"nested k-means, 1 thread, {name}", "shape": f"{n}x{k}", "bits": f"{bits[0]}-{bits[1]}",
+                        "mweights_per_s": round(speed / 1e6, 2), "slowest": round(n * k / max(taken) / 1e6, 2),
+                        "llama_3_8b_minutes_2_cores_predicted": round(LLAMA_3_8B / speed / 2 / 60, 1),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def refine_rows() -> list[dict]:
+    """Million weights per second of refining codes and tables at 2 to 6 bits: median and slowest of 3, in turns."""
+    rows, draw = [], torch.Generator().manual_seed(0)
+    variants = {"native": steps_for(torch.device("cpu")), "torch": TorchSteps()}
+    for n, k, share in REFINED:
+        w = torch.randn(n, k, generator=draw)
+        x = torch.randn(2 * k, k, generator=draw)
+        flat = w.reshape(n // share, -1).numpy()
+        codes, tables = nested_codes(flat, np.ones_like(flat), 2, 6, quantiser_kernels())
+        found = {b: torch.from_numpy(t) for b, t in tables.items()}
+        matrix = NestedMatrix(w, torch.ones(n), torch.from_numpy(codes).reshape(n, k), found, 6)
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for i in range(4):
+            for name, steps in variants.items():
                 began = time.perf_counter()
-                nested_codes(w, f, *bits)
+                refine(matrix, x.T @ x, steps=steps)
                 if i:
-                    times.append(time.perf_counter() - began)
-            speed = n * k / statistics.median(times)
+                    times[name].append(time.perf_counter() - began)
+        for name, taken in times.items():
+            speed = n * k / statistics.median(taken)
             rows.append(
                 {
-                    "what": "nested k-means, 1 thread", "shape": f"{n}x{k}", "bits": f"{bits[0]}-{bits[1]}",
-                    "mweights_per_s": round(speed / 1e6, 2), "slowest": round(n * k / max(times) / 1e6, 2),
-                    "llama_3_8b_minutes_2_cores_predicted": round(LLAMA_3_8B / speed / 2 / 60, 1),
+                    "what": f"refinement, {torch.get_num_threads()} threads, {name}", "shape": f"{n}x{k}", "bits": "2-6",
+                    "mweights_per_s": round(speed / 1e6, 3), "slowest": round(n * k / max(taken) / 1e6, 3),
+                    "llama_3_8b_minutes_2_cores_predicted": None,
                 }
             )  # fmt: skip
     return rows
@@ -84,7 +124,6 @@ print(json.dumps({"peak": peak[0] - base, "planned": job.plan.peak_bytes, "secon
 
 def memory_rows() -> list[dict]:
     """Peak memory of a whole run, random weights."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rows = []
@@ -119,7 +158,10 @@ def memory_rows() -> list[dict]:
 def main() -> None:
     run = begin(arguments(__doc__).parse_args())
     run.report(
-        "quantize_speed", kmeans_rows(), instructions=torch_instruction_set(), measured_on="random weights"
+        "quantize_speed",
+        [*kmeans_rows(), *refine_rows()],
+        instructions=torch_instruction_set(),
+        measured_on="random weights",
     )
     run.report(
         "quantize_memory", memory_rows(), instructions=torch_instruction_set(), measured_on="random weights"
