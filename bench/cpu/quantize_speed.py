@@ -57,7 +57,8 @@ def kmeans_rows() -> list[dict]:
                 speed = n * k / statistics.median(taken)
                 rows.append(
                     {
-                        "what": f"nested k-means, 1 thread, {name}", "shape": f"{n}x{k}", "bits": f"{bits[0]}-{bits[1]}",
+                        "what": f"nested k-means, 1 thread, {name}", "shape": f"{n}x{k}",
+                        "bits": f"{bits[0]}-{bits[1]}",
                         "mweights_per_s": round(speed / 1e6, 2), "slowest": round(n * k / max(taken) / 1e6, 2),
                         "llama_3_8b_minutes_2_cores_predicted": round(LLAMA_3_8B / speed / 2 / 60, 1),
                     }
@@ -87,7 +88,8 @@ def refine_rows() -> list[dict]:
             speed = n * k / statistics.median(taken)
             rows.append(
                 {
-                    "what": f"refinement, {torch.get_num_threads()} threads, {name}", "shape": f"{n}x{k}", "bits": "2-6",
+                    "what": f"refinement, {torch.get_num_threads()} threads, {name}", "shape": f"{n}x{k}",
+                    "bits": "2-6",
                     "mweights_per_s": round(speed / 1e6, 3), "slowest": round(n * k / max(taken) / 1e6, 3),
                     "llama_3_8b_minutes_2_cores_predicted": None,
                 }
